@@ -1,0 +1,1 @@
+"""What ties data, models and losses together: options, runs, loops, checkpoints, logs, pictures."""

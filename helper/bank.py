@@ -1,0 +1,220 @@
+"""The frozen teacher's embeddings of every view that training draws, computed once and kept on disk."""
+
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import ImageDataset, Split
+from dataset.views import CLIP_NORMALIZATION, NUM_VIEWS, TEST_VIEW, crop_resize_flip, normalize, view_order
+
+from . import checkpoint
+
+# Images per encoding. A row's last bits may depend on its neighbours in the batch, so the borders between
+# chunks depend on row numbers alone, and the size is part of the bank's key.
+CHUNK = 128
+
+
+def encode_view(encoder: nn.Module, images: Tensor, view: Tensor) -> Tensor:
+    """The frozen encoder's embeddings (B, dim) of one view of each image (B, 3, H, W) uint8."""
+    return encoder(normalize(crop_resize_flip(images, view, encoder.resolution), CLIP_NORMALIZATION))
+
+
+class OnTheFly:
+    """Encodes each view when it is asked for, as the paper's release does."""
+
+    def __init__(self, dataset: ImageDataset, encoder: nn.Module, device: torch.device):
+        self.encoder = encoder
+        self.images = {"train": dataset.train.images.to(device), "test": dataset.test.images.to(device)}
+
+    def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
+        """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,)."""
+        return encode_view(self.encoder, self.images[split][index], view)
+
+
+class EmbeddingBank:
+    """Looks embeddings up in a bank; called as ``OnTheFly`` is.
+
+    Row order in the file: the test split's one view, then for each of the N views of ``view_order`` the whole
+    training split. A bank of more views thus begins with every smaller one.
+    """
+
+    def __init__(self, rows: Tensor, num_train: int, num_test: int, num_views: int, device: torch.device):
+        self.rows = rows
+        self.num_train = num_train
+        self.num_test = num_test
+        self.device = device
+        self.slot = None
+        if num_views > 1:
+            order = torch.from_numpy(view_order(np.arange(num_train), num_views)).long()
+            slot = torch.zeros(num_train, NUM_VIEWS, dtype=torch.uint8)
+            slot.scatter_(1, order, torch.arange(num_views, dtype=torch.uint8).expand(num_train, -1))
+            self.slot = slot.to(device)
+
+    def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
+        """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,)."""
+        row = index
+        if split == "train":
+            row = index + self.num_test
+            if self.slot is not None:
+                row = row + self.slot[index, view].long() * self.num_train
+        return self.rows[row.to(self.rows.device)].to(self.device).float()
+
+
+def open_bank(
+    root: Path, dataset: ImageDataset, encoder: nn.Module, num_views: int, precision: str, device: torch.device
+) -> EmbeddingBank:
+    """Open the bank of a teacher on a data set, first encoding what it lacks.
+
+    Every chunk of the file has a checksum beside it, written after the chunk: one that was half written, cut
+    off or changed does not match and is encoded again. Runs that want the same bank wait for one another.
+
+    Args:
+        root: the folder of all banks.
+        encoder: the frozen encoder, on ``device``; see ``models.clip_teacher.ImageEncoder``.
+        num_views: views per training image, 1 to 162.
+        precision: the encoder's, part of the key.
+
+    Raises:
+        ValueError: the folder holds another bank, or the encoder gives embeddings that fp16 cannot hold.
+        OSError: the folder cannot be written.
+    """
+    key = {
+        "clip": encoder.name,
+        "clip_sha256": encoder.sha256,
+        "dataset": dataset.name,
+        "dataset_sha256": dataset.fingerprint(),
+        "resolution": encoder.resolution,
+        "normalization": [list(values) for values in CLIP_NORMALIZATION],
+        "precision": precision,
+        "chunk": CHUNK,
+        "dim": encoder.dim,
+    }
+    # The name is for people; the file decides by content.
+    identity = {name: value for name, value in key.items() if name != "clip"}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = root / f"{encoder.name}_{dataset.name}_{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    chunks = _chunks(dataset, num_views)
+    files = _BankFiles(folder, encoder.dim, identity, key)
+    if files.missing(chunks):
+        lock = FileLock(folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another run is encoding into {folder}: waiting for it", flush=True)
+            lock.acquire()
+        with lock:
+            if missing := files.missing(chunks):  # another run may have built it meanwhile
+                _build(files, missing, dataset, encoder, num_views, device)
+            lock.release()
+    rows = files.map(chunks[-1][2])
+    return EmbeddingBank(_place(rows, device), len(dataset.train), len(dataset.test), num_views, device)
+
+
+def _place(rows: Tensor, device: torch.device) -> Tensor:
+    """On the GPU when it takes less than half of its free memory, else mapped from the file."""
+    if device.type == "cuda" and rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+        return rows.to(device)
+    return rows
+
+
+def _chunks(dataset: ImageDataset, num_views: int) -> list[tuple[int, int, int]]:
+    """(section, first row, end row) in the file of every chunk; section 0 is the test split, j the view j - 1."""
+    chunks, start = [], 0
+    for section in range(num_views + 1):
+        end = start + len(dataset.test if section == 0 else dataset.train)
+        chunks += [(section, row, min(row + CHUNK, end)) for row in range(start, end, CHUNK)]
+        start = end
+    return chunks
+
+
+class _BankFiles:
+    """embeddings.fp16, the rows; crc32.u32, a checksum per chunk; bank.json, what they depend on."""
+
+    def __init__(self, folder: Path, dim: int, identity: dict, key: dict):
+        self.dim = dim
+        self._rows, self._checksums = folder / "embeddings.fp16", folder / "crc32.u32"
+        described = folder / "bank.json"
+        if not described.exists():
+            checkpoint.write_json(key, described)
+        try:
+            found = json.loads(described.read_text())
+        except ValueError as error:
+            raise ValueError(f"{described} is corrupt: delete {folder} and run again") from error
+        if {name: value for name, value in found.items() if name != "clip"} != identity:
+            raise ValueError(f"{folder} holds the bank of another teacher: delete it and run again")
+
+    def missing(self, chunks: list[tuple[int, int, int]]) -> list[int]:
+        """Numbers of the chunks that are not there whole."""
+        try:
+            checksums = np.fromfile(self._checksums, dtype=np.uint32)
+            row_bytes = 2 * self.dim
+            rows = np.memmap(self._rows, dtype=np.uint8, mode="r")
+        except (FileNotFoundError, ValueError):  # not there yet, or empty
+            return list(range(len(chunks)))
+        return [
+            number
+            for number, (_, start, end) in enumerate(chunks)
+            if number >= len(checksums)
+            or end * row_bytes > len(rows)
+            or zlib.crc32(rows[start * row_bytes : end * row_bytes]) != checksums[number]
+        ]
+
+    def grow(self, chunks: int, rows: int) -> None:
+        """Make room; what is there stays."""
+        for path, size in ((self._checksums, 4 * chunks), (self._rows, 2 * self.dim * rows)):
+            with open(path, "ab") as file:
+                if file.tell() < size:
+                    file.truncate(size)
+
+    def write(self, number: int, start: int, rows: np.ndarray) -> None:
+        """Write a chunk, then its checksum: never the other way round on disk."""
+        for path, offset, data in (
+            (self._rows, start * 2 * self.dim, rows.tobytes()),
+            (self._checksums, 4 * number, np.uint32(zlib.crc32(rows.tobytes())).tobytes()),
+        ):
+            with open(path, "r+b") as file:
+                file.seek(offset)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def map(self, rows: int) -> Tensor:
+        """The first ``rows`` rows, (rows, dim) fp16, mapped into memory."""
+        # Mapped copy-on-write: torch has no read-only tensors, and nobody writes to it.
+        return torch.from_numpy(np.memmap(self._rows, dtype=np.float16, mode="c", shape=(rows, self.dim)))
+
+
+def _build(
+    files: _BankFiles,
+    missing: list[int],
+    dataset: ImageDataset,
+    encoder: nn.Module,
+    num_views: int,
+    device: torch.device,
+) -> None:
+    chunks = _chunks(dataset, num_views)
+    files.grow(len(chunks), chunks[-1][2])
+    order = view_order(np.arange(len(dataset.train)), num_views)
+    for number in tqdm(missing, desc="teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1):
+        section, start, end = chunks[number]
+        split: Split = dataset.test if section == 0 else dataset.train
+        offset = 0 if section == 0 else len(dataset.test) + (section - 1) * len(dataset.train)
+        inside = slice(start - offset, end - offset)
+        view = np.full(end - start, TEST_VIEW) if section == 0 else order[inside, section - 1]
+        embedding = encode_view(
+            encoder, split.images[inside].to(device), torch.from_numpy(view.astype(np.int64)).to(device)
+        )
+        rows = embedding.half().cpu().numpy()
+        if not np.isfinite(rows).all():
+            raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
+        files.write(number, start, rows)

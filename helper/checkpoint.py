@@ -1,0 +1,55 @@
+"""Files that are either whole or not there: written beside their target, flushed, renamed."""
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Replace a file's content; after a crash at any moment it holds the old or the new, nothing between."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive too
+    finally:
+        os.close(folder)
+
+
+def write_json(value: Any, path: Path) -> None:
+    write_bytes((json.dumps(value, indent=1) + "\n").encode(), path)
+
+
+def save(state: dict, path: Path) -> None:
+    """Save tensors, numbers, strings and containers of them."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(buffer.getvalue(), path)
+
+
+def load(path: Path) -> dict:
+    """Load what ``save`` wrote, onto the CPU.
+
+    Raises:
+        ValueError: the file is corrupt, or holds anything but plain data.
+        OSError: it cannot be read.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this project, or is corrupt") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    return state

@@ -1,0 +1,267 @@
+"""The command line: groups of flags that the scripts share, their checks, and what ``auto`` becomes."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+from dataset import DATASETS
+from dataset.views import NUM_VIEWS
+from distiller_zoo import METHODS
+from models import model_dict
+from models.clip_teacher import PUBLISHED, short_name
+
+from .run import Run
+from .runtime import resolve_amp, resolve_compile, resolve_device
+
+# Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.
+_AUTO_VIEWS = {"cuda": "16", "cpu": "1"}
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Gives each flag's default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, exit code 2; shows each flag's default in ``--help``."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` (or strictly above it) to ``high``."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            bound = f"{'above' if above else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < math.inf else ""
+            )
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+positive = number(float, 0, above=True)
+weight = number(float, 0)
+
+
+def epoch_list(text: str) -> list[int]:
+    """'150,180,210' to [150, 180, 210]; the empty string to no decay at all."""
+    try:
+        epochs = [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        epochs = [-1]
+    if any(epoch < 1 for epoch in epochs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs such as 150,180,210")
+    return epochs
+
+
+def teacher_views(text: str) -> str:
+    """auto, all, or 0 to 162."""
+    if text == "all":
+        return str(NUM_VIEWS)
+    if text != "auto" and not (text.isdigit() and int(text) <= NUM_VIEWS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 to {NUM_VIEWS}")
+    return text
+
+
+def trial_name(text: str) -> str:
+    """A word that can be part of a folder's name."""
+    if not text or not all(c.isalnum() or c in "-_." for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.'")
+    return text
+
+
+def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> None:
+    """Where a run is, how long it is, what it prints, and what it computes on."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--save_dir", default="./save", help="folder of all results")
+    group.add_argument("--trial", type=trial_name, default="1", help="a word that tells otherwise equal runs apart")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order and views")
+    group.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="auto: go on from the last epoch")
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="number of training epochs")
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="samples per step")
+    group.add_argument("--max_steps", type=positive_int, help="at most so many steps per epoch, for trials")
+    group.add_argument("--eval_freq", type=positive_int, default=1, help="test after every so many epochs")
+    group.add_argument("--print_freq", type=positive_int, default=100, help="print after every so many steps")
+
+    group = parser.add_argument_group("speed")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
+    group.add_argument(
+        "--amp",
+        choices=("auto", "off", "bf16", "fp16"),
+        default="auto",
+        help="autocast; auto: bf16 where the processor has it",
+    )
+
+
+def add_data_options(parser: Parser) -> None:
+    """The data set and where it lies."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
+    group.add_argument("--data_dir", default="./data", help="folder of the data sets")
+
+
+def add_sgd_options(parser: Parser, learning_rate: float, whose: str) -> argparse._ArgumentGroup:
+    """The paper's optimiser and schedule."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--learning_rate", type=positive, default=learning_rate, help=f"of the {whose}")
+    group.add_argument("--lr_decay_epochs", type=epoch_list, default="150,180,210", help="decay after these epochs")
+    group.add_argument("--lr_decay_rate", type=positive, default=0.1, help="factor of each decay")
+    group.add_argument("--weight_decay", type=weight, default=5e-4, help="weight decay")
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="momentum")
+    return group
+
+
+def add_bank_options(group: argparse._ArgumentGroup) -> None:
+    """The frozen CLIP's weights and the bank of its embeddings."""
+    group.add_argument("--clip_root", default="./CLIP", help="folder of CLIP's published weights")
+    group.add_argument(
+        "--teacher_views",
+        type=teacher_views,
+        default="auto",
+        metavar="auto|0|N|all",
+        help="views of each image that the teacher encodes, once; 0 encodes every batch; auto: "
+        f"{_AUTO_VIEWS['cuda']} on CUDA, {_AUTO_VIEWS['cpu']} on a CPU",
+    )
+
+
+def student_parser() -> Parser:
+    """The command line of train_student.py."""
+    parser = Parser("Distil a frozen CLIP into a small student.")
+    group = parser.add_argument_group("method")
+    group.add_argument("--distill", choices=tuple(METHODS), default="ega", help="distillation method")
+    for short, name, what in (
+        ("-r", "gamma", "classification"),
+        ("-a", "alpha", "KD on the logits"),
+        ("-b", "beta", "the method's own loss"),
+    ):
+        group.add_argument(short, f"--{name}", type=weight, help=f"weight of {what}; if unset, the method's own")
+    group.add_argument("-node", "--node_weight", type=weight, default=0.8, help="EGA: weight of node matching")
+    group.add_argument("-edge", "--edge_weight", type=weight, default=0.24, help="EGA: weight of edge matching")
+    group.add_argument("--kd_T", type=positive, default=4, help="temperature of KD")
+
+    group = parser.add_argument_group("student")
+    group.add_argument("--model_s", choices=tuple(model_dict), default="resnet8x4", help="student's backbone")
+    group.add_argument("--feature_dim", type=positive_int, default=256, help="dimension of the joint space")
+
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--clip_mode", default="ViT-B/32", metavar="NAME|PATH", help=f"CLIP: {', '.join(PUBLISHED)}, or a checkpoint"
+    )
+    group.add_argument("--clip_tn", type=int, choices=(0, 1), default=1, help="1: the teacher is a CLIP")
+    group.add_argument("--path_t", help="a head that train_teacher.py trained; frozen. If unset, trained jointly")
+    add_bank_options(group)
+    group.add_argument(
+        "--views",
+        choices=("independent", "shared"),
+        default="independent",
+        help="shared: the teacher sees the student's view (needs --teacher_views all or 0)",
+    )
+
+    add_data_options(parser)
+    parser.add_argument_group("selection").add_argument(
+        "--holdout",
+        type=number(float, 0, 0.5, above=True),
+        metavar="F",
+        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set",
+    )
+    group = add_sgd_options(parser, 0.05, "student")
+    group.add_argument("--learning_rate_t", type=positive, default=0.01, help="of the teacher's head; never decayed")
+    add_run_options(parser)
+    group = parser.add_argument_group("more")
+    group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
+    group.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile the student; auto: in runs that are long enough for it to pay",
+    )
+    return parser
+
+
+def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check train_student.py's options; weights that are unset become the method's own."""
+    parser = student_parser()
+    opt = parser.parse_args(argv)
+    for name, default in zip(("gamma", "alpha", "beta"), METHODS[opt.distill].weights, strict=True):
+        if getattr(opt, name) is None:
+            setattr(opt, name, default)
+
+    if not opt.gamma and not opt.alpha and not opt.beta:
+        parser.error("-r, -a and -b are all 0: nothing would be trained")
+    if opt.distill == "kd" and not opt.alpha:
+        parser.error("--distill kd with -a 0 distils nothing; set -a (0.9, with -r 0.1) or use --distill none")
+    if METHODS[opt.distill].build is None and opt.beta:
+        parser.error(f"--distill {opt.distill} has no loss for -b {opt.beta:g} to weigh; leave -b at 0")
+    if opt.distill == "none" and opt.alpha:
+        parser.error("--distill none trains the student alone, without the teacher that -a needs; use --distill kd")
+    if opt.distill == "ega" and opt.beta and not opt.node_weight and not opt.edge_weight:
+        parser.error("--node_weight and --edge_weight are both 0: EGA would distil nothing; use --distill none")
+    if opt.clip_tn == 0 and opt.path_t is None:
+        parser.error("--clip_tn 0 needs --path_t, the checkpoint of the teacher to use in CLIP's place")
+    if opt.clip_tn == 0:
+        parser.error(f"--clip_tn 0: {opt.path_t} would have to be a CNN teacher, which is not supported yet")
+    if opt.views == "shared" and opt.teacher_views not in ("0", str(NUM_VIEWS)):
+        parser.error("--views shared shows the teacher any of the 162 views: it needs --teacher_views all or 0")
+    opt.model_t = "none" if opt.distill == "none" else short_name(opt.clip_mode)
+    return opt
+
+
+def student_run_name(opt: argparse.Namespace) -> str:
+    """The release's name of a run, without its colons, with the weight a, the seed and the trial."""
+    return (
+        f"S{opt.model_s}_T{opt.model_t}_f{opt.feature_dim}_{opt.dataset}_{opt.distill}"
+        f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}_node{opt.node_weight:g}_edge{opt.edge_weight:g}"
+        f"_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
+    )
+
+
+def resolve_auto(opt: argparse.Namespace, run: Run) -> None:
+    """Replace every ``auto`` that stands for a value, print what it became, and note all options in the run.
+
+    A resumed run keeps what was resolved when it began.
+
+    Raises:
+        ValueError: the machine lacks what is asked for, or an option differs from the resumed run's.
+    """
+    auto = [name for name in ("device", "amp", "teacher_views") if getattr(opt, name, None) == "auto"]
+    for name in auto:
+        if run.recorded is not None:
+            setattr(opt, name, str(run.recorded[name]))
+    opt.device = resolve_device(opt.device)
+    opt.amp = resolve_amp(opt.amp, opt.device)
+    if getattr(opt, "teacher_views", None) == "auto":
+        opt.teacher_views = _AUTO_VIEWS[opt.device]
+    if "teacher_views" in opt:
+        opt.teacher_views = int(opt.teacher_views)
+    if auto:
+        print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in auto))
+    # How many steps there are, and so whether compiling pays, is known once the data set is loaded.
+    run.record(**{name: value for name, value in vars(opt).items() if name not in ("resume", "compile")})
+
+
+def resolve_auto_compile(opt: argparse.Namespace, run: Run, steps: int) -> None:
+    """The same for ``--compile``, in a run of so many training steps."""
+    if opt.compile == "auto" and run.recorded is not None:
+        opt.compile = run.recorded["compile"]
+    auto = opt.compile == "auto"
+    opt.compile = resolve_compile(opt.compile, opt.device, steps)
+    if auto:
+        print(f"auto: compile {opt.compile}")
+    run.record(compile=opt.compile)

@@ -1,0 +1,142 @@
+"""One run's folder: options, records, checkpoints; how it resumes and when it is finished."""
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from . import checkpoint
+from .logger import Logger
+
+# What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
+# weights are recognised by their hashes instead of their paths.
+_FREE = {"epochs", "data_dir", "clip_root", "save_dir", "clip_mode", "model", "path_t", "print_freq", "resume"}
+
+
+class Run:
+    """A run of so many epochs that can be killed at any moment and resumed.
+
+    After each epoch everything that the run is made of goes into ``resume.pth``, in one file; the logs are
+    written from it.
+
+    Attributes:
+        folder: where its files are.
+        recorded: the options of the resumed run; None for a new one.
+        history: a record for every finished epoch.
+        state: what the last ``end_epoch`` was given, when the run was resumed; else None.
+
+    Args:
+        opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here.
+        kind: 'student_model', say: the folder in SAVE of such runs.
+        tb_kind: likewise of TensorBoard's events.
+        name: of the run.
+        stem: of the files of the best model, {stem}_best.pth, and of the last, {stem}_last.pth.
+
+    Raises:
+        ValueError: the folder holds a run that is not to be resumed, or in use; or ``--resume`` names no run.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, opt, kind: str, tb_kind: str, name: str, stem: str):
+        self.folder = Path(opt.save_dir) / kind / name
+        self.epochs = opt.epochs
+        self.options: dict = {}
+        self.recorded: dict | None = None
+        self.history: list[dict] = []
+        self.state: dict | None = None
+        self._tb_folder = Path(opt.save_dir) / tb_kind / name
+        self._stem = stem
+        self._last = self.folder / f"{stem}_last.pth"
+        self._resume = self.folder / "resume.pth"
+        self._logger: Logger | None = None
+        self._lock = FileLock(self.folder / "lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._tb_folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another process is running in {self.folder}; wait or use another --trial") from None
+        except OSError as error:
+            raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
+        self._load(opt.resume)
+
+    def _load(self, resume: str) -> None:
+        path = self._resume if resume in ("auto", "none") else Path(resume)
+        if resume not in ("auto", "none") and not path.is_file():
+            raise ValueError(f"--resume {resume}: no such file (auto, none, or the path of a resume.pth)")
+        if self._resume.exists() and (resume == "none" or path.resolve() != self._resume.resolve()):
+            raise ValueError(f"{self.folder} holds a run already; resume it, delete it, or use another --trial")
+        if not path.exists():
+            return
+        saved = checkpoint.load(path)
+        if not {"options", "history", "state"} <= saved.keys():
+            raise ValueError(f"{path} is not the resume.pth of a run")
+        self.recorded, self.history, self.state = saved["options"], saved["history"], saved["state"]
+
+    def record(self, **values) -> None:
+        """Note options and facts (hashes of data and weights); a resumed run must have the same.
+
+        Raises:
+            ValueError: one that may not change differs from the resumed run's.
+        """
+        for key, value in values.items():
+            if self.recorded is not None and key not in _FREE and self.recorded.get(key) != value:
+                raise ValueError(
+                    f"{self.folder} holds a run with {key} {self.recorded.get(key)}, not {value}: "
+                    "use the same options to resume it, or another --trial for a new run"
+                )
+            self.options[key] = value
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch to begin with, counted from 1."""
+        return len(self.history) + 1
+
+    @property
+    def finished(self) -> bool:
+        """All epochs are done, and their logs and last file are written."""
+        return len(self.history) >= self.epochs and self._last.exists()
+
+    def start(self) -> None:
+        """Write the options, and the logs of what is done."""
+        checkpoint.write_json(self.options, self.folder / "options.json")
+        self._logger = Logger(self.folder, self._tb_folder, self.history)
+        if self.history:
+            print(f"resuming {self.folder} after epoch {len(self.history)}")
+
+    @property
+    def best(self) -> dict | None:
+        """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc."""
+        tested = [record for record in self.history if "test_acc" in record]
+        return max(tested, key=_score, default=None)
+
+    def end_epoch(self, record: dict, state: dict, model: dict, save_freq: int | None = None) -> None:
+        """Save an epoch's record and the state after it.
+
+        Args:
+            record: the line of metrics.jsonl.
+            state: what ``self.state`` will be when the run is resumed.
+            model: the content of the model's file, written when the epoch is the best so far.
+            save_freq: write it every so many epochs besides.
+        """
+        # Before resume.pth: a run killed in between does the epoch again and writes the same files again.
+        if "test_acc" in record and (self.best is None or _score(record) > _score(self.best)):
+            checkpoint.save(model | record, self.folder / f"{self._stem}_best.pth")
+        if save_freq is not None and record["epoch"] % save_freq == 0:
+            checkpoint.save(model | record, self.folder / f"ckpt_epoch_{record['epoch']}.pth")
+        self.history.append(record)
+        checkpoint.save({"options": self.options, "history": self.history, "state": state}, self._resume)
+        self._logger.append(record)
+
+    def finish(self, model: dict) -> None:
+        """Write the last model's file, which marks the run as finished."""
+        checkpoint.save(model | self.history[-1], self._last)
+
+    def print_result(self) -> None:
+        """One line: where the run is, and its accuracy."""
+        best, last = self.best, self.history[-1]
+        accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"
+        print(f"best accuracy: {accuracies}, in {self.folder}")
+
+
+def _score(record: dict) -> float:
+    return record.get("val_acc", record["test_acc"])

@@ -1,0 +1,69 @@
+"""Where and how a run computes: device, precision, compilation; every ``auto`` is resolved here."""
+
+import contextlib
+import os
+import shutil
+
+import torch
+
+# torch.compile takes 40 s to compile resnet8x4 on two cores; a run shorter than this does not earn it back.
+COMPILE_PAYS_AFTER_STEPS = 10_000
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str) -> str:
+    """'cpu' or 'cuda'.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def resolve_amp(amp: str, device: str) -> str:
+    """'off', 'bf16' or 'fp16': bf16 where the processor computes in it.
+
+    Raises:
+        ValueError: fp16 on a CPU, which has no fast fp16.
+    """
+    if amp == "fp16" and device != "cuda":
+        raise ValueError("--amp fp16 needs --device cuda; on a CPU use bf16 or off")
+    if amp != "auto":
+        return amp
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "off"
+
+
+def resolve_compile(compile_: str, device: str, steps: int) -> str:
+    """'on' or 'off': on where a compiler is there and the run is long enough to earn the time back.
+
+    Args:
+        steps: training steps of the whole run.
+
+    Raises:
+        ValueError: compilation for a CPU is asked for and there is no C++ compiler.
+    """
+    able = device == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    if compile_ == "on" and not able:
+        raise ValueError("--compile on needs a C++ compiler (g++, or the one that CXX names); install one or use off")
+    if compile_ == "auto":
+        return "on" if able and steps >= COMPILE_PAYS_AFTER_STEPS else "off"
+    return compile_
+
+
+def teacher_precision(device: str, amp: str) -> str:
+    """The frozen teacher's: fp16 on CUDA, as published; bf16 on a CPU that computes in it; else fp32."""
+    if device == "cuda":
+        return "fp16"
+    return "bf16" if amp == "bf16" else "fp32"
+
+
+def autocast(device: str, amp: str) -> contextlib.AbstractContextManager:
+    """The forward pass's context."""
+    return torch.autocast(device, dtype=DTYPES.get(amp), enabled=amp != "off")

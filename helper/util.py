@@ -1,0 +1,82 @@
+"""Small things that every script needs."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term was not finite; training must not go on, nor be saved."""
+
+
+@contextlib.contextmanager
+def exit_on_bad_input(program: str) -> Iterator[None]:
+    """End with exit code 2 and one line where what the user gave cannot be worked with.
+
+    Wraps what happens before training: the house raises ValueError and OSError, with a message that says
+    what is wrong and what to do.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+@contextlib.contextmanager
+def exit_on_non_finite_loss(program: str) -> Iterator[None]:
+    """End with exit code 3 and one line where a loss is not finite."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(3) from error
+
+
+class AverageMeter:
+    """Keeps a running average; of a vector too, which stays on its device until it is read."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = self.avg = self.sum = self.count = 0
+
+    def update(self, val: float | Tensor, n: int = 1) -> None:
+        """Add a value that is the mean of ``n`` samples."""
+        self.val = val
+        self.sum = self.sum + val * n
+        self.count += n
+        self.avg = self.sum / self.count
+
+
+def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
+    """Percentage of samples whose target is among the k highest logits, for each k.
+
+    Args:
+        output: logits, (B, classes).
+        target: (B,) classes.
+        topk: each k; one above the number of classes counts all of them.
+    """
+    highest = output.topk(min(max(topk), output.shape[1]), dim=1).indices
+    correct = highest == target[:, None]
+    return [100.0 * correct[:, :k].any(dim=1).float().mean() for k in topk]
+
+
+def adjust_learning_rate(epoch: int, opt, optimizer: torch.optim.Optimizer) -> float:
+    """Set the learning rate of an epoch (counted from 1): times ``lr_decay_rate`` after each decay epoch."""
+    decays = sum(epoch > decay for decay in opt.lr_decay_epochs)
+    lr = opt.learning_rate * opt.lr_decay_rate**decays
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

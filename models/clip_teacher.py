@@ -1,0 +1,153 @@
+"""The frozen CLIP image encoder (Radford et al., ICML 2021), by published name or from a checkpoint."""
+
+import hashlib
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import clip
+import torch
+from clip.model import CLIP, build_model
+from torch import Tensor, nn
+
+PUBLISHED = tuple(clip.available_models())
+
+# What the release's run names call the models that it accepts.
+_SHORT_NAMES = {"ViT-B/32": "vit32", "ViT-B/16": "vit16"}
+
+
+def short_name(clip_mode: str) -> str:
+    """The teacher's name in names of runs and files: the release's, or the stem of a path."""
+    if clip_mode in PUBLISHED:
+        return _SHORT_NAMES.get(clip_mode, clip_mode.replace("/", "-"))
+    return Path(clip_mode).stem
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
+    """The checkpoint's path and SHA-256; a published one is downloaded into ``root`` when it is missing.
+
+    Args:
+        clip_mode: one of ``PUBLISHED``, or the path of a checkpoint in OpenAI's format.
+        root: the folder of the published weights.
+
+    Raises:
+        ValueError: neither a published name nor a file.
+        OSError: a published file that is corrupt, or missing and not to be downloaded. Nothing is overwritten.
+    """
+    if clip_mode not in PUBLISHED:
+        path = Path(clip_mode)
+        if not path.is_file():
+            raise ValueError(
+                f"--clip_mode {clip_mode}: neither a file nor a published CLIP; known: {', '.join(PUBLISHED)}"
+            )
+        return path, sha256_of(path)
+
+    url = clip.clip._MODELS[clip_mode]
+    expected, filename = url.split("/")[-2:]
+    path = Path(root) / filename
+    if path.exists():
+        # clip.load would download a file of another hash again, over the one that is there.
+        found = sha256_of(path)
+        if found != expected:
+            raise OSError(f"{path} is not the published {clip_mode} (its SHA-256 differs): delete it and run again")
+        return path, found
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Downloads beside the target, checks the hash, then renames.
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
+    except Exception as error:
+        raise OSError(
+            f"{clip_mode} is not in {root} and could not be downloaded ({error}); "
+            f"with no network, put {filename} there or give --clip_mode a path"
+        ) from error
+    return path, expected
+
+
+def load_clip(path: str | os.PathLike) -> CLIP:
+    """A CLIP from a TorchScript archive or a state dict, on the CPU, in ``eval()`` mode, without gradients.
+
+    Weights that the published files hold in fp16 are fp16, as OpenAI's own loader leaves them.
+
+    Raises:
+        ValueError: not a CLIP, or a file that holds anything but tensors.
+    """
+    state = _read_state(path)
+    try:
+        model = build_model(state)
+    except (KeyError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a CLIP in OpenAI's format ({reason})") from error
+    return model.eval().requires_grad_(False)
+
+
+def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
+    try:
+        if _is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is not a CLIP checkpoint, or holds more than tensors") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a CLIP checkpoint: it holds more than named tensors")
+    return dict(state)
+
+
+def _is_torchscript(path: str | os.PathLike) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+class ImageEncoder(nn.Module):
+    """A frozen CLIP's image encoder.
+
+    Attributes:
+        name: as in names of runs.
+        sha256: of the checkpoint's file.
+        resolution: input height and width in pixels.
+        dim: width of the embedding.
+    """
+
+    def __init__(self, clip_mode: str, root: str, dtype: torch.dtype = torch.float32):
+        """Load a published CLIP or a checkpoint; see ``fetch_clip`` and ``load_clip`` for what is raised.
+
+        Args:
+            clip_mode: a published name or a path.
+            root: the folder of the published weights.
+            dtype: of the weights that the published files hold in fp16; the others stay float32.
+        """
+        super().__init__()
+        path, self.sha256 = fetch_clip(clip_mode, root)
+        self.name = short_name(clip_mode)
+        self.visual = load_clip(path).visual
+        for parameter in self.visual.parameters():
+            if parameter.dtype == torch.float16:
+                parameter.data = parameter.data.to(dtype)
+        self.resolution: int = self.visual.input_resolution
+        self.dim: int = self.visual.output_dim
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        return super().train(False)  # frozen: no call of train() may move its batch norms' statistics
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, resolution, resolution) to embeddings (B, dim), float32."""
+        with torch.autocast(image.device.type, enabled=False):
+            return self.visual(image.to(self.visual.conv1.weight.dtype)).float()
