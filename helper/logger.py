@@ -9,9 +9,9 @@ from pathlib import Path
 # before protobuf is first imported.
 os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
 
-import tensorboard_logger  # noqa: E402
+import tensorboard_logger
 
-from . import checkpoint  # noqa: E402
+from . import checkpoint
 
 
 class Logger:

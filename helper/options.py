@@ -87,8 +87,8 @@ def trial_name(text: str) -> str:
     return text
 
 
-def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> None:
-    """Where a run is, how long it is, what it prints, and what it computes on."""
+def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> argparse._ArgumentGroup:
+    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last."""
     group = parser.add_argument_group("run")
     group.add_argument("--save_dir", default="./save", help="folder of all results")
     group.add_argument("--trial", type=trial_name, default="1", help="a word that tells otherwise equal runs apart")
@@ -99,6 +99,7 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
     group.add_argument("--max_steps", type=positive_int, help="at most so many steps per epoch, for trials")
     group.add_argument("--eval_freq", type=positive_int, default=1, help="test after every so many epochs")
     group.add_argument("--print_freq", type=positive_int, default=100, help="print after every so many steps")
+    group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
@@ -108,6 +109,7 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
         default="auto",
         help="autocast; auto: bf16 where the processor has it",
     )
+    return group
 
 
 def add_data_options(parser: Parser) -> None:
@@ -183,10 +185,8 @@ def student_parser() -> Parser:
     )
     group = add_sgd_options(parser, 0.05, "student")
     group.add_argument("--learning_rate_t", type=positive, default=0.01, help="of the teacher's head; never decayed")
-    add_run_options(parser)
-    group = parser.add_argument_group("more")
-    group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
-    group.add_argument(
+    speed = add_run_options(parser)
+    speed.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
@@ -221,6 +221,33 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--views shared shows the teacher any of the 162 views: it needs --teacher_views all or 0")
     opt.model_t = "none" if opt.distill == "none" else short_name(opt.clip_mode)
     return opt
+
+
+def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse train_teacher.py's options."""
+    parser = Parser("Train a head (projection and classifier) on a frozen CLIP.")
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--model",
+        dest="clip_mode",
+        default="ViT-B/32",
+        metavar="NAME|PATH",
+        help=f"CLIP: {', '.join(PUBLISHED)}, or a checkpoint",
+    )
+    group.add_argument("--feature_dim", type=positive_int, default=256, help="dimension of the joint space")
+    add_bank_options(group)
+    add_data_options(parser)
+    add_sgd_options(parser, 0.01, "head")
+    add_run_options(parser)
+    opt = parser.parse_args(argv)
+    opt.path_t = None  # the head is trained here
+    opt.model_t = short_name(opt.clip_mode)
+    return opt
+
+
+def teacher_run_name(opt: argparse.Namespace) -> str:
+    """The release's name of a teacher, with the seed and the trial."""
+    return f"{opt.model_t}_f{opt.feature_dim}_{opt.dataset}_lr_{opt.learning_rate:g}_seed{opt.seed}_trial{opt.trial}"
 
 
 def student_run_name(opt: argparse.Namespace) -> str:

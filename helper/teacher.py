@@ -70,11 +70,6 @@ def build_teacher(opt, dataset: ImageDataset, run: Run) -> ClipTeacher:
     return ClipTeacher(embed, head.to(opt.device))
 
 
-def head_state(head: TeacNet, encoder: ImageEncoder, **more) -> dict:
-    """What a head's file holds: with the SHA-256 of the CLIP that it was trained on."""
-    return {"model": head.state_dict(), "clip_sha256": encoder.sha256, "clip": encoder.name, **more}
-
-
 def load_head(path: str, encoder: ImageEncoder, feature_dim: int, num_classes: int) -> TeacNet:
     """A head that ``train_teacher.py`` trained, frozen.
 
@@ -97,8 +92,8 @@ def load_head(path: str, encoder: ImageEncoder, feature_dim: int, num_classes: i
         )
     if state["clip_sha256"] != encoder.sha256:
         raise ValueError(
-            f"--path_t {path} was trained on another CLIP ({state.get('clip')}, SHA-256 {state['clip_sha256'][:12]}) "
-            f"than --clip_mode {encoder.name} ({encoder.sha256[:12]}); train a head for this one"
+            f"--path_t {path} was trained on another CLIP (SHA-256 {state['clip_sha256'][:12]}) than "
+            f"--clip_mode {encoder.name} ({encoder.sha256[:12]}); train a head for this one"
         )
     head.load_state_dict(state["model"])
     return head.requires_grad_(False)

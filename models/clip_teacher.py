@@ -7,10 +7,13 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import clip
 import torch
-from clip.model import CLIP, build_model
 from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # clip imports pkg_resources, which asks not to be
+    import clip
+    from clip.model import CLIP, build_model
 
 PUBLISHED = tuple(clip.available_models())
 
@@ -26,14 +29,11 @@ def short_name(clip_mode: str) -> str:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
