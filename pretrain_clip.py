@@ -1,0 +1,209 @@
+"""Train a small CLIP from scratch on images and captions: ``python pretrain_clip.py --dataset shapes``.
+
+The result, SAVE/clip/NAME/clip.pt, is a state dict in OpenAI's format and precision:
+``train_student.py --clip_mode SAVE/clip/NAME/clip.pt`` takes it for a teacher like any published one.
+"""
+
+import argparse
+import copy
+import time
+
+import torch
+from clip.model import CLIP, convert_weights
+
+from dataset import load_dataset
+from dataset.loader import Loader, epoch_seed
+from helper import checkpoint
+from helper.contrastive import Images, caption_tokens, train_contrastive, zero_shot_accuracy
+from helper.loops import EVAL_BATCH_SIZE, print_record
+from helper.options import (
+    Parser,
+    add_data_options,
+    add_run_options,
+    number,
+    positive,
+    positive_int,
+    resolve_auto,
+    weight,
+)
+from helper.run import Run
+from helper.util import exit_on_bad_input, exit_on_non_finite_loss
+
+# CLIP's text encoder reads captions of up to 77 of these byte pairs.
+CONTEXT_LENGTH, VOCABULARY = 77, 49408
+
+# About the length of the published models' image embeddings.
+EMBEDDING_NORM = 10
+
+
+def vision_layers(text: str) -> int | tuple[int, ...]:
+    """'3' to 3, the layers of a ViT; '1,2,2,1' to (1, 2, 2, 1), the blocks of a ModifiedResNet's four stages."""
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        layers = ()
+    if len(layers) not in (1, 4) or min(layers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of layers nor four numbers such as 3,4,6,3")
+    return layers if len(layers) == 4 else layers[0]
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("Train a small CLIP from scratch on images and captions.")
+    group = parser.add_argument_group("image encoder")
+    group.add_argument(
+        "--vision_layers", type=vision_layers, default="1,1,1,1", metavar="N|A,B,C,D", help="of a ViT | of a ResNet"
+    )
+    group.add_argument("--vision_width", type=positive_int, default=32, help="a ViT's: a multiple of 64")
+    group.add_argument("--vision_patch", type=positive_int, help="of a ViT, in pixels; a divisor of --resolution")
+    group.add_argument("--resolution", type=positive_int, default=32, help="input height and width in pixels")
+    group.add_argument("--embed_dim", type=positive_int, default=128, help="dimension that images and texts share")
+    group = parser.add_argument_group("text encoder")
+    group.add_argument("--text_layers", type=positive_int, default=2, help="number of layers")
+    group.add_argument("--text_width", type=positive_int, default=64, help="a multiple of 64")
+    add_data_options(parser)
+    group = parser.add_argument_group("optimisation (AdamW)")
+    group.add_argument("--learning_rate", type=positive, default=2e-3, help="at its highest")
+    group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps; a cosine follows")
+    group.add_argument("--weight_decay", type=weight, default=0.1, help="of matrices; gains and biases have none")
+    group.add_argument("--micro_batch", type=positive_int, help="encode so many images at once, to bound the memory")
+    add_run_options(parser, epochs=8, batch_size=128)
+    opt = parser.parse_args(argv)
+
+    if isinstance(opt.vision_layers, tuple):
+        if opt.vision_patch is not None:
+            parser.error("--vision_patch is a ViT's, but four --vision_layers make a ResNet; leave one of them out")
+        if opt.vision_width % 2:
+            parser.error(f"--vision_width {opt.vision_width}: a ResNet's is even")
+        if opt.resolution % 32:
+            parser.error(f"--resolution {opt.resolution}: a ResNet's is a multiple of 32")
+    else:
+        if opt.vision_patch is None or opt.resolution % opt.vision_patch:
+            parser.error(f"a ViT needs a --vision_patch that divides --resolution {opt.resolution}")
+        if opt.vision_width % 64:
+            parser.error(f"--vision_width {opt.vision_width}: a ViT's is a multiple of 64, the width of a head")
+    if opt.text_width % 64:
+        parser.error(f"--text_width {opt.text_width}: it is a multiple of 64, the width of a head")
+    if opt.batch_size < 2:
+        parser.error("--batch_size 1: a contrastive loss needs at least two images to tell apart")
+    return opt
+
+
+def run_name(opt: argparse.Namespace) -> str:
+    if isinstance(opt.vision_layers, tuple):
+        vision = f"rn{'-'.join(map(str, opt.vision_layers))}"
+    else:
+        vision = f"vit{opt.vision_layers}-{opt.vision_patch}"
+    return (
+        f"{vision}_w{opt.vision_width}_px{opt.resolution}_dim{opt.embed_dim}_text{opt.text_layers}-{opt.text_width}"
+        f"_{opt.dataset}_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
+    )
+
+
+def create_clip(opt: argparse.Namespace) -> CLIP:
+    """OpenAI's architecture with the weights that ``opt.seed`` gives."""
+    torch.manual_seed(opt.seed)
+    return CLIP(
+        embed_dim=opt.embed_dim,
+        image_resolution=opt.resolution,
+        vision_layers=opt.vision_layers,
+        vision_width=opt.vision_width,
+        vision_patch_size=opt.vision_patch,
+        context_length=CONTEXT_LENGTH,
+        vocab_size=VOCABULARY,
+        transformer_width=opt.text_width,
+        transformer_heads=opt.text_width // 64,
+        transformer_layers=opt.text_layers,
+    )
+
+
+@torch.no_grad()
+def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state dict as OpenAI publishes one: on the CPU, in fp16 where ``clip.load`` wants it so.
+
+    Training leaves the length of the image embeddings open, as the loss normalises them. The last linear map is
+    scaled so that it is, on average, ``EMBEDDING_NORM``: heads take the embeddings as they come, and the
+    learning rates for them were chosen on the published models.
+
+    Args:
+        image: (B, 3, H, W), the normalised images of the average.
+    """
+    model = copy.deepcopy(model).eval()
+    scale = EMBEDDING_NORM / model.encode_image(image).norm(dim=1).mean()
+    last = [model.visual.proj] if hasattr(model.visual, "proj") else model.visual.attnpool.c_proj.parameters()
+    for parameter in last:
+        parameter.mul_(scale)
+    convert_weights(model)
+    return model.cpu().state_dict()
+
+
+def main(argv: list[str] | None = None) -> None:
+    opt = parse_options(argv)
+
+    with exit_on_bad_input("pretrain_clip.py"):
+        run = Run(opt, "clip", "clip_tensorboards", run_name(opt), "clip")
+        path = run.folder / "clip.pt"
+        resolve_auto(opt, run)
+        if run.finished:
+            print_result(run)
+            return
+        dataset = load_dataset(opt.dataset, opt.data_dir)
+        captioned = dataset.captioned()
+        run.record(dataset_sha256=dataset.fingerprint())
+        device = torch.device(opt.device)
+        # The views for a teacher are the ones that are resized to its resolution.
+        loader = Loader(
+            captioned,
+            "captioned",
+            opt.batch_size,
+            device,
+            training=True,
+            seed=opt.seed,
+            images=False,
+            max_steps=opt.max_steps,
+        )
+        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE, device, images=False)
+        run.start()
+
+    pixels = Images(captioned, opt.resolution, device)
+    test_pixels = Images(dataset.test, opt.resolution, device)
+    tokens = caption_tokens(dataset.classes).to(device)
+    model = create_clip(opt).to(device, memory_format=torch.channels_last)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0}],
+        lr=opt.learning_rate,
+        betas=(0.9, 0.98),  # CLIP's, as eps is
+        eps=1e-6,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
+    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if run.state is not None:
+        for name, module in stateful.items():
+            module.load_state_dict(run.state[name])
+
+    with exit_on_non_finite_loss("pretrain_clip.py"):
+        for epoch in range(run.first_epoch, opt.epochs + 1):
+            start = time.perf_counter()
+            torch.manual_seed(epoch_seed(opt.seed, epoch))
+            record = {"epoch": epoch}
+            record |= train_contrastive(epoch, loader, pixels, model, tokens, optimizer, scaler, opt)
+            if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
+                record["zero_shot_acc"] = zero_shot_accuracy(model, test_loader, test_pixels, tokens, opt)
+            record["lr"] = optimizer.param_groups[0]["lr"]
+            record["seconds"] = time.perf_counter() - start
+            print_record(record)
+            run.end_epoch(record, {name: module.state_dict() for name, module in stateful.items()}, {})
+
+    checkpoint.save(published_state(model, test_pixels(next(test_loader.epoch()))), path)
+    run.finish({})
+    print_result(run)
+
+
+def print_result(run: Run) -> None:
+    print(f"zero-shot accuracy: {run.history[-1]['zero_shot_acc']:.2f}, in {run.folder / 'clip.pt'}")
+
+
+if __name__ == "__main__":
+    main()
