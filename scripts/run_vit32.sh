@@ -30,4 +30,5 @@ clip_root=./CLIP         # published CLIP weights, fetched when they are missing
 save_dir=./save
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-train_student "$@"
+set_student_args "$@"
+exec "$PYTHON" train_student.py "${STUDENT_ARGS[@]}"

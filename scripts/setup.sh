@@ -106,15 +106,17 @@ if [[ -z $PYTHON ]]; then
 fi
 unset name found lacks
 
-# Becomes the run of the student that the variables at the top of a script describe; arguments come last, and win.
-train_student() {
-    exec "$PYTHON" train_student.py --distill ega \
-        --clip_mode "$clip_mode" --model_s "$model_s" --feature_dim "$feature_dim" \
-        -r "$r" -a "$a" -b "$b" --node_weight "$node_weight" --edge_weight "$edge_weight" \
-        --epochs "$epochs" --batch_size "$batch_size" \
-        --learning_rate "$learning_rate" --learning_rate_t "$learning_rate_t" \
-        --lr_decay_epochs "$lr_decay_epochs" --lr_decay_rate "$lr_decay_rate" \
-        --weight_decay "$weight_decay" --momentum "$momentum" \
-        --seed "$seed" --trial "$trial" \
+# Sets STUDENT_ARGS to the command line of train_student.py that the variables at the top of a script describe, its
+# own arguments last, so that they win.
+set_student_args() {
+    STUDENT_ARGS=(
+        --distill ega --clip_mode "$clip_mode" --model_s "$model_s" --feature_dim "$feature_dim"
+        -r "$r" -a "$a" -b "$b" --node_weight "$node_weight" --edge_weight "$edge_weight"
+        --epochs "$epochs" --batch_size "$batch_size"
+        --learning_rate "$learning_rate" --learning_rate_t "$learning_rate_t"
+        --lr_decay_epochs "$lr_decay_epochs" --lr_decay_rate "$lr_decay_rate"
+        --weight_decay "$weight_decay" --momentum "$momentum"
+        --seed "$seed" --trial "$trial"
         --data_dir "$data_dir" --clip_root "$clip_root" --save_dir "$save_dir" "$@"
+    )
 }
