@@ -202,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def print_result(run: Run) -> None:
-    print(f"zero-shot accuracy: {run.history[-1]['zero_shot_acc']:.2f}, in {run.folder / 'clip.pt'}")
+    last = next(record for record in reversed(run.history) if "zero_shot_acc" in record)
+    print(f"zero-shot accuracy: {last['zero_shot_acc']:.2f}, in {run.folder / 'clip.pt'}")
 
 
 if __name__ == "__main__":

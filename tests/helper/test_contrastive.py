@@ -29,8 +29,8 @@ CLASSES = ["apple", "boy", "castle", "maple tree", "orchid"]
 
 
 def options(**changed) -> Namespace:
-    opt = dict(device="cpu", amp="off", micro_batch=None, epochs=2, print_freq=100, learning_rate=1e-3, warmup=0.2)
-    return Namespace(**(opt | changed))
+    opt = {"device": "cpu", "amp": "off", "micro_batch": None, "epochs": 2, "print_freq": 100}
+    return Namespace(**(opt | {"learning_rate": 1e-3, "warmup": 0.2} | changed))
 
 
 @pytest.fixture

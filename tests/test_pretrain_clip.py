@@ -1,0 +1,172 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pretrain_clip
+from dataset.views import CLIP_NORMALIZATION, normalize
+from helper.contrastive import caption_tokens
+from models.clip_teacher import ImageEncoder, load_clip
+
+ROOT = Path(__file__).parent.parent
+VIT = "--vision_layers 1 --vision_width 64 --vision_patch 16".split()
+RESNET = "--vision_layers 1,1,1,1 --vision_width 8".split()
+TINY = "--text_layers 1 --embed_dim 16 --dataset tiny --batch_size 16 --device cpu --amp off".split()
+
+
+def train(save_dir: Path, *more) -> Path:
+    """Run pretrain_clip.py in this process; the run's folder."""
+    pretrain_clip.main([*TINY, "--save_dir", str(save_dir), *map(str, more)])
+    (folder,) = (save_dir / "clip").iterdir()
+    return folder
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records, less what measures time."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+
+
+def assert_equal_clips(one: Path, other: Path) -> None:
+    one, other = (torch.load(folder / "clip.pt", weights_only=True) for folder in (one, other))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET, [*VIT, "--resolution", 48]], ids=["vit", "resnet", "vit at 48"])
+def test_the_result_loads_like_any_clip(tiny_dataset, tmp_path, vision):
+    folder = train(tmp_path, *vision, "--epochs", 5, "--learning_rate", 3e-3)
+    assert {path.name for path in folder.iterdir()} >= {"clip.pt", "metrics.jsonl", "options.json", "resume.pth"}
+    metrics = read_metrics(folder)
+    assert [record["epoch"] for record in metrics] == list(range(1, 6))
+    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
+
+    # Its accuracy, by OpenAI's own forward pass on what another program would load.
+    model = load_clip(folder / "clip.pt")
+    assert model.visual.conv1.weight.dtype == torch.float16
+    resolution = 48 if "--resolution" in vision else 32
+    assert model.visual.input_resolution == resolution
+    encoder = ImageEncoder(str(folder / "clip.pt"), "")
+    assert (encoder.dim, encoder.resolution, encoder.name) == (16, resolution, "clip")
+    if resolution == 32:
+        image = normalize(tiny_dataset.test.images, CLIP_NORMALIZATION)
+        embedding = encoder(image)
+        assert embedding.norm(dim=1).mean() == pytest.approx(10, rel=0.01)
+        tokens = caption_tokens(tiny_dataset.classes)
+        text = F.normalize(model.float().encode_text(tokens.flatten(0, 1)), dim=1).view(5, tokens.shape[1], 16).mean(1)
+        predicted = (embedding @ F.normalize(text, dim=1).T).argmax(dim=1)
+        accuracy = 100 * (predicted == tiny_dataset.test.targets).float().mean().item()
+        assert accuracy == pytest.approx(metrics[-1]["zero_shot_acc"], abs=5.1)  # fp16 may move one of 20 images
+
+
+_CHILD = """
+import os, signal, sys
+import dataset, helper.contrastive, helper.logger, pretrain_clip
+from tests.conftest import make_dataset
+
+dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+module, name, left = sys.argv[1:4]
+owner = {"step": helper.contrastive, "log": helper.logger.Logger}[module]
+original, left = getattr(owner, name), int(left)
+
+def counted(*args, **kwargs):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, counted)
+pretrain_clip.main(sys.argv[4:])
+"""
+
+
+def killed(save_dir: Path, where: list[str], arguments: list[str]) -> int:
+    """Run pretrain_clip.py in a process that kills itself; its return code."""
+    command = [sys.executable, "-c", _CHILD, *where, *TINY, "--save_dir", str(save_dir), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=120).returncode
+
+
+@pytest.mark.parametrize(
+    ("vision", "where"),
+    # Five steps an epoch: in the middle of the second one; and with it saved but not yet logged.
+    [(VIT, ["step", "contrastive_backward", "7"]), (RESNET, ["log", "append", "1"])],
+    ids=["in a step", "before the log"],
+)
+def test_killed_and_resumed_ends_bit_identical(tiny_dataset, tmp_path, vision, where):
+    arguments = [*vision, "--epochs", "3", "--seed", "4"]
+    whole = train(tmp_path / "whole", *arguments)
+    assert killed(tmp_path / "killed", where, arguments) == -signal.SIGKILL
+    resumed = train(tmp_path / "killed", *arguments)
+    assert_equal_clips(whole, resumed)
+    assert read_metrics(whole) == read_metrics(resumed)
+    assert len(read_metrics(resumed)) == 3
+
+
+def test_a_finished_run_prints_its_result_and_trains_no_more(tiny_dataset, tmp_path, capsys):
+    folder = train(tmp_path, *VIT, "--epochs", 1)
+    before = (folder / "clip.pt").read_bytes(), (folder / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    train(tmp_path, *VIT, "--epochs", 1)
+    out = capsys.readouterr().out
+    assert "zero-shot accuracy" in out
+    assert "Epoch" not in out
+    assert before == ((folder / "clip.pt").read_bytes(), (folder / "metrics.jsonl").read_bytes())
+
+
+def test_max_steps_and_eval_freq(tiny_dataset, tmp_path):
+    folder = train(tmp_path, *VIT, "--epochs", 3, "--max_steps", 1, "--eval_freq", 2, "--micro_batch", 5)
+    metrics = read_metrics(folder)
+    assert ["zero_shot_acc" in record for record in metrics] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--vision_layers", "1,2"], "1,2"),
+        (["--vision_layers", "0"], "0"),
+        (["--vision_layers", "two"], "two"),
+        (["--vision_layers", "2", "--vision_width", "64"], "--vision_patch"),
+        (["--vision_layers", "2", "--vision_width", "64", "--vision_patch", "5"], "--resolution 32"),
+        (["--vision_layers", "2", "--vision_width", "60", "--vision_patch", "4"], "multiple of 64"),
+        ([*RESNET, "--vision_patch", "4"], "--vision_patch"),
+        ([*RESNET, "--vision_width", "7"], "even"),
+        ([*RESNET, "--resolution", "40"], "multiple of 32"),
+        (["--text_width", "100"], "multiple of 64"),
+        (["--batch_size", "1"], "--batch_size"),
+        (["--warmup", "2"], "--warmup"),
+        (["--micro_batch", "0"], "--micro_batch"),
+        (["--learning_rate", "nan"], "--learning_rate"),
+        (["--dataset", "cifar1000"], "cifar100"),
+    ],
+)
+def test_bad_input(tiny_dataset, tmp_path, capsys, arguments, word):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, *arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert word in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_options_do_not_resume(tiny_dataset, tmp_path, capsys):
+    train(tmp_path, *VIT, "--epochs", 1)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, *VIT, "--epochs", 2, "--learning_rate", 1)
+    assert stop.value.code == 2
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, *VIT, "--epochs", 2, "--learning_rate", 1e30)
+    assert stop.value.code == 3
+    assert "train_loss" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("clip.pt"))
