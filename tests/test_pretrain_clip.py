@@ -15,14 +15,15 @@ from helper.contrastive import caption_tokens
 from models.clip_teacher import ImageEncoder, load_clip
 
 ROOT = Path(__file__).parent.parent
-VIT = "--vision_layers 1 --vision_width 64 --vision_patch 16".split()
-RESNET = "--vision_layers 1,1,1,1 --vision_width 8".split()
-TINY = "--text_layers 1 --embed_dim 16 --dataset tiny --batch_size 16 --device cpu --amp off".split()
+VIT = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16"]
+RESNET = ["--vision_layers", "1,1,1,1", "--vision_width", "8"]
+TINY = ["--text_layers", "1", "--embed_dim", "16", "--dataset", "tiny", "--batch_size", "16"]
+CPU = ["--device", "cpu", "--amp", "off"]
 
 
 def train(save_dir: Path, *more) -> Path:
     """Run pretrain_clip.py in this process; the run's folder."""
-    pretrain_clip.main([*TINY, "--save_dir", str(save_dir), *map(str, more)])
+    pretrain_clip.main([*TINY, *CPU, "--save_dir", str(save_dir), *map(str, more)])
     (folder,) = (save_dir / "clip").iterdir()
     return folder
 
@@ -89,7 +90,7 @@ pretrain_clip.main(sys.argv[4:])
 
 def killed(save_dir: Path, where: list[str], arguments: list[str]) -> int:
     """Run pretrain_clip.py in a process that kills itself; its return code."""
-    command = [sys.executable, "-c", _CHILD, *where, *TINY, "--save_dir", str(save_dir), *arguments]
+    command = [sys.executable, "-c", _CHILD, *where, *TINY, *CPU, "--save_dir", str(save_dir), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=120).returncode
 
