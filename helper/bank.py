@@ -73,8 +73,8 @@ def open_bank(
 ) -> EmbeddingBank:
     """Open the bank of a teacher on a data set, first encoding what it lacks.
 
-    Every chunk of the file has a checksum beside it, written after the chunk: one that was half written, cut
-    off or changed does not match and is encoded again. Runs that want the same bank wait for one another.
+    Every chunk of the file has a checksum beside it: one that was half written, cut off or changed does not
+    match and is encoded again. Runs that want the same bank wait for one another.
 
     Args:
         root: the folder of all banks.
@@ -169,29 +169,26 @@ class _BankFiles:
             or zlib.crc32(rows[start * row_bytes : end * row_bytes]) != checksums[number]
         ]
 
-    def grow(self, chunks: int, rows: int) -> None:
-        """Make room; what is there stays."""
-        for path, size in ((self._checksums, 4 * chunks), (self._rows, 2 * self.dim * rows)):
+    def map_to_write(self, chunks: int, rows: int) -> tuple[np.memmap, np.memmap]:
+        """Rows (rows, dim) fp16 and checksums (chunks,), mapped for writing; room is made, what is there stays."""
+        for path, size in ((self._rows, 2 * self.dim * rows), (self._checksums, 4 * chunks)):
             with open(path, "ab") as file:
                 if file.tell() < size:
-                    file.truncate(size)
-
-    def write(self, number: int, start: int, rows: np.ndarray) -> None:
-        """Write a chunk, then its checksum: never the other way round on disk."""
-        for path, offset, data in (
-            (self._rows, start * 2 * self.dim, rows.tobytes()),
-            (self._checksums, 4 * number, np.uint32(zlib.crc32(rows.tobytes())).tobytes()),
-        ):
-            with open(path, "r+b") as file:
-                file.seek(offset)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                    # Reserved, not only named: a full disk is an error here, and a crash when met in a mapped page.
+                    getattr(os, "posix_fallocate", _truncate)(file.fileno(), 0, size)
+        return (
+            np.memmap(self._rows, dtype=np.float16, mode="r+", shape=(rows, self.dim)),
+            np.memmap(self._checksums, dtype=np.uint32, mode="r+", shape=(chunks,)),
+        )
 
     def map(self, rows: int) -> Tensor:
         """The first ``rows`` rows, (rows, dim) fp16, mapped into memory."""
         # Mapped copy-on-write: torch has no read-only tensors, and nobody writes to it.
         return torch.from_numpy(np.memmap(self._rows, dtype=np.float16, mode="c", shape=(rows, self.dim)))
+
+
+def _truncate(descriptor: int, _offset: int, size: int) -> None:
+    os.truncate(descriptor, size)  # macOS has no posix_fallocate
 
 
 def _build(
@@ -203,7 +200,7 @@ def _build(
     device: torch.device,
 ) -> None:
     chunks = _chunks(dataset, num_views)
-    files.grow(len(chunks), chunks[-1][2])
+    rows, checksums = files.map_to_write(len(chunks), chunks[-1][2])
     order = view_order(np.arange(len(dataset.train)), num_views)
     for number in tqdm(missing, desc="teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1):
         section, start, end = chunks[number]
@@ -214,7 +211,11 @@ def _build(
         embedding = encode_view(
             encoder, split.images[inside].to(device), torch.from_numpy(view.astype(np.int64)).to(device)
         )
-        rows = embedding.half().cpu().numpy()
-        if not np.isfinite(rows).all():
+        encoded = embedding.half().cpu().numpy()
+        if not np.isfinite(encoded).all():
             raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
-        files.write(number, start, rows)
+        # In any order: only a chunk that is on disk whole matches its checksum.
+        rows[start:end] = encoded
+        checksums[number] = zlib.crc32(encoded.tobytes())
+    rows.flush()
+    checksums.flush()

@@ -142,12 +142,14 @@ def train_distill(
             out_s = (forward if full else student)(batch.image)
         out_t = None if teacher is None else teacher(loader.name, batch)
         loss, terms = objective(out_s, out_t, batch)
-        losses = {"train_loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
+        losses = {f"loss_{name}": term for name, term in terms.items()}
 
         total = scaler.scale(loss)
         if len(optimizers) > 1:
             losses["loss_teacher"] = F.cross_entropy(out_t.logits, batch.target)
             total = total + losses["loss_teacher"]
+        # Last, so that a loss that is not finite is called by the term that made it so.
+        losses["train_loss"] = loss
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         total.backward()

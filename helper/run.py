@@ -98,6 +98,8 @@ class Run:
 
     def start(self) -> None:
         """Write the options, and the logs of what is done."""
+        for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
+            left.unlink()
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
         if self.history:
@@ -133,7 +135,8 @@ class Run:
 
     def print_result(self) -> None:
         """One line: where the run is, and its accuracy."""
-        best, last = self.best, self.history[-1]
+        best = self.best
+        last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"
         print(f"best accuracy: {accuracies}, in {self.folder}")
 

@@ -18,7 +18,7 @@ from dataset import ImageDataset, Split
 # embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length, vocab_size,
 # transformer_width, transformer_heads, transformer_layers
 TINY_VIT = (16, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
-TINY_RESNET = (16, 32, (1, 1, 1, 1), 64, None, 77, 49408, 64, 1, 1)
+TINY_RESNET = (16, 32, (1, 1, 1, 1), 8, None, 77, 49408, 64, 1, 1)
 
 
 @pytest.fixture(scope="session")

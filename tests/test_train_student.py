@@ -1,0 +1,368 @@
+"""train_student.py as its users run it, on a tiny CLIP and a tiny data set."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_student
+import train_teacher
+from distiller_zoo import EGA, METHODS, DistillKL
+from helper import bank as bank_module
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def train(tiny_dataset, tiny_clip, tmp_path):
+    """Run train_student.py with these options besides; gives the run's folder."""
+
+    def run(*options, save_dir=tmp_path / "save", script=train_student):
+        base = ["--dataset", "tiny", "--save_dir", str(save_dir), "--device", "cpu", "--amp", "off"]
+        base += ["--batch_size", "16", "--feature_dim", "8"]
+        if script is train_student:
+            base += ["--clip_mode", str(tiny_clip), "--model_s", "resnet8"]
+        else:
+            base += ["--model", str(tiny_clip)]
+        script.main([*base, *map(str, options)])
+        kind = "student_model" if script is train_student else "models"
+        return max((save_dir / kind).iterdir(), key=lambda folder: (folder / "resume.pth").stat().st_mtime_ns)
+
+    return run
+
+
+def read_metrics(folder: Path, timed: bool = False) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = () if timed else ("seconds", "images_per_second")
+    return [{k: v for k, v in record.items() if k not in clock} for record in records]
+
+
+def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    tb_folder = folder.parent.parent / "student_tensorboards" / folder.name
+    events = EventAccumulator(str(tb_folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal_tensors(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_ega_writes_what_the_readme_says(train):
+    folder = train("--epochs", 2)
+    assert {"options.json", "metrics.jsonl", "resnet8_best.pth", "resnet8_last.pth", "resume.pth"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert folder.name == ("Sresnet8_Ttiny_clip_f8_tiny_ega_r1_a0_b1_node0.8_edge0.24_batchsize16_seed0_trial1")
+    records = read_metrics(folder, timed=True)
+    assert [record["epoch"] for record in records] == [1, 2]
+    named = {"epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "test_acc_top5", "teacher_acc"}
+    named |= {"seconds", "images_per_second", "loss_cls", "loss_distill", "loss_node", "loss_edge", "loss_teacher"}
+    for record in records:
+        assert set(record) == named
+        assert record["train_loss"] == pytest.approx(record["loss_cls"] + record["loss_distill"], rel=1e-5)
+        assert record["loss_distill"] == pytest.approx(record["loss_node"] + record["loss_edge"], rel=1e-5)
+    events = read_events(folder)
+    assert set(events) == named - {"epoch"}
+    assert events["train_loss"] == [(r["epoch"], pytest.approx(r["train_loss"])) for r in records]
+    options = json.loads((folder / "options.json").read_text())
+    assert options["amp"] == "off" and options["teacher_views"] == 1 and len(options["clip_sha256"]) == 64
+
+
+@pytest.mark.parametrize("distill", METHODS)
+def test_every_method_takes_steps(train, distill):
+    before = train("--epochs", 1, "--max_steps", 1, "--distill", distill, "--trial", "one")
+    after = train("--epochs", 1, "--max_steps", 3, "--distill", distill, "--trial", "three")
+    weights = [load(folder / "resnet8_last.pth") for folder in (before, after)]
+    for key in ("model", "layer"):
+        names = [name for name, value in weights[0][key].items() if value.is_floating_point()]
+        assert any(not torch.equal(weights[0][key][name], weights[1][key][name]) for name in names)
+
+
+def reference_epoch(opt_lr: float, tiny_dataset, tiny_clip, method: str) -> tuple[dict, dict]:
+    """One epoch written down step by step, with two backward passes and plain SGD, from the same start."""
+    from dataset.loader import Loader
+    from helper.bank import encode_view
+    from models import create_student
+    from models.clip_teacher import ImageEncoder
+    from models.heads import TeacNet
+
+    encoder = ImageEncoder(str(tiny_clip), "")
+    torch.manual_seed(0)
+    head = TeacNet(encoder.dim, 8, 5)
+    torch.manual_seed(0)
+    student = create_student("resnet8", 8, 5).train()
+    settings = {"momentum": 0.9, "weight_decay": 5e-4}
+    optimizers = [
+        torch.optim.SGD(student.parameters(), opt_lr, **settings),
+        torch.optim.SGD(head.parameters(), 0.01, **settings),
+    ]
+    loader = Loader(tiny_dataset.train, "train", 16, torch.device("cpu"), training=True, teacher_views=3)
+    for batch in loader.epoch(1):
+        f_t, logit_t = head(
+            encode_view(encoder, tiny_dataset.train.images[batch.index], batch.teacher_view).half().float()
+        )
+        out = student(batch.image)
+        loss = torch.nn.functional.cross_entropy(out.logits, batch.target)
+        if method == "ega":
+            loss = loss + EGA(0.8, 0.24)(out.embedding, f_t.detach())
+        else:
+            loss = 0.1 * loss + 0.9 * DistillKL(4)(out.logits, logit_t.detach())
+        for optimizer, value in zip(
+            optimizers, (loss, torch.nn.functional.cross_entropy(logit_t, batch.target)), strict=True
+        ):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    return student.backbone.state_dict(), head.state_dict()
+
+
+@pytest.mark.parametrize("method", ["ega", "kd"])
+def test_an_epoch_equals_the_papers_steps_written_out(train, tiny_dataset, tiny_clip, method):
+    folder = train("--epochs", 1, "--distill", method, "--teacher_views", 3, "--learning_rate", 0.02)
+    student, head = reference_epoch(0.02, tiny_dataset, tiny_clip, method)
+    last = load(folder / "resnet8_last.pth")
+    for name, value in student.items():
+        torch.testing.assert_close(last["model"][name], value, rtol=1e-3, atol=2e-4)
+    for name, value in head.items():
+        torch.testing.assert_close(last["teacher_layer"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_larger_weight_of_distillation_leaves_the_teachers_head_alone(train):
+    heads = [
+        load(train("--epochs", 1, "-b", b, "-a", a) / "resnet8_last.pth")["teacher_layer"]
+        for a, b in ((0, 1), (1, 100))
+    ]
+    assert_equal_tensors(*heads)
+
+
+def test_seed_decides_everything(train, tmp_path):
+    a = train("--epochs", 1, "--seed", 3)
+    b = train("--epochs", 1, "--seed", 3, save_dir=tmp_path / "again")
+    c = train("--epochs", 1, "--seed", 4)
+    assert read_metrics(a) == read_metrics(b) != read_metrics(c)
+
+
+def test_embeddings_on_the_fly_equal_the_banks(train):
+    # The bank rounds to fp16; the views drawn are the same ones.
+    options = ["--epochs", 1, "--max_steps", 2, "--views", "shared"]
+    runs = [train(*options, "--teacher_views", views, "--trial", views) for views in ("all", "0")]
+    losses = [read_metrics(run)[0]["loss_distill"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_holdout_chooses_the_best_epoch(train):
+    folder = train("--epochs", 3, "--holdout", 0.2)
+    records = read_metrics(folder)
+    best = max(records, key=lambda record: record["val_acc"])
+    assert load(folder / "resnet8_best.pth")["epoch"] == best["epoch"]
+
+
+def test_learning_rate_decays_after_its_epochs(train):
+    folder = train("--epochs", 4, "--max_steps", 1, "--lr_decay_epochs", "1,3", "--learning_rate", 0.1)
+    assert [record["lr"] for record in read_metrics(folder)] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+
+
+# ---- resuming
+
+CHILD = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.conftest import make_dataset
+import dataset, train_student
+dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+train_student.main(sys.argv[1:])
+"""
+
+
+def start_child(arguments: list[str], **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", "-c", CHILD.format(root=str(ROOT)), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **kwargs)
+
+
+def test_killed_and_resumed_ends_bit_identical(train, tiny_clip, tmp_path):
+    whole = train("--epochs", 4, "--teacher_views", 2, save_dir=tmp_path / "whole")
+
+    save_dir = tmp_path / "killed"
+    arguments = f"--dataset tiny --save_dir {save_dir} --device cpu --amp off --batch_size 16 --feature_dim 8".split()
+    arguments += f"--clip_mode {tiny_clip} --model_s resnet8 --epochs 4 --teacher_views 2".split()
+    child = start_child(arguments)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        lines = [path.read_text().count("\n") for path in save_dir.glob("student_model/*/metrics.jsonl")]
+        if lines and lines[0] >= 1:
+            child.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert child.wait() == -signal.SIGKILL
+    (killed,) = (save_dir / "student_model").iterdir()
+    assert 1 <= len(read_metrics(killed)) < 4
+
+    assert train("--epochs", 4, "--teacher_views", 2, save_dir=save_dir) == killed
+    for name in ("resnet8_last.pth", "resnet8_best.pth"):
+        for key in ("model", "layer", "teacher_layer"):
+            assert_equal_tensors(load(whole / name)[key], load(killed / name)[key])
+    assert read_metrics(whole) == read_metrics(killed)
+    events = read_events(killed)
+    for tag, values in read_events(whole).items():
+        assert [step for step, _ in events[tag]] == [1, 2, 3, 4]
+        assert tag in ("seconds", "images_per_second") or events[tag] == values
+    assert not list(killed.glob("*.tmp"))
+
+
+def test_a_finished_run_prints_its_result_and_trains_no_more(train, capsys):
+    folder = train("--epochs", 1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    train("--epochs", 1)
+    assert "best accuracy" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_more_epochs_continue_a_finished_run(train, tmp_path):
+    longer = train("--epochs", 3, save_dir=tmp_path / "at_once")
+    train("--epochs", 1)
+    continued = train("--epochs", 3)
+    assert read_metrics(longer) == read_metrics(continued)
+    assert_equal_tensors(load(longer / "resnet8_last.pth")["model"], load(continued / "resnet8_last.pth")["model"])
+
+
+# ---- bad input
+
+
+def assert_refused(capsys, code: int, *words: str):
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if "error:" in line]
+    assert len(errors) == 1 and lines[-1] == errors[0]
+    for word in words:
+        assert word in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--clip_mode", "no/such/file.pt"], ["no/such/file.pt", "ViT-B/32"]),
+        (["--path_t", "no/such/head.pth"], ["no/such/head.pth"]),
+        (["--resume", "no/such/resume.pth"], ["no/such/resume.pth"]),
+        (["--holdout", "0.001"], ["--holdout"]),
+        (["--amp", "fp16"], ["--amp fp16"]),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(train, capsys, options, words):
+    with pytest.raises(SystemExit) as exit_:
+        train(*options)
+    assert exit_.value.code == 2
+    assert_refused(capsys, 2, *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(train, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train("--device", "cuda")
+    assert exit_.value.code == 2
+    assert_refused(capsys, 2, "--device cuda")
+
+
+def test_a_save_folder_that_cannot_be_written_is_refused(train, capsys, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SystemExit) as exit_:
+        train("--epochs", 1, save_dir=tmp_path / "file" / "save")
+    assert exit_.value.code == 2
+    assert_refused(capsys, 2, "--save_dir")
+
+
+@pytest.mark.parametrize("change", [["--weight_decay", "0.1"], ["--teacher_views", "2"], ["--kd_T", "2"]])
+def test_a_run_with_other_options_is_not_resumed(train, capsys, change):
+    folder = train("--epochs", 1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as exit_:
+        train("--epochs", 2, *change)
+    assert exit_.value.code == 2
+    assert_refused(capsys, 2, change[0].lstrip("-"))
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_corrupt_resume_file_is_refused_and_kept(train, capsys):
+    resume = train("--epochs", 1) / "resume.pth"
+    resume.write_bytes(resume.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as exit_:
+        train("--epochs", 2)
+    assert exit_.value.code == 2
+    assert_refused(capsys, 2, "resume.pth")
+    assert len(resume.read_bytes()) == 1000
+
+
+def test_a_loss_that_is_not_finite_stops_with_code_3(train, capsys):
+    folder = train("--epochs", 1)
+    good = (folder / "resume.pth").read_bytes()
+    state = load(folder / "resume.pth")
+    state["state"]["student"]["head.fit_dim_Net.weight"].fill_(float("inf"))
+    torch.save(state, folder / "resume.pth")
+    broken = (folder / "resume.pth").read_bytes()
+    best = (folder / "resnet8_best.pth").read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        train("--epochs", 2)
+    assert exit_.value.code == 3
+    assert_refused(capsys, 3, "cls", "step 1")
+    assert (folder / "resume.pth").read_bytes() == broken != good
+    assert (folder / "resnet8_best.pth").read_bytes() == best
+    assert len(read_metrics(folder)) == 1
+
+
+# ---- the teacher's head, trained first
+
+
+def test_a_head_is_handed_over_frozen(train, tiny_clip):
+    teacher = train("--epochs", 2, script=train_teacher)
+    head = load(teacher / "tiny_clip_best.pth")
+    folder = train("--epochs", 1, "--path_t", teacher / "tiny_clip_best.pth", "--trial", "seq")
+    last = load(folder / "resnet8_last.pth")
+    assert_equal_tensors(last["teacher_layer"], head["model"])
+    (record,) = read_metrics(folder)
+    assert record["teacher_acc"] == pytest.approx(head["test_acc"])
+    assert "loss_teacher" not in record
+
+
+def test_a_head_of_another_shape_or_clip_is_refused(train, capsys, tmp_path):
+    path = train("--epochs", 1, script=train_teacher) / "tiny_clip_best.pth"
+    with pytest.raises(SystemExit) as exit_:
+        train("--epochs", 1, "--path_t", path, "--feature_dim", 4)
+    assert exit_.value.code == 2
+    assert_refused(capsys, 2, "shape", "--feature_dim")
+
+    head = load(path)
+    torch.save(head | {"clip_sha256": "0" * 64}, tmp_path / "other.pth")
+    with pytest.raises(SystemExit) as exit_:
+        train("--epochs", 1, "--path_t", tmp_path / "other.pth")
+    assert exit_.value.code == 2
+    assert_refused(capsys, 2, "another CLIP")
+
+
+def test_train_teacher_resumes(train, tmp_path):
+    whole = train("--epochs", 3, script=train_teacher, save_dir=tmp_path / "whole")
+    train("--epochs", 1, script=train_teacher)
+    resumed = train("--epochs", 3, script=train_teacher)
+    assert read_metrics(whole) == read_metrics(resumed)
+    assert_equal_tensors(load(whole / "tiny_clip_last.pth")["model"], load(resumed / "tiny_clip_last.pth")["model"])
+
+
+def test_runs_share_one_bank(train, monkeypatch):
+    train("--epochs", 1)
+    encoded = []
+    monkeypatch.setattr(bank_module, "encode_view", lambda *args: encoded.append(args))
+    train("--epochs", 1, "--distill", "kd", "--seed", 5)
+    train("--epochs", 1, script=train_teacher)
+    assert not encoded
