@@ -1,0 +1,199 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import Split
+from dataset.loader import Loader, epoch_seed, holdout_rows
+from dataset.views import (
+    CIFAR100_NORMALIZATION,
+    CLIP_NORMALIZATION,
+    NUM_VIEWS,
+    TEST_VIEW,
+    crop_flip,
+    normalize,
+    view_order,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    images = np.random.default_rng(0).integers(0, 256, (150, 3, 8, 8), dtype=np.uint8)
+    return Split(torch.from_numpy(images), torch.arange(150) % 7)
+
+
+def train_loader(split: Split, batch_size: int = 64, **options) -> Loader:
+    return Loader(split, "train", batch_size, CPU, training=True, **options)
+
+
+def columns(loader: Loader, epoch: int) -> list[torch.Tensor]:
+    """An epoch's index, target, image and teacher_view, over all batches."""
+    return [torch.cat(column) for column in zip(*loader.epoch(epoch), strict=True)]
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(64, [64, 64, 22]), (50, [50] * 3), (200, [150]), (149, [149, 1])])
+def test_an_epoch_holds_every_row_once_and_keeps_the_smaller_last_batch(split, batch_size, sizes):
+    loader = train_loader(split, batch_size)
+    batches = list(loader.epoch(1))
+    assert [len(batch.target) for batch in batches] == sizes
+    assert (len(loader), loader.num_samples) == (len(sizes), 150)
+    index = torch.cat([batch.index for batch in batches])
+    assert index.sort().values.tolist() == list(range(150))
+    assert index.tolist() != list(range(150))
+    assert all(torch.equal(batch.target, split.targets[batch.index]) for batch in batches)
+
+
+def test_an_images_pixels_are_one_of_its_own_views(split):
+    for batch in train_loader(split).epoch(1):
+        for row, image in zip(batch.index.tolist(), batch.image, strict=True):
+            views = normalize(
+                crop_flip(split.images[row].expand(162, -1, -1, -1), torch.arange(162)), CLIP_NORMALIZATION
+            )
+            assert (views == image).flatten(1).all(1).any()
+
+
+def test_normalisation_is_the_one_that_was_asked_for(split):
+    clips, repdistillers = (
+        columns(train_loader(split, normalization=n), 1)[2] for n in (CLIP_NORMALIZATION, CIFAR100_NORMALIZATION)
+    )
+    (mean, std), (mean2, std2) = (
+        torch.tensor(n)[..., None, None] for n in (CLIP_NORMALIZATION, CIFAR100_NORMALIZATION)
+    )
+    torch.testing.assert_close(clips * std + mean, repdistillers * std2 + mean2, rtol=0, atol=1e-6)
+
+
+def test_order_and_views_depend_on_seed_and_epoch_alone(split):
+    loader = train_loader(split, seed=3)
+    first = columns(loader, 5)
+    torch.manual_seed(99)
+    list(loader.epoch(2))  # neither what ran before nor the global generator matters
+    again = columns(train_loader(split, batch_size=17, seed=3), 5)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    state = torch.get_rng_state()
+    list(loader.epoch(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(3, 6), (4, 5), (5, 3)])
+def test_another_seed_or_epoch_gives_another_order_and_other_views(split, seed, epoch):
+    first, other = columns(train_loader(split, seed=3), 5), columns(train_loader(split, seed=seed), epoch)
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[3], other[3])
+    by_row = [image[index.argsort()] for index, _, image, _ in (first, other)]
+    same = (by_row[0] == by_row[1]).flatten(1).all(1).sum()
+    assert same < 10  # about one of 150 gets the same of 162 views twice
+
+
+def test_neighbouring_seeds_and_epochs_give_unrelated_generator_seeds():
+    seeds = {epoch_seed(seed, epoch) for seed in range(40) for epoch in range(40)}
+    assert len(seeds) == 1600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("options", [{"teacher_views": 1}, {"teacher_views": 16}, {"shared": True}])
+def test_the_students_order_and_views_are_the_same_for_every_teacher(split, options):
+    with_all, with_other = columns(train_loader(split), 2), columns(train_loader(split, **options), 2)
+    assert all(torch.equal(with_all[i], with_other[i]) for i in range(3))
+
+
+def test_a_shared_view_is_the_students(split):
+    batch = next(train_loader(split, shared=True).epoch(1))
+    pixels = normalize(crop_flip(split.images[batch.index], batch.teacher_view), CLIP_NORMALIZATION)
+    assert torch.equal(batch.image, pixels)
+    independent = next(train_loader(split).epoch(1))
+    assert not torch.equal(independent.teacher_view, batch.teacher_view)
+
+
+def chi_square(counts: np.ndarray, expected: float) -> float:
+    """How many standard deviations a chi-square statistic lies above its mean."""
+    freedom = counts.size - 1
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.fixture(scope="module")
+def blank() -> Split:
+    return Split(torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8), torch.zeros(20_000, dtype=torch.long))
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 16, NUM_VIEWS])
+def test_the_teachers_view_is_uniform_among_the_images_first_ones(blank, num_views):
+    index, _, _, view = columns(train_loader(blank, 5000, teacher_views=num_views), 1)
+    hit = torch.from_numpy(view_order(index.numpy(), num_views)) == view[:, None]
+    if num_views < NUM_VIEWS:
+        assert hit.any(dim=1).all()
+    counts = torch.bincount(view, minlength=NUM_VIEWS) if num_views == NUM_VIEWS else hit.sum(0)
+    assert counts.sum() == len(blank)
+    if num_views > 1:
+        assert abs(chi_square(counts.numpy(), len(blank) / num_views)) < 4
+
+
+def test_the_teachers_view_is_independent_of_the_students(blank):
+    loader = train_loader(blank, teacher_views=NUM_VIEWS)
+    # The student's offset decides which of the 81 corners of a padded pixel is seen: read it from the draw.
+    _, view, teacher_view = loader._draw(1)
+    joint = np.zeros((9, 9))
+    np.add.at(joint, (view.numpy() // 18, teacher_view.numpy() // 18), 1)
+    assert abs(chi_square(joint, len(blank) / 81)) < 4
+    flips = np.zeros((2, 2))
+    np.add.at(flips, (view.numpy() % 2, teacher_view.numpy() % 2), 1)
+    assert abs(chi_square(flips, len(blank) / 4)) < 4
+
+
+def test_testing_goes_through_the_rows_in_order_and_shows_the_images_themselves(split):
+    loader = Loader(split, "test", 64, CPU)
+    index, target, image, teacher_view = columns(loader, 0)
+    assert index.tolist() == list(range(150))
+    assert torch.equal(target, split.targets)
+    assert torch.equal(image, normalize(split.images, CLIP_NORMALIZATION))
+    assert (teacher_view == TEST_VIEW).all()
+    assert all(torch.equal(a, b) for a, b in zip(columns(loader, 3), [index, target, image, teacher_view], strict=True))
+
+
+def test_rows_limit_what_is_seen_and_keep_their_numbers_in_the_split(split):
+    rows = torch.tensor([3, 149, 70, 8, 9])
+    for loader in (train_loader(split, 2, rows=rows, teacher_views=4), Loader(split, "train", 2, CPU, rows=rows)):
+        index, target, _, teacher_view = columns(loader, 1)
+        assert sorted(index.tolist()) == sorted(rows.tolist())
+        assert torch.equal(target, split.targets[index])
+        order = view_order(index.numpy(), 4)
+        assert all(view in order[i] for i, view in enumerate(teacher_view.numpy()))
+    assert index.tolist() == rows.tolist()
+
+
+def test_max_steps_cuts_an_epoch_short_without_changing_its_start(split):
+    loader = train_loader(split, 40, max_steps=2)
+    assert (len(loader), loader.num_samples) == (2, 80)
+    cut, whole = list(loader.epoch(1)), list(train_loader(split, 40).epoch(1))
+    assert len(cut) == 2
+    assert all(torch.equal(a, b) for x, y in zip(cut, whole[:2], strict=True) for a, b in zip(x, y, strict=True))
+    assert len(train_loader(split, 64, max_steps=9)) == 3
+
+
+def test_without_images_the_rest_is_the_same(split):
+    bare, full = train_loader(split, images=False), train_loader(split)
+    for a, b in zip(bare.epoch(1), full.epoch(1), strict=True):
+        assert a.image is None
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.teacher_view, b.teacher_view)
+
+
+def test_a_holdout_takes_the_same_fraction_of_every_class():
+    targets = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(4), [10, 20, 50, 100])))
+    kept, held = holdout_rows(targets, 0.1)
+    assert torch.bincount(targets[held]).tolist() == [1, 2, 5, 10]
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(180))
+    assert torch.equal(held, held.sort().values)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(holdout_rows(targets, 0.1)[1], held)
+    torch.set_rng_state(state)
+    assert not torch.equal(held, targets.argsort(stable=True)[:18].sort().values)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_a_holdout_that_empties_a_class_or_itself_is_refused(fraction):
+    with pytest.raises(ValueError, match="class 0"):
+        holdout_rows(torch.arange(30) % 3, fraction)
