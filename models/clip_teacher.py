@@ -7,13 +7,10 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import clip
 import torch
+from clip.model import CLIP, build_model
 from torch import Tensor, nn
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # clip imports pkg_resources, which asks not to be
-    import clip
-    from clip.model import CLIP, build_model
 
 PUBLISHED = tuple(clip.available_models())
 
