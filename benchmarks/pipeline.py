@@ -1,0 +1,299 @@
+"""Images per second of EGA as the paper's release trains it, and as this project does with a bank.
+
+``python -m benchmarks.pipeline``. Both in one run, training steps alone, after a warm-up. A teacher with random
+weights costs what a trained one does; so does a bank of random embeddings.
+"""
+
+import argparse
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.datasets import CIFAR100
+
+from benchmarks.common import cores, machine, now, print_table
+from benchmarks.random_clip import SIZES, write_archive
+from benchmarks.release_recipe import release_loader, release_steps
+from dataset import DATASETS, ImageDataset, Split, load_dataset
+from dataset.loader import Loader
+from dataset.views import NUM_VIEWS, view_order
+from distiller_zoo import METHODS
+from helper.bank import CHUNK, EmbeddingBank, encode_view
+from helper.loops import Objective, sgd, train_distill
+from helper.options import parse_student_options, positive_int
+from helper.runtime import resolve_amp, resolve_compile, resolve_device
+from helper.teacher import ClipTeacher, load_encoder
+from helper.util import exit_on_bad_input
+from models import create_student, model_dict
+from models.heads import Outputs, TeacNet
+
+# Steps of either before the clock starts: allocations, worker processes, torch.compile.
+_WARM_UP = 2
+
+
+def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
+    """The data set and how to call it; random images of CIFAR-100's shape where its files are missing."""
+    if name != "cifar100" or (Path(data_dir) / CIFAR100.base_folder).exists():
+        return load_dataset(name, data_dir), name
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        return Split(images, torch.randint(100, (count,), generator=generator))
+
+    classes = [str(target) for target in range(100)]
+    return ImageDataset("random", classes, split(50_000), split(10_000)), "random images of CIFAR-100's shape"
+
+
+def time_release(dataset: ImageDataset, encoder: nn.Module, opt, steps: int, workers: int) -> float:
+    """Seconds per image of the release's recipe, the teacher's encoder being in its precision."""
+    device = torch.device(opt.device)
+    torch.manual_seed(0)
+    student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes)).to(device)
+    head = TeacNet(encoder.dim, opt.feature_dim, len(dataset.classes)).to(device)
+    optimizer_s, optimizer_t = (
+        torch.optim.SGD(module.parameters(), lr, momentum=opt.momentum, weight_decay=opt.weight_decay)
+        for module, lr in ((student, opt.learning_rate), (head, opt.learning_rate_t))
+    )
+    loader = release_loader(dataset.train, encoder.resolution, opt.batch_size, workers)
+    training = release_steps(loader, encoder, student, head, optimizer_s, optimizer_t, device)
+    for _ in range(_WARM_UP):
+        next(training)
+    start = now(opt.device)
+    for _ in range(steps):
+        next(training)
+    return (now(opt.device) - start) / (steps * opt.batch_size)
+
+
+def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device: torch.device) -> float:
+    """Seconds per image of building a bank: cropped, resized and encoded as the bank does it."""
+    views = view_order(np.arange(CHUNK), 2)[:, 1].astype(np.int64)
+    images, views = dataset.train.images[:CHUNK].to(device), torch.from_numpy(views).to(device)
+    encode_view(encoder, images, views)
+    start = now(device.type)
+    for _ in range(chunks):
+        encode_view(encoder, images, views).half().cpu()
+    return (now(device.type) - start) / (chunks * len(images))
+
+
+class Ours:
+    """This project's training of EGA from a bank of random embeddings, with the parts that train_student.py uses."""
+
+    def __init__(self, dataset: ImageDataset, dim: int, opt):
+        self.dataset, self.opt = dataset, opt
+        self.device = torch.device(opt.device)
+        torch.manual_seed(opt.seed)
+        rows = torch.randn(len(dataset.test) + opt.teacher_views * len(dataset.train), dim).half().to(self.device)
+        bank = EmbeddingBank(rows, len(dataset.train), len(dataset.test), opt.teacher_views, self.device)
+        self.teacher = ClipTeacher(bank, TeacNet(dim, opt.feature_dim, len(dataset.classes)).to(self.device))
+        self.student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes))
+        self.student.to(self.device, memory_format=torch.channels_last)
+        self.forward = torch.compile(self.student) if opt.compile == "on" else self.student
+        method = METHODS[opt.distill]
+        self.objective = Objective(method, method.build(opt), opt.gamma, opt.alpha, opt.beta, opt.kd_T)
+        self.optimizers = [
+            sgd(self.student.parameters(), opt.learning_rate, opt),
+            sgd(self.teacher.head.parameters(), opt.learning_rate_t, opt),
+        ]
+        self.scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
+
+    def loader(self, steps: int) -> Loader:
+        opt = self.opt
+        return Loader(
+            self.dataset.train,
+            "train",
+            opt.batch_size,
+            self.device,
+            training=True,
+            seed=opt.seed,
+            teacher_views=opt.teacher_views,
+            max_steps=steps,
+        )
+
+    def train(self, loader: Loader, forward: Callable, objective: Callable, epoch: int = 1) -> float:
+        """Seconds that an epoch of ``train_distill`` takes."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            start = now(self.opt.device)
+            train_distill(
+                epoch,
+                loader,
+                self.student,
+                forward,
+                self.teacher,
+                objective,
+                self.optimizers,
+                self.scaler,
+                self.opt,
+            )
+            return now(self.opt.device) - start
+
+    def seconds_per_image(self, steps: int) -> float:
+        self.train(self.loader(_WARM_UP), self.forward, self.objective)
+        loader = self.loader(steps)
+        return self.train(loader, self.forward, self.objective, epoch=2) / loader.num_samples
+
+
+def time_parts(ours: Ours, steps: int) -> dict[str, float]:
+    """Seconds of each part of a step, by name, read from clocks around what ``train_distill`` calls.
+
+    On CUDA each part is waited for, so their sum is more than a step takes by itself.
+    """
+    clock = _Clock(ours.opt.device)
+    loader = ours.loader(steps)
+    loader.epoch = clock.iterator("views", loader.epoch)
+    ours.teacher.forward = clock.around("teacher: look-up and head", ours.teacher.forward)
+    for optimizer in ours.optimizers:
+        optimizer.step = clock.around("optimisers", optimizer.step)
+        optimizer.zero_grad = clock.around("optimisers", optimizer.zero_grad)
+    student = clock.around("student: forward", ours.forward)
+
+    def forward(image: Tensor) -> Outputs:
+        out = student(image)
+        # Where the backward pass leaves the loss and enters the student.
+        out.embedding.register_hook(lambda grad: clock.switch("student: backward"))
+        return out
+
+    backward = Tensor.backward
+    objective = clock.around("loss, forward and backward", ours.objective)
+    Tensor.backward = clock.around("loss, forward and backward", backward)
+    try:
+        total = ours.train(loader, forward, objective, epoch=3)
+    finally:
+        Tensor.backward = backward
+        del ours.teacher.forward
+        for optimizer in ours.optimizers:
+            del optimizer.step, optimizer.zero_grad
+    clock.seconds["metrics and the rest"] = total - sum(clock.seconds.values())
+    return {name: seconds / len(loader) for name, seconds in clock.seconds.items()}
+
+
+class _Clock:
+    """Adds up the time of named parts."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._part, self._since = "", 0.0
+
+    def switch(self, part: str) -> None:
+        """End the part that runs, if one does, and begin another; '' for none."""
+        time_ = now(self.device)
+        if self._part:
+            self.seconds[self._part] = self.seconds.get(self._part, 0.0) + time_ - self._since
+        self._part, self._since = part, time_
+
+    def around(self, part: str, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            self.switch(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.switch("")
+
+        return timed
+
+    def iterator(self, part: str, function: Callable[..., Iterator]) -> Callable[..., Iterator]:
+        def timed(*args, **kwargs):
+            advance = self.around(part, function(*args, **kwargs).__next__)
+            with contextlib.suppress(StopIteration):
+                while True:
+                    yield advance()
+
+        return timed
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--release_steps", type=positive_int, default=5, help="steps of the release's recipe")
+    parser.add_argument("--steps", type=positive_int, default=100, help="steps of this project")
+    parser.add_argument("--chunks", type=positive_int, default=3, help=f"chunks of {CHUNK} images to encode")
+    parser.add_argument("--workers", type=positive_int, default=cores(), help="the release's worker processes")
+    parser.add_argument("--size", choices=tuple(SIZES), default="ViT-B/32", help="of a CLIP with random weights")
+    parser.add_argument("--clip_mode", metavar="PATH", help="a CLIP's checkpoint to use instead")
+    parser.add_argument("--model_s", choices=tuple(model_dict), default="resnet8x4", help="student's backbone")
+    parser.add_argument("--batch_size", type=positive_int, default=64, help="samples per step")
+    parser.add_argument("--teacher_views", type=positive_int, default=1, help="views of each image in the bank")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
+    parser.add_argument("--data_dir", default="./data", help="folder of the data sets")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="this project's")
+    parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch.compile this project's student")
+    args = parser.parse_args(argv)
+    if args.teacher_views > NUM_VIEWS:
+        parser.error(f"--teacher_views {args.teacher_views}: an image has {NUM_VIEWS} views")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_options(argv)
+    with exit_on_bad_input("benchmarks.pipeline"), tempfile.TemporaryDirectory() as folder:
+        opt = parse_student_options(["--model_s", args.model_s, "--batch_size", str(args.batch_size)])
+        opt.device, opt.teacher_views = resolve_device(args.device), args.teacher_views
+        opt.amp = resolve_amp(args.amp, opt.device)
+        opt.compile = resolve_compile(args.compile, opt.device, 0)
+        dataset, data_name = load_images(args.dataset, args.data_dir)
+        longest = len(dataset.train) // args.batch_size
+        if max(args.release_steps + _WARM_UP, args.steps) > longest:
+            raise ValueError(f"an epoch of {data_name} has {longest} full batches of {args.batch_size}: fewer steps")
+        clip_mode = args.clip_mode
+        if clip_mode is None:
+            clip_mode = str(Path(folder) / "random.pt")
+            write_archive(Path(clip_mode), SIZES[args.size])
+        # The release's teacher computes in fp32 on a CPU, and in fp16 on CUDA as any does.
+        encoder_release = load_encoder(clip_mode, folder, opt.device, "off")
+        encoder = load_encoder(clip_mode, folder, opt.device, opt.amp)
+
+    teacher = args.size if args.clip_mode is None else encoder.name
+    mode = f"amp {opt.amp}, compile {opt.compile}"
+    print(f"{machine(opt.device)}\n\n{teacher} to {opt.model_s}, batch {opt.batch_size}, {data_name}\n", flush=True)
+
+    release = time_release(dataset, encoder_release, opt, args.release_steps, args.workers)
+    ours = Ours(dataset, encoder.dim, opt)
+    own = ours.seconds_per_image(args.steps)
+    rows = [
+        (f"the release's recipe, {args.workers} workers, {args.release_steps} steps", release),
+        (f"this project, bank of {_views(opt.teacher_views)}, {mode}, {args.steps} steps", own),
+    ]
+    print_table(
+        ("training", "images/s", "ms per image", "times faster"),
+        ((name, f"{1 / seconds:.1f}", f"{1e3 * seconds:.3f}", f"{release / seconds:.1f}") for name, seconds in rows),
+    )
+
+    encoding = time_encoding(dataset, encoder, args.chunks, torch.device(opt.device))
+    print_table(
+        ("building the bank", "ms per image", "images to encode", "minutes", "paid back after epochs"),
+        (
+            _bank_row(encoding, views, len(dataset.train), len(dataset.test), saved=release - own)
+            for views in sorted({1, 16, NUM_VIEWS, opt.teacher_views})
+        ),
+    )
+
+    parts = time_parts(ours, args.steps)
+    total = sum(parts.values())
+    parts |= {"sum, with the clocks": total, "a step, without them": own * opt.batch_size}
+    print_table(
+        ("part of this project's step", "ms", "share"),
+        ((name, f"{1e3 * seconds:.3f}", f"{seconds / total:.1%}") for name, seconds in parts.items()),
+    )
+
+
+def _views(count: int) -> str:
+    return "1 view" if count == 1 else f"{count} views"
+
+
+def _bank_row(encoding: float, views: int, num_train: int, num_test: int, saved: float) -> list[str]:
+    """The cost of a bank of so many views; ``saved`` are the seconds per image that it saves in every epoch."""
+    images = views * num_train + num_test
+    epochs = f"{images * encoding / (num_train * saved):.1f}" if saved > 0 else "-"
+    return [_views(views), f"{1e3 * encoding:.2f}", f"{images}", f"{images * encoding / 60:.1f}", epochs]
+
+
+if __name__ == "__main__":
+    main()
