@@ -29,7 +29,6 @@ def main(argv: list[str] | None = None) -> None:
             return
         dataset = load_dataset(opt.dataset, opt.data_dir)
         run.record(dataset_sha256=dataset.fingerprint())
-        teacher = None if opt.distill == "none" else build_teacher(opt, dataset, run)
         device = torch.device(opt.device)
         rows, held = (None, None) if opt.holdout is None else holdout_rows(dataset.train.targets, opt.holdout)
         train_loader = Loader(
@@ -47,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE, device)
         val_loader = None if held is None else Loader(dataset.train, "train", EVAL_BATCH_SIZE, device, rows=held)
         resolve_auto_compile(opt, run, steps=opt.epochs * len(train_loader))
+        # Last, since building the teacher's bank can take long.
+        teacher = None if opt.distill == "none" else build_teacher(opt, dataset, run)
         run.start()
 
     torch.manual_seed(opt.seed)
@@ -55,6 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     criterion = method.build(opt).to(device) if method.build else None
     objective = Objective(method, criterion, opt.gamma, opt.alpha, opt.beta, opt.kd_T)
     forward = torch.compile(student) if opt.compile == "on" else student
+    print(
+        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {opt.dataset}, {len(train_loader)} steps of "
+        f"{opt.batch_size} an epoch, into {run.folder}"
+    )
 
     optimizers = [sgd(student.parameters(), opt.learning_rate, opt)]
     stateful = {"student": student, "optimizer": optimizers[0]}
