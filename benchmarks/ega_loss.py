@@ -32,7 +32,7 @@ def compare(batch: int, dim: int, budget: float, device: str) -> list[str]:
     if _DIRECT_MATRICES * 4 * (2 * batch) ** 2 > 0.9 * available_memory(device):
         (seconds,) = median_seconds([ours], budget, device)
         memory = peak_memory(ours, device) / 2**20
-        return [f"{batch}", "-", f"{1e3 * seconds:.3g}", "-", "-", f"{memory:.1f}"]
+        return [f"{batch}", "-", f"{1e3 * seconds:.3g}", "-", "-", f"{memory:.3g}"]
     seconds, seconds_direct = median_seconds([ours, direct], budget, device)
     memory, memory_direct = (peak_memory(function, device) / 2**20 for function in (ours, direct))
     return [
@@ -40,8 +40,8 @@ def compare(batch: int, dim: int, budget: float, device: str) -> list[str]:
         f"{1e3 * seconds_direct:.3g}",
         f"{1e3 * seconds:.3g}",
         f"{seconds_direct / seconds:.1f}",
-        f"{memory_direct:.1f}",
-        f"{memory:.1f}",
+        f"{memory_direct:.3g}",
+        f"{memory:.3g}",
     ]
 
 

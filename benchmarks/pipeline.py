@@ -72,8 +72,9 @@ def time_release(dataset: ImageDataset, encoder: nn.Module, opt, steps: int, wor
 
 def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device: torch.device) -> float:
     """Seconds per image of building a bank: cropped, resized and encoded as the bank does it."""
-    views = view_order(np.arange(CHUNK), 2)[:, 1].astype(np.int64)
-    images, views = dataset.train.images[:CHUNK].to(device), torch.from_numpy(views).to(device)
+    images = dataset.train.images[:CHUNK].to(device)
+    views = view_order(np.arange(len(images)), 2)[:, 1].astype(np.int64)
+    views = torch.from_numpy(views).to(device)
     encode_view(encoder, images, views)
     start = now(device.type)
     for _ in range(chunks):
@@ -241,7 +242,10 @@ def main(argv: list[str] | None = None) -> None:
         dataset, data_name = load_images(args.dataset, args.data_dir)
         longest = len(dataset.train) // args.batch_size
         if max(args.release_steps + _WARM_UP, args.steps) > longest:
-            raise ValueError(f"an epoch of {data_name} has {longest} full batches of {args.batch_size}: fewer steps")
+            raise ValueError(
+                f"--steps and --release_steps: an epoch of {data_name} has {longest} full batches of "
+                f"{args.batch_size}, {_WARM_UP} of the release's being for warming up; take fewer"
+            )
         clip_mode = args.clip_mode
         if clip_mode is None:
             clip_mode = str(Path(folder) / "random.pt")
@@ -251,15 +255,15 @@ def main(argv: list[str] | None = None) -> None:
         encoder = load_encoder(clip_mode, folder, opt.device, opt.amp)
 
     teacher = args.size if args.clip_mode is None else encoder.name
-    mode = f"amp {opt.amp}, compile {opt.compile}"
+    mode = f"amp {opt.amp}; compile {opt.compile}"
     print(f"{machine(opt.device)}\n\n{teacher} to {opt.model_s}, batch {opt.batch_size}, {data_name}\n", flush=True)
 
     release = time_release(dataset, encoder_release, opt, args.release_steps, args.workers)
     ours = Ours(dataset, encoder.dim, opt)
     own = ours.seconds_per_image(args.steps)
     rows = [
-        (f"the release's recipe, {args.workers} workers, {args.release_steps} steps", release),
-        (f"this project, bank of {_views(opt.teacher_views)}, {mode}, {args.steps} steps", own),
+        (f"the release's recipe (workers: {args.workers}; steps: {args.release_steps})", release),
+        (f"this project, bank of {_views(opt.teacher_views)} ({mode}; steps: {args.steps})", own),
     ]
     print_table(
         ("training", "images/s", "ms per image", "times faster"),

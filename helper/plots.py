@@ -1,0 +1,309 @@
+"""A picture of runs: their curves, and the teacher's and the student's embedding graphs.
+
+``python -m helper.plots RUN... [--out PNG]``, each RUN being the folder of a finished run of train_student.py.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import colors
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dataset import load_dataset
+from dataset.loader import Loader
+from distiller_zoo.EGA import standardize
+from models import create_student
+from models.heads import TeacNet
+
+from . import checkpoint
+from .options import Parser
+from .teacher import ClipTeacher, load_encoder, open_embeddings
+from .util import exit_on_bad_input
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; the line style changes once they are used up.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_LINES = ("-", "--", ":", "-.")
+_TEACHER = "#555555"
+
+_METHODS = {"none": "student alone", "kd": "KD", "ega": "EGA"}
+_TERMS = {"cls": "classification", "kd": "KD", "node": "EGA: nodes", "edge": "EGA: edges", "distill": "distillation"}
+# Options that say nothing about how two runs of one method differ.
+_SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "device", "clip_sha256", "dataset_sha256"}
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A finished run, as its folder tells it.
+
+    Attributes:
+        folder: SAVE/student_model/NAME.
+        options: of options.json.
+        history: the lines of metrics.jsonl.
+    """
+
+    folder: Path
+    options: dict
+    history: list[dict]
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Epochs and values of a metric, where it was measured."""
+        measured = [record for record in self.history if record.get(name) is not None]
+        return [record["epoch"] for record in measured], [record[name] for record in measured]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Edge matrices (N, N) of the same N test samples, ordered by class.
+
+    Attributes:
+        rows: (N,) their row numbers in the test split.
+        targets: (N,) their classes.
+        classes: names of the classes, in the order of the samples.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    rows: Tensor
+    targets: Tensor
+    classes: list[str]
+
+
+def read_run(folder: str | Path) -> StoredRun:
+    """Read a finished run.
+
+    Raises:
+        ValueError: not the folder of a student's run, or of one that is not finished.
+        OSError: a file cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "options.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a run (SAVE/student_model/NAME); it has no options.json")
+    try:
+        options = json.loads((folder / "options.json").read_text())
+        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{folder}: its options.json or metrics.jsonl is missing or corrupt") from error
+    if "distill" not in options:
+        raise ValueError(f"{folder} is not the folder of a run of train_student.py")
+    if not all((folder / f"{options['model_s']}_{which}.pth").is_file() for which in ("best", "last")):
+        raise ValueError(f"the run in {folder} is not finished: resume it, with the command that began it")
+    return StoredRun(folder, options, history)
+
+
+def run_labels(runs: list[StoredRun]) -> list[str]:
+    """A short name for each run: its method, and where methods are equal, the options that differ."""
+    labels = []
+    for run in runs:
+        method = run.options["distill"]
+        equals = [other.options for other in runs if other.options["distill"] == method]
+        names = [
+            name
+            for name in run.options
+            if name not in _SAME and len({json.dumps(options.get(name)) for options in equals}) > 1
+        ]
+        # A teacher's name and its path say the same.
+        names = [name for name in names if name != "clip_mode" or "model_t" not in names]
+        labels.append(", ".join([_METHODS.get(method, method)] + [f"{name} {run.options[name]}" for name in names]))
+    return [
+        f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
+        for place, label in enumerate(labels)
+    ]
+
+
+def graph_rows(targets: Tensor, num_classes: int = 10, per_class: int = 12) -> Tensor:
+    """The first samples of classes spread evenly over all, ordered by class.
+
+    Args:
+        targets: (N,) classes.
+        num_classes: how many classes at most.
+        per_class: how many samples of each at most.
+
+    Returns:
+        Row numbers.
+    """
+    present = targets.unique()
+    chosen = present[torch.linspace(0, len(present) - 1, min(num_classes, len(present))).round().long()]
+    return torch.cat([(targets == target).nonzero().flatten()[:per_class] for target in chosen])
+
+
+def edge_matrix(embedding: Tensor) -> Tensor:
+    """Pearson correlations (N, N) of embeddings (N, D): the edges of their graph."""
+    z = standardize(embedding.double())
+    return z @ z.T
+
+
+@torch.no_grad()
+def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12) -> Graphs:
+    """The teacher's and the best student's edge matrices of some test samples, in the joint space.
+
+    The teacher's embeddings come from the run's bank.
+
+    Raises:
+        ValueError: the run has no teacher, or its teacher or data set are others by now.
+        OSError: data set or teacher are missing.
+    """
+    options = run.options
+    if options["distill"] == "none":
+        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
+    device = options["device"] if torch.cuda.is_available() else "cpu"
+    same_device = device == options["device"]
+    amp = options["amp"] if same_device else "off"
+    dataset = load_dataset(options["dataset"], options["data_dir"])
+    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp)
+    found = {"clip_sha256": encoder.sha256, "dataset_sha256": dataset.fingerprint()}
+    for name, value in found.items():
+        if options[name] != value:
+            raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
+    # The bank's test split is enough; one that was built on another device is of another precision.
+    views = min(options["teacher_views"], 1) if same_device else 0
+    embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
+
+    state = checkpoint.load(run.folder / f"{options['model_s']}_best.pth")
+    head = TeacNet(encoder.dim, options["feature_dim"], len(dataset.classes))
+    student = create_student(options["model_s"], options["feature_dim"], len(dataset.classes))
+    try:
+        head.load_state_dict(state["teacher_layer"])
+        student.backbone.load_state_dict(state["model"])
+        student.head.load_state_dict(state["layer"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{run.folder}: its best model does not fit its options.json") from error
+    teacher = ClipTeacher(embed, head).to(device)
+    student.to(device).eval()
+
+    rows = graph_rows(dataset.test.targets, num_classes, per_class)
+    (batch,) = Loader(dataset.test, "test", len(rows), torch.device(device), rows=rows).epoch()
+    edges = (edge_matrix(out.embedding).cpu() for out in (teacher("test", batch), student(batch.image)))
+    targets = dataset.test.targets[rows]
+    classes = [dataset.classes[target] for target in targets.unique_consecutive()]
+    return Graphs(*edges, rows, targets, classes)
+
+
+def plot_runs(
+    folders: list[str] | list[Path], out: str | Path | None = None, graph_of: str | Path | None = None
+) -> Path:
+    """Draw the picture of some runs and save it.
+
+    Args:
+        folders: of the runs.
+        out: the picture's file; by default SAVE/plots/NAME.png, of the run whose graphs it shows.
+        graph_of: the run whose graphs it shows; by default the first that was trained with EGA, else the first
+            that has a teacher. Where none has, the picture holds the curves alone.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        ValueError, OSError: see ``read_run`` and ``embedding_graphs``; or the picture cannot be written.
+    """
+    runs = [read_run(folder) for folder in folders]
+    if graph_of is not None:
+        shown = next((run for run in runs if run.folder.resolve() == Path(graph_of).resolve()), None)
+        if shown is None:
+            raise ValueError(f"--graph_of {graph_of} is none of the runs that are drawn")
+    else:
+        taught = [run for run in runs if run.options["distill"] != "none"]
+        shown = next((run for run in taught if run.options["distill"] == "ega"), taught[0] if taught else None)
+    graphs = None if shown is None else embedding_graphs(shown)
+
+    named = shown or runs[0]
+    path = named.folder.parents[1] / "plots" / f"{named.folder.name}.png" if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False}):
+        _figure(runs, shown, graphs).savefig(path, dpi=150)
+    return path
+
+
+def _figure(runs: list[StoredRun], shown: StoredRun | None, graphs: Graphs | None) -> Figure:
+    figure = Figure(figsize=(13, 3.4 if graphs is None else 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    if graphs is None:
+        curves = figure
+    else:
+        curves, below = figure.subfigures(2, 1, height_ratios=(3.3, 4.7))
+    labels = run_labels(runs)
+    _draw_curves(curves.subplots(1, 2 if shown is None else 3), runs, labels, shown)
+    if graphs is not None:
+        label = labels[next(place for place, run in enumerate(runs) if run is shown)]
+        _draw_graphs(below.subplots(1, 3), graphs, label)
+    return figure
+
+
+def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], shown: StoredRun | None) -> None:
+    accuracy, loss = axes[:2]
+    for place, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        style = {"color": _COLOURS[place % len(_COLOURS)], "ls": _LINES[place // len(_COLOURS) % len(_LINES)]}
+        _line(accuracy, *run.curve("test_acc"), label=label, **style)
+        _line(loss, *run.curve("train_loss"), label=label, **style)
+    if shown is not None:
+        _line(accuracy, *shown.curve("teacher_acc"), label="teacher's head", color=_TEACHER, ls="--", lw=1)
+    accuracy.set(title="Test accuracy (top-1, %)", xlabel="epoch")
+    loss.set(title="Training loss", xlabel="epoch", ylim=(0, None))
+    if shown is not None:
+        terms = {name: shown.curve(f"loss_{name}") for name in _TERMS}
+        if terms["node"][0]:
+            del terms["distill"]  # the sum of the two
+        for (name, (epochs, values)), colour in zip(terms.items(), _COLOURS, strict=False):
+            if epochs:
+                _line(axes[2], epochs, values, label=_TERMS[name], color=colour)
+        label = labels[next(place for place, run in enumerate(runs) if run is shown)]
+        axes[2].set(title=f"Weighted terms of the training loss: {label}", xlabel="epoch", ylim=(0, None))
+    for axis in axes:
+        axis.spines["right"].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _line(axis: Axes, epochs: list[int], values: list[float], **style) -> None:
+    axis.plot(epochs, values, marker="o" if len(epochs) < 20 else None, ms=3, **({"lw": 1.5} | style))
+
+
+def _draw_graphs(axes: np.ndarray, graphs: Graphs, label: str) -> None:
+    difference = graphs.student - graphs.teacher
+    scale = max(float(difference.abs().max()), 1e-6)
+    pictures = (
+        (graphs.teacher, "Teacher: edges", "RdBu_r", 1.0, "correlation"),
+        (graphs.student, f"Student ({label}): edges", "RdBu_r", 1.0, "correlation"),
+        # Another map, for another scale.
+        (difference, f"Student − teacher, Frobenius norm {difference.norm():.1f}", "PuOr_r", scale, "difference"),
+    )
+    borders = torch.nonzero(graphs.targets.diff()).flatten() + 1
+    edges = [0, *borders.tolist(), len(graphs.targets)]
+    middles = [(start + end - 1) / 2 for start, end in itertools.pairwise(edges)]
+    for axis, (matrix, title, cmap, limit, unit) in zip(axes, pictures, strict=True):
+        norm = colors.Normalize(-limit, limit)
+        image = axis.imshow(matrix.numpy(), cmap=cmap, norm=norm, interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xticks(middles, [])
+        axis.set_yticks(middles, graphs.classes if axis is axes[0] else [], fontsize=8)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        if axis is not axes[0]:  # the second one's bar serves the first too
+            sharing = axes[:2] if axis is axes[1] else axis
+            bar = axis.figure.colorbar(image, ax=sharing, aspect=25, shrink=0.74, pad=0.02, label=unit)
+            bar.outline.set_visible(False)
+    axes[0].set_xlabel(f"{len(graphs.targets)} test samples, ordered by class")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Draw the curves of runs, and a teacher's and its student's embedding graphs.")
+    parser.prog = "helper.plots"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run: SAVE/student_model/NAME")
+    parser.add_argument("--out", metavar="PNG", help="the picture; if unset, SAVE/plots/NAME.png")
+    parser.add_argument(
+        "--graph_of", metavar="RUN", help="the run whose graphs are drawn; if unset, the first with EGA or a teacher"
+    )
+    args = parser.parse_args(argv)
+    with exit_on_bad_input(parser.prog):
+        print(plot_runs(args.runs, args.out, args.graph_of))
+
+
+if __name__ == "__main__":
+    main()

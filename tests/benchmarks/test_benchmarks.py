@@ -1,0 +1,130 @@
+"""The benchmarks at toy size: that they run, print their rows, and that their baseline computes what it should."""
+
+import pytest
+import torch
+
+from benchmarks import common, ega_loss, pipeline
+from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
+from dataset.views import CLIP_NORMALIZATION, crop_flip, crop_resize_flip, normalize
+from distiller_zoo import EGA
+from models import create_student
+from models.clip_teacher import ImageEncoder
+from models.heads import TeacNet
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of every Markdown table, without its header."""
+    blocks = (block.splitlines() for block in text.split("\n\n"))
+    return [
+        [[cell.strip() for cell in row.strip("|").split("|")] for row in block[2:]]
+        for block in blocks
+        if block and block[0].startswith("|")
+    ]
+
+
+def test_direct_formula_equals_ega():
+    generator = torch.Generator().manual_seed(0)
+    f_s, f_t = (torch.randn(9, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    f_s.requires_grad_()
+    torch.testing.assert_close(corrcoef(f_s.detach()), torch.corrcoef(f_s.detach()))
+    for weights in ((0.8, 0.24), (0.8, 0.3), (1.0, 0.0)):
+        losses = [direct_ega(f_s, f_t, *weights), EGA(*weights)(f_s, f_t)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, f_s)[0] for loss in losses))
+
+
+def test_release_views_are_among_the_162(tiny_dataset):
+    views = TwoViews(tiny_dataset.train, 48)
+    torch.manual_seed(0)
+    image, image_t, target = views[3]
+    every, one = torch.arange(162), tiny_dataset.train.images[3:4].expand(162, -1, -1, -1)
+    students = normalize(crop_flip(one, every), CLIP_NORMALIZATION)
+    teachers = normalize(crop_resize_flip(one, every, 48), CLIP_NORMALIZATION)
+    assert (students - image).abs().amax(dim=(1, 2, 3)).min() < 1e-5
+    assert (teachers - image_t).abs().amax(dim=(1, 2, 3)).min() < 1e-5
+    assert target == 3
+
+
+def test_release_step_trains_student_and_head(tiny_dataset, tiny_clip):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(str(tiny_clip), "")
+    student, head = create_student("resnet8", 8, 5), TeacNet(encoder.dim, 8, 5)
+    before = [weight.clone() for module in (student, head) for weight in module.parameters()]
+    optimizers = [torch.optim.SGD(module.parameters(), 0.1) for module in (student, head)]
+    loader = release_loader(tiny_dataset.train, encoder.resolution, 32, workers=0)
+    steps = list(release_steps(loader, encoder, student, head, *optimizers, torch.device("cpu")))
+    assert len(steps) == 3  # 32 + 32 + 6: the last, smaller batch is kept
+    after = [weight for module in (student, head) for weight in module.parameters()]
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_ega_loss_prints_a_row_per_batch_size(capsys):
+    ega_loss.main(["--min_batch", "8", "--max_batch", "32", "--feature_dim", "16", "--seconds", "0.01"])
+    text = capsys.readouterr().out
+    assert common.machine() in text
+    (rows,) = tables(text)
+    assert [row[0] for row in rows] == ["8", "16", "32"]
+    assert all(float(cell) > 0 for row in rows for cell in row)
+
+
+def test_ega_loss_leaves_the_direct_formula_out_where_it_does_not_fit(capsys, monkeypatch):
+    monkeypatch.setattr(ega_loss, "available_memory", lambda device: 1000)
+    ega_loss.main(["--min_batch", "8", "--max_batch", "8", "--feature_dim", "16", "--seconds", "0.01"])
+    (((_, direct, ours, ratio, _, _),),) = tables(capsys.readouterr().out)
+    assert direct == ratio == "-"
+    assert float(ours) > 0
+
+
+def test_peak_memory_counts_what_is_held_at_one_time():
+    def two_of_three():
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        return b + 1
+
+    assert common.peak_memory(two_of_three) == pytest.approx(8000, abs=200)
+
+
+def test_pipeline_prints_its_tables(capsys, tiny_dataset, tiny_clip):
+    options = {
+        "--clip_mode": tiny_clip,
+        "--model_s": "resnet8",
+        "--batch_size": 8,
+        "--release_steps": 1,
+        "--steps": 3,
+        "--chunks": 1,
+        "--workers": 1,
+        "--teacher_views": 2,
+        "--device": "cpu",
+    }
+    argv = [str(word) for pair in options.items() for word in pair]
+    pipeline.main([*argv, "--dataset", "tiny"])
+    text = capsys.readouterr().out
+    assert text.startswith(common.machine())
+    training, bank, parts = tables(text)
+    assert len(training) == 2
+    assert [row[:1] + row[2:3] for row in bank] == [
+        ["1 view", "90"],
+        ["2 views", "160"],
+        ["16 views", "1140"],
+        ["162 views", "11360"],
+    ]
+    shares = [float(share.rstrip("%")) for _, _, share in parts]
+    assert sum(shares[:-2]) == pytest.approx(100, abs=0.5)
+    names = {name for name, _, _ in parts}
+    assert {"views", "teacher: look-up and head", "student: forward", "student: backward", "optimisers"} <= names
+
+
+def test_pipeline_goes_without_the_data(tmp_path):
+    dataset, name = pipeline.load_images("cifar100", str(tmp_path))
+    assert dataset.train.images.shape == (50_000, 3, 32, 32)
+    assert "random" in name
+
+
+@pytest.mark.parametrize("options", [["--teacher_views", "163"], ["--steps", "1000"], ["--clip_mode", "nowhere.pt"]])
+def test_pipeline_refuses_bad_input(options, tiny_dataset, tiny_clip, capsys):
+    few = ["--clip_mode", str(tiny_clip), "--batch_size", "8", "--steps", "1", "--release_steps", "1"]
+    with pytest.raises(SystemExit) as exit_:
+        pipeline.main(["--dataset", "tiny", *few, *options])
+    assert exit_.value.code == 2
+    assert options[0] in capsys.readouterr().err

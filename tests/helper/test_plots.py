@@ -1,0 +1,159 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dataset
+import train_student
+from conftest import make_dataset
+from dataset.views import CLIP_NORMALIZATION, normalize
+from helper import plots
+from helper.plots import StoredRun, embedding_graphs, graph_rows, plot_runs, read_run, run_labels
+from models import create_student
+from models.clip_teacher import ImageEncoder
+from models.heads import TeacNet
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory, tiny_clip):
+    """Runs of three methods, one of them without a teacher: {method: folder}."""
+    root = tmp_path_factory.mktemp("save")
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        made = make_dataset()
+        patch.setitem(dataset.DATASETS, "tiny", lambda data_dir: made)
+        for method in ("none", "kd", "ega"):
+            options = {
+                "--distill": method,
+                "--dataset": "tiny",
+                "--clip_mode": tiny_clip,
+                "--model_s": "resnet8",
+                "--save_dir": root,
+                "--device": "cpu",
+                "--amp": "off",
+                "--feature_dim": 8,
+                "--batch_size": 32,
+                "--epochs": 2,
+            }
+            train_student.main([str(word) for pair in options.items() for word in pair])
+            (folders[method],) = (root / "student_model").glob(f"*_{method}_*")
+    return folders
+
+
+def assert_is_picture(path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert len(np.unique(np.asarray(image))) > 10
+        assert 800 < image.width < 4000
+        return image.size
+
+
+def test_rows_are_ordered_by_class():
+    targets = torch.randint(20, (1000,), generator=torch.Generator().manual_seed(0))
+    rows = graph_rows(targets, num_classes=5, per_class=4)
+    assert targets[rows].tolist() == [target for target in (0, 5, 10, 14, 19) for _ in range(4)]
+    assert len(rows.unique()) == 20
+    few = graph_rows(torch.tensor([7, 3, 7]), num_classes=5, per_class=4)
+    assert few.tolist() == [1, 0, 2]
+
+
+def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(save, tiny_dataset, tiny_clip, monkeypatch):
+    seen = []
+    real = plots.edge_matrix
+    monkeypatch.setattr(plots, "edge_matrix", lambda embedding: seen.append(embedding) or real(embedding))
+    graphs = embedding_graphs(read_run(save["ega"]), num_classes=4, per_class=3)
+
+    assert graphs.targets.tolist() == sorted(graphs.targets.tolist())
+    assert graphs.targets.tolist() == tiny_dataset.test.targets[graphs.rows].tolist()
+    assert graphs.classes == [tiny_dataset.classes[target] for target in graphs.targets.unique()]
+    for edges, embedding in zip((graphs.teacher, graphs.student), seen, strict=True):
+        np.testing.assert_allclose(edges.numpy(), np.corrcoef(embedding.numpy()), atol=1e-6)
+
+    # The embeddings are those of the stored weights, on unchanged test images.
+    state = torch.load(save["ega"] / "resnet8_best.pth", weights_only=True)
+    image = normalize(tiny_dataset.test.images[graphs.rows], CLIP_NORMALIZATION)
+    student, head = create_student("resnet8", 8, 5).eval(), TeacNet(16, 8, 5)
+    student.backbone.load_state_dict(state["model"])
+    student.head.load_state_dict(state["layer"])
+    head.load_state_dict(state["teacher_layer"])
+    with torch.no_grad():
+        torch.testing.assert_close(seen[1], student(image).embedding, atol=1e-4, rtol=1e-4)
+        x = ImageEncoder(str(tiny_clip), "")(image)  # its resolution is the images' own
+        torch.testing.assert_close(seen[0], head(x)[0], atol=5e-3, rtol=5e-3)
+
+
+def test_nothing_is_encoded_twice(save, tiny_dataset, monkeypatch):
+    def encode(*args):
+        raise AssertionError("the bank holds it")
+
+    monkeypatch.setattr("helper.bank.encode_view", encode)
+    embedding_graphs(read_run(save["kd"]))
+
+
+def test_picture_of_several_runs(save, tiny_dataset, capsys):
+    plots.main([str(folder) for folder in save.values()])
+    path = save["ega"].parents[1] / "plots" / f"{save['ega'].name}.png"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert_is_picture(path)
+
+
+def test_picture_of_a_student_alone_has_curves_only(save, tiny_dataset, tmp_path):
+    alone = assert_is_picture(plot_runs([save["none"]], tmp_path / "deep" / "alone.png"))
+    other = assert_is_picture(plot_runs([save["none"], save["kd"]], tmp_path / "kd.png", graph_of=save["kd"]))
+    assert alone[1] < other[1]
+
+
+def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
+    def run(**options):
+        return StoredRun(tmp_path, {"seed": 0, "model_s": "resnet8", "save_dir": "a", **options}, [])
+
+    assert run_labels([run(distill="none"), run(distill="kd", seed=3), run(distill="ega", save_dir="b")]) == [
+        "student alone",
+        "KD",
+        "EGA",
+    ]
+    assert run_labels([run(distill="ega"), run(distill="ega", seed=1), run(distill="none")]) == [
+        "EGA, seed 0",
+        "EGA, seed 1",
+        "student alone",
+    ]
+    assert run_labels([run(distill="ega"), run(distill="ega", save_dir="b")]) == ["EGA (1)", "EGA (2)"]
+
+
+def assert_refused(capsys, words: str, *argv):
+    with pytest.raises(SystemExit) as exit_:
+        plots.main([str(word) for word in argv])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_bad_input(save, tiny_dataset, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert_refused(capsys, "not the folder of a run", tmp_path / "nowhere", "--out", out)
+
+    broken = tmp_path / "save" / "student_model" / "run"
+    shutil.copytree(save["ega"], broken)
+    (broken / "resnet8_last.pth").unlink()
+    assert_refused(capsys, "not finished", broken, "--out", out)
+
+    (broken / "options.json").write_text("{")
+    assert_refused(capsys, "corrupt", broken, "--out", out)
+
+    assert_refused(capsys, "no teacher", save["none"], "--graph_of", save["none"], "--out", out)
+    assert_refused(capsys, "none of the runs", save["none"], "--graph_of", save["kd"], "--out", out)
+    (tmp_path / "file").touch()
+    assert_refused(capsys, "file", save["none"], "--out", tmp_path / "file" / "out.png")
+    assert not out.exists()
+
+
+def test_other_data_than_the_run_s_is_refused(save, tiny_dataset, tmp_path, capsys):
+    other = tmp_path / "save" / "student_model" / "run"
+    shutil.copytree(save["ega"], other)
+    options = json.loads((other / "options.json").read_text())
+    (other / "options.json").write_text(json.dumps(options | {"dataset_sha256": "0"}))
+    assert_refused(capsys, "another dataset", other)
