@@ -150,7 +150,7 @@ class _BankFiles:
             found = json.loads(described.read_text())
         except ValueError as error:
             raise ValueError(f"{described} is corrupt: delete {folder} and run again") from error
-        if {name: value for name, value in found.items() if name != "clip"} != identity:
+        if not isinstance(found, dict) or {k: v for k, v in found.items() if k != "clip"} != identity:
             raise ValueError(f"{folder} holds the bank of another teacher: delete it and run again")
 
     def missing(self, chunks: list[tuple[int, int, int]]) -> list[int]:

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,13 @@ def load(path: Path) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        if zipfile.is_zipfile(path):  # as all but very old ones are; torch does not look at the checksums in it
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {damaged} differs")
+    except OSError:
+        raise
+    except Exception as error:  # on a damaged file torch.load raises whatever it stumbles over
         raise ValueError(f"{path} is not a checkpoint of this project, or is corrupt") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this project")

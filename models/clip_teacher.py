@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -98,7 +97,9 @@ def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return dict(torch.jit.load(path, map_location="cpu").state_dict())
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # on a damaged file torch's loaders raise whatever they stumble over
         raise ValueError(f"{path} is not a CLIP checkpoint, or holds more than tensors") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a CLIP checkpoint: it holds more than named tensors")

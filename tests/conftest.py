@@ -15,6 +15,9 @@ import helper.logger  # noqa: F401  (must choose protobuf's implementation befor
 from benchmarks.random_clip import write_archive
 from dataset import ImageDataset, Split
 
+# Tensors here are tiny: with two threads, one waits for the other, on a busy machine for most of the time.
+torch.set_num_threads(1)
+
 # embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length, vocab_size,
 # transformer_width, transformer_heads, transformer_layers
 TINY_VIT = (16, 32, 1, 64, 16, 77, 49408, 64, 1, 1)

@@ -1,6 +1,7 @@
 import os
 import pickle
 import shutil
+import struct
 import warnings
 from pathlib import Path
 
@@ -241,7 +242,13 @@ def test_a_truncated_file_is_refused(clip_archives, tmp_path, share, form):
         load_clip(tmp_path / "cut.pt")
 
 
-@pytest.mark.parametrize("content", [b"hello", b"\x89PNG\r\n", b"PK\x03\x04" + bytes(100), b"\x80\x02}."])
+# An archive's last record, which speaks of one file, with nothing where that should be described.
+BROKEN_ZIP = bytes(46) + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, 46, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello", b"\x89PNG\r\n", b"PK\x03\x04" + bytes(100), b"\x80\x02}.", b"\x80", BROKEN_ZIP]
+)
 def test_another_kind_of_file_is_refused(tmp_path, content):
     (tmp_path / "clip.pt").write_bytes(content)
     with pytest.raises(ValueError, match="not a CLIP"):
