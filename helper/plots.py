@@ -245,16 +245,19 @@ def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], sho
     if shown is not None:
         _line(accuracy, *shown.curve("teacher_acc"), label="teacher's head", color=_TEACHER, ls="--", lw=1)
     accuracy.set(title="Test accuracy (top-1, %)", xlabel="epoch")
-    loss.set(title="Training loss", xlabel="epoch", ylim=(0, None))
+    loss.set(title="Training loss", xlabel="epoch")
     if shown is not None:
+        place = next(place for place, run in enumerate(runs) if run is shown)
         terms = {name: shown.curve(f"loss_{name}") for name in _TERMS}
         if terms["node"][0]:
             del terms["distill"]  # the sum of the two
-        for (name, (epochs, values)), colour in zip(terms.items(), _COLOURS, strict=False):
-            if epochs:
-                _line(axes[2], epochs, values, label=_TERMS[name], color=colour)
-        label = labels[next(place for place, run in enumerate(runs) if run is shown)]
-        axes[2].set(title=f"Weighted terms of the training loss: {label}", xlabel="epoch", ylim=(0, None))
+        drawn = [name for name, (epochs, _) in terms.items() if epochs]
+        for name, line in zip(drawn, _LINES, strict=False):
+            # A colour stands for a run in every panel.
+            _line(axes[2], *terms[name], label=_TERMS[name], color=_COLOURS[place % len(_COLOURS)], ls=line)
+        axes[2].set(title=f"Weighted terms of the training loss: {labels[place]}", xlabel="epoch")
+    for axis in axes[1:]:
+        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
     for axis in axes:
         axis.spines["right"].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -270,7 +273,7 @@ def _draw_graphs(axes: np.ndarray, graphs: Graphs, label: str) -> None:
     scale = max(float(difference.abs().max()), 1e-6)
     pictures = (
         (graphs.teacher, "Teacher: edges", "RdBu_r", 1.0, "correlation"),
-        (graphs.student, f"Student ({label}): edges", "RdBu_r", 1.0, "correlation"),
+        (graphs.student, f"Student, {label}: edges", "RdBu_r", 1.0, "correlation"),
         # Another map, for another scale.
         (difference, f"Student − teacher, Frobenius norm {difference.norm():.1f}", "PuOr_r", scale, "difference"),
     )
