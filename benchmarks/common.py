@@ -104,6 +104,11 @@ def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
     return peak
 
 
+def three_digits(value: float) -> str:
+    """Rounded to three significant digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Markdown rows; the first column is text, the others are numbers."""
     header = list(header)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.common import available_memory, machine, median_seconds, peak_memory, print_table
+from benchmarks.common import available_memory, machine, median_seconds, peak_memory, print_table, three_digits
 from benchmarks.release_recipe import direct_ega
 from distiller_zoo import EGA
 from helper.options import number, positive, positive_int
@@ -32,16 +32,16 @@ def compare(batch: int, dim: int, budget: float, device: str) -> list[str]:
     if _DIRECT_MATRICES * 4 * (2 * batch) ** 2 > 0.9 * available_memory(device):
         (seconds,) = median_seconds([ours], budget, device)
         memory = peak_memory(ours, device) / 2**20
-        return [f"{batch}", "-", f"{1e3 * seconds:.3g}", "-", "-", f"{memory:.3g}"]
+        return [f"{batch}", "-", three_digits(1e3 * seconds), "-", "-", three_digits(memory)]
     seconds, seconds_direct = median_seconds([ours, direct], budget, device)
     memory, memory_direct = (peak_memory(function, device) / 2**20 for function in (ours, direct))
     return [
         f"{batch}",
-        f"{1e3 * seconds_direct:.3g}",
-        f"{1e3 * seconds:.3g}",
+        three_digits(1e3 * seconds_direct),
+        three_digits(1e3 * seconds),
         f"{seconds_direct / seconds:.1f}",
-        f"{memory_direct:.3g}",
-        f"{memory:.3g}",
+        three_digits(memory_direct),
+        three_digits(memory),
     ]
 
 
