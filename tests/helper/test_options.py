@@ -1,0 +1,278 @@
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dataset import DATASETS
+from distiller_zoo import METHODS
+from helper import options, runtime
+from helper.options import (
+    parse_student_options,
+    parse_teacher_options,
+    resolve_auto,
+    resolve_auto_compile,
+    student_run_name,
+    teacher_run_name,
+)
+from models import model_dict
+from models.clip_teacher import PUBLISHED
+
+
+def refused(capsys, parse, argv: list[str]) -> str:
+    """The one line that a wrong command line ends with, together with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(argv)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.out == ""
+    assert said.err.endswith("\n")
+    assert said.err.count("\n") == 1
+    assert ": error: " in said.err
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("distill", "weights"), [("ega", (1, 0, 1)), ("kd", (0.1, 0.9, 0)), ("none", (1, 0, 0)), (None, (1, 0, 1))]
+)
+def test_weights_left_unset_are_the_methods_own(distill, weights):
+    opt = parse_student_options([] if distill is None else ["--distill", distill])
+    assert (opt.gamma, opt.alpha, opt.beta) == weights
+
+
+def test_weights_that_are_set_stay_zero_too():
+    opt = parse_student_options(["--distill", "ega", "-r", "0", "-a", "0.3", "-b", "0.02"])
+    assert (opt.gamma, opt.alpha, opt.beta) == (0, 0.3, 0.02)
+    opt = parse_student_options(["--distill", "kd", "-r", "0", "-a", "2"])
+    assert (opt.gamma, opt.alpha, opt.beta) == (0, 2, 0)
+
+
+def test_the_defaults_are_the_papers():
+    opt = parse_student_options([])
+    assert (opt.distill, opt.model_s, opt.clip_mode, opt.dataset) == ("ega", "resnet8x4", "ViT-B/32", "cifar100")
+    assert (opt.node_weight, opt.edge_weight, opt.kd_T, opt.feature_dim) == (0.8, 0.24, 4, 256)
+    assert (opt.epochs, opt.batch_size) == (240, 64)
+    assert (opt.learning_rate, opt.learning_rate_t, opt.lr_decay_rate) == (0.05, 0.01, 0.1)
+    assert (opt.momentum, opt.weight_decay, opt.lr_decay_epochs) == (0.9, 5e-4, [150, 180, 210])
+    assert (opt.views, opt.holdout, opt.path_t, opt.seed) == ("independent", None, None, 0)
+    head = parse_teacher_options([])
+    assert (head.learning_rate, head.epochs, head.batch_size, head.feature_dim) == (0.01, 240, 64, 256)
+    assert (head.lr_decay_epochs, head.clip_mode) == ([150, 180, 210], "ViT-B/32")
+
+
+@pytest.mark.parametrize("parse", [parse_student_options, parse_teacher_options])
+@pytest.mark.parametrize(
+    ("flag", "known"),
+    [("--dataset", DATASETS), ("--device", ["auto", "cpu", "cuda"]), ("--amp", ["auto", "off", "bf16", "fp16"])],
+)
+def test_unknown_names_are_refused_with_the_known_ones(capsys, parse, flag, known):
+    line = refused(capsys, parse, [flag, "unheard-of"])
+    assert "unheard-of" in line
+    assert all(name in line for name in known)
+
+
+@pytest.mark.parametrize(
+    ("flag", "known"),
+    [
+        ("--distill", METHODS),
+        ("--model_s", model_dict),
+        ("--views", ["independent", "shared"]),
+        ("--compile", ["auto", "on", "off"]),
+        ("--clip_tn", ["0", "1"]),
+    ],
+)
+def test_the_students_unknown_names_too(capsys, flag, known):
+    line = refused(capsys, parse_student_options, [flag, "9"])
+    assert flag in line
+    assert all(name in line for name in known)
+
+
+NOT_POSITIVE = ["-1", "0", "nan", "inf", "-inf", "x", ""]
+NOT_A_WEIGHT = ["-0.1", "nan", "inf", "x", ""]
+NOT_A_COUNT = ["0", "-3", "1.5", "nan", "x", "1e3", ""]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *itertools.product(["-r", "-a", "-b", "--weight_decay", "-node", "-edge"], NOT_A_WEIGHT),
+        *itertools.product(["--learning_rate", "--learning_rate_t", "--lr_decay_rate", "--kd_T"], NOT_POSITIVE),
+        *itertools.product(["--batch_size", "--epochs", "--feature_dim", "--max_steps"], NOT_A_COUNT),
+        *itertools.product(["--eval_freq", "--print_freq", "--save_freq"], NOT_A_COUNT),
+        *itertools.product(["--seed"], ["-1", "1.5", "4294967296", "x"]),
+        *itertools.product(["--momentum"], ["-0.1", "1.1", "nan"]),
+        *itertools.product(["--holdout"], ["0", "-0.1", "0.6", "1", "nan", "x"]),
+        *itertools.product(["--lr_decay_epochs"], ["a,b", "150,", "0", "-1,2", "1.5", "nan", "1 2"]),
+        *itertools.product(["--teacher_views"], ["-1", "163", "many", "1.5", ""]),
+        *itertools.product(["--trial"], ["", "a/b", "..\\x", "a b", "a:b"]),
+    ],
+)
+def test_senseless_numbers_and_words_are_refused(capsys, flag, value):
+    line = refused(capsys, parse_student_options, [f"{flag}={value}"])
+    assert f"{flag}:" in line or f"{flag}/" in line or f"/{flag}" in line
+    assert repr(value) in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("-r 0 -b 0", "nothing would be trained"),
+        ("--distill none -r 0", "nothing would be trained"),
+        ("--distill kd -a 0", "distils nothing"),
+        ("--distill kd -r 1 -a 0 -b 0", "distils nothing"),
+        ("--distill kd -b 1", "leave -b at 0"),
+        ("--distill none -b 1", "leave -b at 0"),
+        ("--distill none -a 0.5", "use --distill kd"),
+        ("-node 0 -edge 0", "both 0"),
+        ("--clip_tn 0", "needs --path_t"),
+        ("--views shared", "--teacher_views all or 0"),
+        ("--views shared --teacher_views 16", "--teacher_views all or 0"),
+        ("--unknown 3", "--unknown"),
+        ("stray", "stray"),
+        ("--batch_size", "--batch_size"),
+    ],
+)
+def test_contradictions_are_refused_with_a_way_out(capsys, argv, words):
+    assert words in refused(capsys, parse_student_options, argv.split())
+
+
+@pytest.mark.parametrize("argv", ["--batch 32", "--learn 0.1", "--teacher 4", "--dist kd", "--see 3", "--node 1"])
+def test_abbreviations_are_refused(capsys, argv):
+    assert argv.split()[0] in refused(capsys, parse_student_options, argv.split())
+
+
+def test_what_makes_sense_is_taken():
+    opt = parse_student_options(["--views", "shared", "--teacher_views", "all", "--lr_decay_epochs", ""])
+    assert (opt.teacher_views, opt.lr_decay_epochs) == ("162", [])
+    assert parse_student_options(["--views", "shared", "--teacher_views", "0"]).teacher_views == "0"
+    assert parse_student_options(["--lr_decay_epochs", "3,1"]).lr_decay_epochs == [3, 1]
+    assert parse_student_options(["--momentum", "0", "--weight_decay", "0", "-node", "0"]).momentum == 0
+    assert parse_student_options(["--holdout", "0.1", "--seed", "4294967295"]).holdout == 0.1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_all_published_clips_are_taken_by_name(name):
+    assert parse_student_options(["--clip_mode", name]).clip_mode == name
+    assert parse_teacher_options(["--model", name]).clip_mode == name
+
+
+def test_help_shows_groups_and_every_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_student_options(["--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    parser = options.student_parser()
+    shown = [action for action in parser._actions if action.default not in (None, "==SUPPRESS==")]
+    assert len(shown) > 25
+    for action in shown:
+        start = said.index(action.option_strings[-1] + " ", said.index("method:"))
+        assert f"(default: {action.default})" in said[start:], action.option_strings
+    for group in ("method", "student", "teacher", "data", "optimisation", "run", "speed"):
+        assert f"{group}:" in said
+
+
+def test_the_name_of_a_run_carries_what_tells_runs_apart():
+    opt = parse_student_options(["--clip_mode", "some/dir/my.clip.pt", "--trial", "b", "--seed", "7", "-a", "0.5"])
+    name = student_run_name(opt)
+    assert name == ("Sresnet8x4_Tmy.clip_f256_cifar100_ega_r1_a0.5_b1_node0.8_edge0.24_batchsize64_seed7_trialb")
+    assert student_run_name(parse_student_options([])).startswith("Sresnet8x4_Tvit32_f256_cifar100_ega_r1_a0_b1_")
+    assert student_run_name(parse_student_options(["--distill", "none"])).startswith("Sresnet8x4_Tnone_")
+    assert teacher_run_name(parse_teacher_options(["--model", "RN50"])) == "RN50_f256_cifar100_lr_0.01_seed0_trial1"
+    for clip in PUBLISHED:
+        assert not set(student_run_name(parse_student_options(["--clip_mode", clip]))) & set("/:\\ ")
+
+
+class Recorded:
+    """A run as ``resolve_auto`` sees it."""
+
+    def __init__(self, recorded: dict | None = None):
+        self.recorded = recorded
+        self.noted = {}
+
+    def record(self, **values) -> None:
+        self.noted |= values
+
+
+@pytest.fixture
+def machine(monkeypatch) -> SimpleNamespace:
+    """What PyTorch finds: nothing, until a test changes it."""
+    found = SimpleNamespace(cuda=False, cuda_bf16=False, avx512=False, amx=False, compiler=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found.cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: found.cuda_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found.avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: found.amx)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: found.compiler)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ({}, ("cpu", "off", 1)),
+        ({"avx512": True}, ("cpu", "bf16", 1)),
+        ({"amx": True}, ("cpu", "bf16", 1)),
+        ({"cuda": True}, ("cuda", "fp16", 16)),
+        ({"cuda": True, "cuda_bf16": True}, ("cuda", "bf16", 16)),
+    ],
+)
+def test_auto_becomes_what_the_machine_has_and_is_printed_and_recorded(machine, capsys, has, expected):
+    vars(machine).update(has)
+    opt, run = parse_student_options([]), Recorded()
+    resolve_auto(opt, run)
+    assert (opt.device, opt.amp, opt.teacher_views) == expected
+    assert {name: run.noted[name] for name in ("device", "amp", "teacher_views")} == dict(
+        zip(("device", "amp", "teacher_views"), expected, strict=True)
+    )
+    device, amp, views = expected
+    assert capsys.readouterr().out == f"auto: device {device}, amp {amp}, teacher_views {views}\n"
+    json.dumps(run.noted)
+
+
+def test_what_is_given_is_not_resolved_nor_printed(machine, capsys):
+    opt = parse_student_options(["--device", "cpu", "--amp", "bf16", "--teacher_views", "5"])
+    resolve_auto(opt, Recorded())
+    assert (opt.device, opt.amp, opt.teacher_views) == ("cpu", "bf16", 5)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_keeps_what_auto_became(machine):
+    opt = parse_student_options([])
+    resolve_auto(opt, Recorded({"device": "cpu", "amp": "bf16", "teacher_views": 7}))
+    assert (opt.device, opt.amp, opt.teacher_views) == ("cpu", "bf16", 7)
+
+
+@pytest.mark.parametrize("argv", ["--device cuda", "--amp fp16", "--device cpu --amp fp16"])
+def test_what_the_machine_lacks_is_refused(machine, argv):
+    with pytest.raises(ValueError, match=r"--device cpu|--device cuda"):
+        resolve_auto(parse_student_options(argv.split()), Recorded())
+
+
+@pytest.mark.parametrize(
+    ("compiler", "given", "steps", "expected"),
+    [
+        ("/usr/bin/g++", "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
+        ("/usr/bin/g++", "auto", runtime.COMPILE_PAYS_AFTER_STEPS - 1, "off"),
+        (None, "auto", 10**9, "off"),
+        ("/usr/bin/g++", "on", 1, "on"),
+        (None, "off", 10**9, "off"),
+    ],
+)
+def test_compilation_is_on_where_it_pays_and_is_possible(machine, compiler, given, steps, expected):
+    machine.compiler = compiler
+    opt, run = parse_student_options(["--device", "cpu", "--compile", given]), Recorded()
+    resolve_auto_compile(opt, run, steps)
+    assert (opt.compile, run.noted) == (expected, {"compile": expected})
+
+
+def test_compilation_without_a_compiler_is_refused(machine):
+    opt = parse_student_options(["--device", "cpu", "--compile", "on"])
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        resolve_auto_compile(opt, Recorded(), 1)
+
+
+def test_a_resumed_run_keeps_what_compile_became(machine):
+    opt = parse_student_options(["--device", "cpu"])
+    machine.compiler = "g++"
+    resolve_auto_compile(opt, Recorded({"compile": "off"}), 10**9)
+    assert opt.compile == "off"

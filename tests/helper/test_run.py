@@ -1,0 +1,316 @@
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import snapshot
+from helper import checkpoint
+from helper.run import Run
+
+OPTIONS = {"learning_rate": 0.05, "seed": 0, "epochs": 3, "data_dir": "data", "print_freq": 100, "device": "cpu"}
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+def start(root: Path, resume: str = "auto", epochs: int = 3, name: str = "run", **changed) -> Run:
+    """A run as the scripts begin it."""
+    run = Run(Namespace(save_dir=str(root), resume=resume, epochs=epochs), "kind", "tb", name, "net")
+    try:
+        run.record(**(OPTIONS | {"epochs": epochs, "resume": resume} | changed))
+        if not run.finished:
+            run.start()
+    except BaseException:
+        close(run)
+        raise
+    return run
+
+
+def close(run: Run) -> None:
+    """Lets go of the folder, as the end of the process would."""
+    run._lock.release()
+
+
+def record(epoch: int, accuracy: float | None = None) -> dict:
+    found = {"epoch": epoch, "lr": 0.05, "train_loss": 1 / epoch}
+    return found if accuracy is None else found | {"test_acc": accuracy}
+
+
+def weights(epoch: int) -> dict:
+    return {"model": {"w": torch.full((2,), float(epoch))}}
+
+
+def train(run: Run, until: int, accuracies=(10.0, 30.0, 20.0, 25.0)) -> None:
+    for epoch in range(run.first_epoch, until + 1):
+        run.end_epoch(record(epoch, accuracies[epoch - 1]), {"at": epoch}, weights(epoch))
+
+
+def lines(root: Path) -> list[dict]:
+    return [json.loads(line) for line in (root / "kind" / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(root: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of every scalar event, by name."""
+    folder = EventAccumulator(str(root / "tb" / "run"), size_guidance={"scalars": 0})
+    folder.Reload()
+    return {tag: [(e.step, e.value) for e in folder.Scalars(tag)] for tag in folder.Tags()["scalars"]}
+
+
+def check_logs(root: Path, epochs: int) -> None:
+    """Every epoch's line and event is there once, in order."""
+    assert [line["epoch"] for line in lines(root)] == list(range(1, epochs + 1))
+    found = events(root)
+    assert set(found) == {"lr", "train_loss", "test_acc"}
+    for name, series in found.items():
+        assert [step for step, _ in series] == list(range(1, epochs + 1))
+        assert [value for _, value in series] == pytest.approx([line[name] for line in lines(root)])
+
+
+def test_a_run_leaves_its_files(tmp_path, capsys):
+    run = start(tmp_path)
+    assert (run.first_epoch, run.finished, run.state) == (1, False, None)
+    train(run, 3)
+    assert not run.finished
+    run.finish(weights(3))
+    assert run.finished
+    run.print_result()
+    assert f"best accuracy: 30.00 (epoch 2), last: 20.00, in {run.folder}" in capsys.readouterr().out
+    names = {path.name for path in run.folder.iterdir()} - {"lock"}
+    assert names == {"options.json", "metrics.jsonl", "net_best.pth", "net_last.pth", "resume.pth"}
+    assert json.loads((run.folder / "options.json").read_text())["learning_rate"] == 0.05
+    for name, epoch in (("best", 2), ("last", 3)):
+        saved = checkpoint.load(run.folder / f"net_{name}.pth")
+        assert saved["epoch"] == epoch
+        assert torch.equal(saved["model"]["w"], weights(epoch)["model"]["w"])
+    check_logs(tmp_path, 3)
+
+
+def test_the_best_is_the_first_of_equals_and_of_the_tested(tmp_path):
+    run = start(tmp_path, epochs=4)
+    for epoch, accuracy in enumerate([None, 30.0, 30.0, 20.0], start=1):
+        run.end_epoch(record(epoch, accuracy), {}, weights(epoch))
+    assert run.best["epoch"] == 2
+    assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == 2
+
+
+def test_a_held_out_accuracy_chooses_the_best_in_the_tests_place(tmp_path):
+    run = start(tmp_path)
+    for epoch, (test, val) in enumerate([(50.0, 1.0), (10.0, 3.0), (30.0, 2.0)], start=1):
+        run.end_epoch(record(epoch, test) | {"val_acc": val}, {}, weights(epoch))
+    assert run.best["epoch"] == 2
+    assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == 2
+
+
+def test_every_so_many_epochs_a_checkpoint_is_kept(tmp_path):
+    run = start(tmp_path, epochs=4)
+    for epoch in range(1, 5):
+        run.end_epoch(record(epoch, 1.0), {}, weights(epoch), save_freq=2)
+    kept = sorted(path.name for path in run.folder.glob("ckpt_*"))
+    assert kept == ["ckpt_epoch_2.pth", "ckpt_epoch_4.pth"]
+    assert checkpoint.load(run.folder / "ckpt_epoch_2.pth")["epoch"] == 2
+
+
+def test_auto_goes_on_from_the_last_finished_epoch(tmp_path):
+    run = start(tmp_path)
+    train(run, 2)
+    close(run)
+    again = start(tmp_path)
+    assert (again.first_epoch, again.state, again.finished) == (3, {"at": 2}, False)
+    assert again.recorded == OPTIONS | {"resume": "auto"}
+    train(again, 3)
+    again.finish(weights(3))
+    close(again)
+    check_logs(tmp_path, 3)
+
+
+def test_a_finished_run_is_finished_and_more_epochs_continue_it(tmp_path):
+    run = start(tmp_path)
+    train(run, 3)
+    run.finish(weights(3))
+    close(run)
+    before = snapshot(tmp_path)
+    again = start(tmp_path)
+    assert again.finished
+    close(again)
+    assert snapshot(tmp_path) == before
+    longer = start(tmp_path, epochs=4)
+    assert (longer.finished, longer.first_epoch) == (False, 4)
+    train(longer, 4)
+    longer.finish(weights(4))
+    check_logs(tmp_path, 4)
+
+
+def test_a_run_killed_before_its_last_file_is_not_finished(tmp_path):
+    run = start(tmp_path)
+    train(run, 3)
+    close(run)
+    again = start(tmp_path)
+    assert not again.finished
+    assert again.first_epoch == 4  # no epoch is left, only the last file
+
+
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_without_a_run_there_auto_and_none_begin_one(tmp_path, resume):
+    run = start(tmp_path, resume=resume)
+    assert (run.first_epoch, run.recorded) == (1, None)
+
+
+def test_none_does_not_overwrite_a_run(tmp_path):
+    run = start(tmp_path)
+    train(run, 1)
+    close(run)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="holds a run already.*--trial"):
+        start(tmp_path, resume="none")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_path_continues_another_folders_run_in_its_own(tmp_path):
+    run = start(tmp_path / "a")
+    train(run, 2)
+    close(run)
+    source = run.folder / "resume.pth"
+    before = snapshot(tmp_path / "a")
+    moved = start(tmp_path / "b", resume=str(source))
+    assert (moved.first_epoch, moved.state) == (3, {"at": 2})
+    train(moved, 3)
+    close(moved)
+    check_logs(tmp_path / "b", 3)
+    assert snapshot(tmp_path / "a") == before
+    with pytest.raises(ValueError, match="holds a run already"):
+        start(tmp_path / "b", resume=str(source))
+    own = start(tmp_path / "b", resume=str(moved.folder / "resume.pth"))
+    assert own.first_epoch == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"rubbish", "corrupt"), ({"model": {}}, "not the resume.pth of a run")],
+)
+def test_a_path_to_something_else_is_refused(tmp_path, content, message):
+    path = tmp_path / "other.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        checkpoint.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path / "save", resume=str(path))
+    assert snapshot(tmp_path / "save") == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish"])
+def test_a_corrupt_resume_file_is_refused_and_kept(tmp_path, content):
+    run = start(tmp_path)
+    train(run, 1)
+    close(run)
+    (run.folder / "resume.pth").write_bytes(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"resume.pth.*corrupt"):
+        start(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 0.1}, {"seed": 1}, {"device": "cuda"}, {"new_option": 3}])
+def test_other_options_are_refused_with_both_values(tmp_path, changed):
+    run = start(tmp_path)
+    train(run, 1)
+    close(run)
+    before = snapshot(tmp_path)
+    ((key, value),) = changed.items()
+    with pytest.raises(ValueError, match=f"{key} {OPTIONS.get(key)}, not {value}.*--trial"):
+        start(tmp_path, **changed)
+    assert snapshot(tmp_path) == before
+
+
+def test_epochs_paths_and_printing_may_change(tmp_path):
+    run = start(tmp_path)
+    train(run, 1)
+    close(run)
+    changed = {"data_dir": "b", "clip_root": "b", "clip_mode": "b", "path_t": "b", "save_dir": "b", "print_freq": 1}
+    again = start(tmp_path, epochs=9, **changed)
+    assert again.first_epoch == 2
+    assert json.loads((again.folder / "options.json").read_text()) == OPTIONS | changed | {
+        "epochs": 9,
+        "resume": "auto",
+    }
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    run = start(tmp_path)
+    with pytest.raises(ValueError, match=f"another process is running in {run.folder}"):
+        start(tmp_path)
+    start(tmp_path, name="another")  # whose folder is free
+    close(run)
+    start(tmp_path)
+
+
+def test_a_save_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write to .*file.*choose another --save_dir"):
+        start(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_save_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="choose another --save_dir"):
+        start(tmp_path / "save")
+
+
+@pytest.mark.parametrize("moment", ["before best", "before resume", "after resume", "after metrics", "half a line"])
+def test_killed_at_any_moment_no_line_and_no_event_is_missing_or_there_twice(tmp_path, monkeypatch, moment):
+    run = start(tmp_path)
+    train(run, 1)
+    save, append, events_of = checkpoint.save, run._logger.append, run._logger._write_events
+    reached = []
+
+    def killed(*args):
+        reached.append(moment)
+        raise Killed
+
+    def killed_at(name: str):
+        def saving(state, path):
+            killed() if path.name == name else save(state, path)
+
+        return saving
+
+    with monkeypatch.context() as patch:
+        if moment == "before best":
+            patch.setattr(checkpoint, "save", killed_at("net_best.pth"))
+        elif moment == "before resume":
+            patch.setattr(checkpoint, "save", killed_at("resume.pth"))
+        elif moment == "after resume":
+            patch.setattr(run._logger, "append", killed)
+        elif moment == "after metrics":
+            patch.setattr(run._logger, "_write_events", killed)
+        else:
+            append(record(2, 30.0))
+            events_of(record(2, 30.0))
+            path = run.folder / "metrics.jsonl"
+            path.write_bytes(path.read_bytes()[:-9])
+            patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(Killed):
+            train(run, 2)
+    assert reached
+    close(run)
+
+    again = start(tmp_path)
+    done = 2 if moment in ("after resume", "after metrics") else 1
+    assert again.first_epoch == done + 1
+    check_logs(tmp_path, done)
+    train(again, 3)
+    again.finish(weights(3))
+    close(again)
+    check_logs(tmp_path, 3)
+    whole = start(tmp_path / "whole")
+    train(whole, 3)
+    whole.finish(weights(3))
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+    for name in ("net_best.pth", "net_last.pth", "resume.pth"):
+        assert repr(checkpoint.load(again.folder / name)) == repr(checkpoint.load(whole.folder / name))
