@@ -1,0 +1,164 @@
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import make_dataset
+from dataset.loader import Batch, Loader
+from distiller_zoo import EGA, METHODS, Method, kd_loss
+from helper.loops import EpochLog, Objective, train_head, validate
+from helper.teacher import ClipTeacher
+from helper.util import NonFiniteLoss
+from models import create_student
+from models.heads import Outputs, TeacNet
+
+CPU = torch.device("cpu")
+OPT = Namespace(device="cpu", amp="off", print_freq=100, epochs=1)
+
+
+def outputs(seed: int, classes: int = 5) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(6, 8, generator=generator).requires_grad_()
+    return Outputs(embedding, torch.randn(6, classes, generator=generator).requires_grad_(), [])
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return Batch(torch.arange(6), torch.tensor([0, 1, 2, 3, 4, 0]), None, torch.zeros(6, dtype=torch.long))
+
+
+def objective(distill: str, gamma: float, alpha: float, beta: float) -> Objective:
+    method = METHODS[distill]
+    criterion = method.build(Namespace(node_weight=0.8, edge_weight=0.24)) if method.build else None
+    return Objective(method, criterion, gamma, alpha, beta, kd_T=3.0)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(batch):
+    s, t = outputs(0), outputs(1)
+    loss, terms = objective("ega", 0.5, 0.3, 2.0)(s, t, batch)
+    cls, kd = F.cross_entropy(s.logits, batch.target), kd_loss(s.logits, t.logits, 3.0)
+    torch.testing.assert_close(loss, 0.5 * cls + 0.3 * kd + 2 * EGA()(s.embedding, t.embedding))
+    assert set(terms) == {"cls", "kd", "distill", "node", "edge"}
+    torch.testing.assert_close(terms["node"] + terms["edge"], terms["distill"])
+    torch.testing.assert_close(terms["node"], 2 * EGA(0.8, 0)(s.embedding, t.embedding))
+
+
+@pytest.mark.parametrize(
+    ("distill", "weights", "names"),
+    [
+        ("none", (1, 0, 0), {"cls"}),
+        ("kd", (0.1, 0.9, 0), {"cls", "kd"}),
+        ("ega", (1, 0, 1), {"cls", "distill", "node", "edge"}),
+        ("ega", (1, 0, 0), {"cls"}),
+    ],
+)
+def test_terms_without_weight_are_left_out(batch, distill, weights, names):
+    t = None if distill == "none" else outputs(1)
+    _, terms = objective(distill, *weights)(outputs(0), t, batch)
+    assert set(terms) == names
+
+
+def test_no_gradient_of_the_students_loss_reaches_the_teacher(batch):
+    s, t = outputs(0), outputs(1)
+    loss, _ = objective("ega", 1, 1, 1)(s, t, batch)
+    loss.backward()
+    assert t.embedding.grad is None
+    assert t.logits.grad is None
+    assert s.embedding.grad.abs().sum() > 0
+
+
+def test_a_new_method_is_fed_what_its_row_names(batch):
+    fed = []
+
+    class Loss(torch.nn.Module):
+        def forward(self, *args):
+            fed.extend(args)
+            return args[0].sum() * 0
+
+    s, t = outputs(0), outputs(1)
+    row = Method(None, ("logit_t", "f_s", "target", "index"), (1, 0, 1), "")
+    _, terms = Objective(row, Loss(), 1, 0, 1, 4)(s, t, batch)
+    assert [x.tolist() for x in fed] == [x.tolist() for x in (t.logits, s.embedding, batch.target, batch.index)]
+    assert set(terms) == {"cls", "distill"}
+
+
+def test_losses_are_computed_in_float32(batch):
+    s, t = outputs(0), outputs(1)
+    half = Outputs(s.embedding.bfloat16(), s.logits.bfloat16(), [])
+    loss, terms = objective("ega", 1, 1, 1)(half, t, batch)
+    assert {value.dtype for value in (loss, *terms.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_first_term_that_is_not_finite_is_named_with_its_step(value):
+    loader = Loader(make_dataset().train, "train", 10, CPU)  # 7 steps
+    log = EpochLog("Epoch 4", loader, print_freq=100, epochs_left=0)
+
+    def epoch() -> None:
+        for step in range(1, 8):
+            losses = {"loss_cls": torch.tensor(1.0), "loss_edge": torch.tensor(value if step in (3, 5) else 1.0)}
+            log.update(step, losses, {"train_acc": torch.tensor(5.0)}, 10)
+
+    with pytest.raises(NonFiniteLoss, match="loss_edge is not finite at step 3 of epoch 4"):
+        epoch()
+    with pytest.raises(NonFiniteLoss):
+        log.result()
+
+
+def test_an_epochs_averages_weigh_the_smaller_last_batch_less(capsys):
+    dataset = make_dataset(num_train=25)
+    log = EpochLog("Epoch 1", Loader(dataset.train, "train", 10, CPU), print_freq=2, epochs_left=0)
+    for step, (loss, n) in enumerate([(1.0, 10), (2.0, 10), (4.0, 5)], start=1):
+        log.update(step, {"train_loss": torch.tensor(loss)}, {"train_acc": torch.tensor(loss * 10)}, n)
+    result = log.result()
+    assert result["train_loss"] == pytest.approx(2.0)
+    assert result["train_acc"] == pytest.approx(20.0)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in printed] == ["Epoch 1 [2/3", "Epoch 1 [3/3"]
+
+
+def teacher(dataset) -> ClipTeacher:
+    """A head on embeddings that are the images' mean colours."""
+    torch.manual_seed(0)
+    images = {"train": dataset.train.images, "test": dataset.test.images}
+    return ClipTeacher(lambda split, index, view: images[split][index].float().mean((2, 3)) / 255, TeacNet(3, 8, 5))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 500])
+def test_testing_sees_every_sample_once_whatever_the_batch_size(batch_size):
+    dataset = make_dataset()
+    torch.manual_seed(0)
+    student, tutor = create_student("resnet8", 8, 5), teacher(dataset)
+    student.train()
+    found = validate(Loader(dataset.test, "test", batch_size, CPU), student, tutor, OPT)
+    (whole,) = Loader(dataset.test, "test", 20, CPU).epoch()
+    with torch.no_grad():
+        logits = student.eval()(whole.image).logits
+        logit_t = tutor("test", whole).logits
+    assert found["test_loss"] == pytest.approx(F.cross_entropy(logits, whole.target).item(), rel=1e-5)
+    assert found["test_acc"] == pytest.approx(100 * (logits.argmax(1) == whole.target).float().mean().item())
+    assert found["test_acc_top5"] == pytest.approx(100)  # of five classes
+    assert found["teacher_acc"] == pytest.approx(100 * (logit_t.argmax(1) == whole.target).float().mean().item())
+    alone = validate(Loader(dataset.test, "test", batch_size, CPU), None, tutor, OPT, prefix="val")
+    assert alone["val_acc"] == pytest.approx(found["teacher_acc"])
+
+
+def test_testing_changes_no_statistic_and_keeps_no_gradient():
+    dataset = make_dataset()
+    student = create_student("resnet8", 8, 5).train()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    validate(Loader(dataset.test, "test", 8, CPU), student, None, OPT)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_a_head_learns_from_the_embeddings():
+    dataset = make_dataset()
+    tutor = teacher(dataset)
+    loader = Loader(dataset.train, "train", 10, CPU, training=True, teacher_views=1, images=False)
+    optimizer = torch.optim.SGD(tutor.head.parameters(), 0.5, momentum=0.9)
+    losses = [train_head(epoch, loader, tutor, optimizer, OPT)["train_loss"] for epoch in range(1, 16)]
+    assert losses[0] == pytest.approx(math.log(5), rel=0.3)
+    assert losses[-1] < losses[0] / 2

@@ -1,0 +1,82 @@
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helper.util import (
+    AverageMeter,
+    NonFiniteLoss,
+    accuracy,
+    adjust_learning_rate,
+    exit_on_bad_input,
+    exit_on_non_finite_loss,
+    format_seconds,
+)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, FileNotFoundError, PermissionError])
+def test_bad_input_ends_with_code_2_and_one_line(capsys, error):
+    with pytest.raises(SystemExit) as stopped, exit_on_bad_input("train.py"):
+        raise error("this is\nwrong:  do that")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: this is wrong: do that\n"
+
+
+def test_mistakes_of_the_program_are_not_called_bad_input():
+    with pytest.raises(KeyError), exit_on_bad_input("train.py"):
+        raise KeyError("bug")
+    with pytest.raises(NonFiniteLoss), exit_on_bad_input("train.py"):
+        raise NonFiniteLoss("loss")
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_3_and_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped, exit_on_non_finite_loss("train.py"):
+        raise NonFiniteLoss("loss_edge is not finite at step 3")
+    assert stopped.value.code == 3
+    assert capsys.readouterr().err == "train.py: error: loss_edge is not finite at step 3\n"
+    with pytest.raises(ValueError, match="other"), exit_on_non_finite_loss("train.py"):
+        raise ValueError("other")
+
+
+def test_a_meter_averages_over_samples_not_over_batches():
+    meter = AverageMeter()
+    for values, n in (([1.0, 10.0], 64), ([4.0, 40.0], 32)):
+        meter.update(torch.tensor(values), n)
+    assert meter.avg.tolist() == [2.0, 20.0]
+    assert meter.val.tolist() == [4.0, 40.0]
+    meter.reset()
+    meter.update(3.0)
+    assert (meter.avg, meter.count) == (3.0, 1)
+
+
+def test_accuracy_counts_targets_among_the_highest():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(200, 10)), rng.integers(0, 10, 200)
+    rank = (np.argsort(-logits, axis=1) == targets[:, None]).argmax(axis=1)
+    top1, top5, top10 = accuracy(torch.from_numpy(logits), torch.from_numpy(targets), topk=(1, 5, 10))
+    assert top1.item() == pytest.approx(100 * (rank < 1).mean())
+    assert top5.item() == pytest.approx(100 * (rank < 5).mean())
+    assert top10 == 100
+
+
+def test_fewer_classes_than_k_count_all():
+    assert accuracy(torch.eye(3), torch.tensor([1, 2, 0]), topk=(1, 5)) == [0, 100]
+
+
+def test_the_learning_rate_decays_after_its_epochs():
+    """Paper: lr 0.05, times 0.1 from epochs 151, 181 and 211 on."""
+    opt = Namespace(learning_rate=0.05, lr_decay_rate=0.1, lr_decay_epochs=[150, 180, 210])
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
+    for epoch, expected in ((1, 0.05), (150, 0.05), (151, 5e-3), (180, 5e-3), (181, 5e-4), (211, 5e-5), (240, 5e-5)):
+        assert adjust_learning_rate(epoch, opt, optimizer) == pytest.approx(expected)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (754, "12:34"), (3600, "1:00:00"), (90_061, "25:01:01")],
+)
+def test_seconds_are_written_as_a_clock_does(seconds, text):
+    assert format_seconds(seconds) == text
