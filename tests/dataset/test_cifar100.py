@@ -171,6 +171,21 @@ def test_an_interrupted_download_is_begun_again(archive, served, tmp_path, monke
     archive.check(load_cifar100(str(root)))
 
 
+def test_a_run_that_waited_for_anothers_download_does_not_begin_its_own(archive, tmp_path, monkeypatch):
+    class Waited:
+        def __init__(self, path):
+            pass
+
+        def __enter__(self):
+            archive.extract(tmp_path)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr("dataset.cifar100.FileLock", Waited)
+    archive.check(load_cifar100(str(tmp_path)))
+
+
 def test_a_connection_that_breaks_off_leaves_nothing(archive, served, tmp_path, monkeypatch):
     root = tmp_path / "data"
 

@@ -56,7 +56,8 @@ def lines(root: Path) -> list[dict]:
 
 def events(root: Path) -> dict[str, list[tuple[int, float]]]:
     """Step and value of every scalar event, by name."""
-    folder = EventAccumulator(str(root / "tb" / "run"), size_guidance={"scalars": 0})
+    # As they are in the files: by itself it would hide events that a resumed run wrote twice.
+    folder = EventAccumulator(str(root / "tb" / "run"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     folder.Reload()
     return {tag: [(e.step, e.value) for e in folder.Scalars(tag)] for tag in folder.Tags()["scalars"]}
 
