@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
             record["lr"] = optimizer.param_groups[0]["lr"]
             record["seconds"] = time.perf_counter() - start
             print_record(record)
-            run.end_epoch(record, {name: module.state_dict() for name, module in stateful.items()}, {})
+            state = {name: module.state_dict() for name, module in stateful.items()}
+            run.end_epoch(record, state, {"model": state["model"]}, opt.save_freq)
 
     checkpoint.save(published_state(model, test_pixels(next(test_loader.epoch()))), path)
     run.finish({})

@@ -13,13 +13,14 @@ import torch
 from . import ImageDataset, Split
 
 SIZE = 32
-TRAIN_PER_CLASS, TEST_PER_CLASS, CAPTIONED_PER_CLASS = 20, 30, 500
+TRAIN_PER_CLASS, TEST_PER_CLASS, CAPTIONED_PER_CLASS = 5, 30, 500
 _SEEDS = {"train": 1, "test": 2, "captioned": 3}
 
 # Numbers below are pixels, except in shapes, whose frame puts the outline at about 1 from the centre.
 _RADIUS = (9.0, 13.0)
 _SHIFT = 3.0
 _PERIOD = (5.0, 6.5)
+_TINT = 0.15
 _TILT = 0.4  # radians
 _CLUTTER = 2
 _NOISE = (0.0, 0.06)
@@ -113,14 +114,14 @@ def _draw_class(name: str, count: int, seed: tuple[int, int]) -> np.ndarray:
     grid = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
     px, py = grid[None, None, :], grid[None, :, None]
 
-    # Three levels a third apart in every channel, shuffled: background and both colours always differ.
-    levels = np.arange(3, dtype=np.float32)[:, None] / 3 + rng.uniform(-0.08, 0.08, (count, 3, 3)).astype(np.float32)
-    levels = (rng.permuted(levels, axis=1) + uniform(0, 1, 1, 3)) % 1
-    background, first, second = levels.transpose(1, 0, 2)[..., None, None]
+    # Dark, middling and bright in every channel, each of a random tint: both colours differ from the background.
+    levels = np.array([0.15, 0.5, 0.85], dtype=np.float32)[:, None]
+    levels = levels + rng.uniform(-_TINT, _TINT, (count, 3, 3)).astype(np.float32)
+    background, second, first = levels.transpose(1, 0, 2)[..., None, None]
 
     # A background that fades, and bars of any colour across it.
     fade, _ = _rotate(px, py, uniform(0, 2 * np.pi))
-    image = background + (fade / SIZE)[:, None] * uniform(-0.5, 0.5, 3, 1, 1)
+    image = background + (fade / SIZE)[:, None] * uniform(-0.3, 0.3, 3, 1, 1)
 
     def clutter(image: np.ndarray, reach: float) -> np.ndarray:
         x, y = _rotate(px - uniform(-reach, reach), py - uniform(-reach, reach), uniform(0, 2 * np.pi))
