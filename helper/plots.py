@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from models.heads import TeacNet
 
 from . import checkpoint
 from .options import Parser
+from .report import StoredRun, read_run, run_labels
 from .teacher import ClipTeacher, load_encoder, open_embeddings
 from .util import exit_on_bad_input
 
@@ -33,30 +33,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES = ("-", "--", ":", "-.")
 _TEACHER = "#555555"
 
-_METHODS = {"none": "student alone", "kd": "KD", "ega": "EGA"}
 _TERMS = {"cls": "classification", "kd": "KD", "node": "EGA: nodes", "edge": "EGA: edges", "distill": "distillation"}
-# Options that say nothing about how two runs of one method differ.
-_SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "device", "clip_sha256", "dataset_sha256"}
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A finished run, as its folder tells it.
-
-    Attributes:
-        folder: SAVE/student_model/NAME.
-        options: of options.json.
-        history: the lines of metrics.jsonl.
-    """
-
-    folder: Path
-    options: dict
-    history: list[dict]
-
-    def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Epochs and values of a metric, where it was measured."""
-        measured = [record for record in self.history if record.get(name) is not None]
-        return [record["epoch"] for record in measured], [record[name] for record in measured]
 
 
 @dataclass(frozen=True)
@@ -74,48 +51,6 @@ class Graphs:
     rows: Tensor
     targets: Tensor
     classes: list[str]
-
-
-def read_run(folder: str | Path) -> StoredRun:
-    """Read a finished run.
-
-    Raises:
-        ValueError: not the folder of a student's run, or of one that is not finished.
-        OSError: a file cannot be read.
-    """
-    folder = Path(folder)
-    if not (folder / "options.json").is_file():
-        raise ValueError(f"{folder} is not the folder of a run (SAVE/student_model/NAME); it has no options.json")
-    try:
-        options = json.loads((folder / "options.json").read_text())
-        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{folder}: its options.json or metrics.jsonl is missing or corrupt") from error
-    if "distill" not in options:
-        raise ValueError(f"{folder} is not the folder of a run of train_student.py")
-    if not all((folder / f"{options['model_s']}_{which}.pth").is_file() for which in ("best", "last")):
-        raise ValueError(f"the run in {folder} is not finished: resume it, with the command that began it")
-    return StoredRun(folder, options, history)
-
-
-def run_labels(runs: list[StoredRun]) -> list[str]:
-    """A short name for each run: its method, and where methods are equal, the options that differ."""
-    labels = []
-    for run in runs:
-        method = run.options["distill"]
-        equals = [other.options for other in runs if other.options["distill"] == method]
-        names = [
-            name
-            for name in run.options
-            if name not in _SAME and len({json.dumps(options.get(name)) for options in equals}) > 1
-        ]
-        # A teacher's name and its path say the same.
-        names = [name for name in names if name != "clip_mode" or "model_t" not in names]
-        labels.append(", ".join([_METHODS.get(method, method)] + [f"{name} {run.options[name]}" for name in names]))
-    return [
-        f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
-        for place, label in enumerate(labels)
-    ]
 
 
 def graph_rows(targets: Tensor, num_classes: int = 10, per_class: int = 12) -> Tensor:

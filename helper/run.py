@@ -107,9 +107,8 @@ class Run:
 
     @property
     def best(self) -> dict | None:
-        """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc."""
-        tested = [record for record in self.history if "test_acc" in record]
-        return max(tested, key=_score, default=None)
+        """See ``best_record``."""
+        return best_record(self.history)
 
     def end_epoch(self, record: dict, state: dict, model: dict, save_freq: int | None = None) -> None:
         """Save an epoch's record and the state after it.
@@ -139,6 +138,11 @@ class Run:
         last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"
         print(f"best accuracy: {accuracies}, in {self.folder}")
+
+
+def best_record(history: list[dict]) -> dict | None:
+    """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc."""
+    return max((record for record in history if "test_acc" in record), key=_score, default=None)
 
 
 def _score(record: dict) -> float:

@@ -11,7 +11,8 @@ import train_student
 from conftest import make_dataset
 from dataset.views import CLIP_NORMALIZATION, normalize
 from helper import plots
-from helper.plots import StoredRun, embedding_graphs, graph_rows, plot_runs, read_run, run_labels
+from helper.plots import embedding_graphs, graph_rows, plot_runs
+from helper.report import read_run
 from models import create_student
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
@@ -104,23 +105,6 @@ def test_picture_of_a_student_alone_has_curves_only(save, tiny_dataset, tmp_path
     alone = assert_is_picture(plot_runs([save["none"]], tmp_path / "deep" / "alone.png"))
     other = assert_is_picture(plot_runs([save["none"], save["kd"]], tmp_path / "kd.png", graph_of=save["kd"]))
     assert alone[1] < other[1]
-
-
-def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
-    def run(**options):
-        return StoredRun(tmp_path, {"seed": 0, "model_s": "resnet8", "save_dir": "a", **options}, [])
-
-    assert run_labels([run(distill="none"), run(distill="kd", seed=3), run(distill="ega", save_dir="b")]) == [
-        "student alone",
-        "KD",
-        "EGA",
-    ]
-    assert run_labels([run(distill="ega"), run(distill="ega", seed=1), run(distill="none")]) == [
-        "EGA, seed 0",
-        "EGA, seed 1",
-        "student alone",
-    ]
-    assert run_labels([run(distill="ega"), run(distill="ega", save_dir="b")]) == ["EGA (1)", "EGA (2)"]
 
 
 def assert_refused(capsys, words: str, *argv):
