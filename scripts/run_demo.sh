@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The whole job on the embedded default data set, some ten minutes on two cores: pre-train a small CLIP on many
+# captioned images, distil it into a student that sees few labelled ones, compare, and draw the picture.
+# Anything after the script's name goes to train_student.py and wins: bash scripts/run_demo.sh --seed 1
+set -euo pipefail
+
+clip_epochs=2            # of pre-training on 50 000 captioned images
+
+model_s=resnet8          # student
+epochs=160               # on 500 labelled images
+batch_size=32
+lr_decay_epochs=100,120,140
+eval_freq=20
+
+save_dir=./save/demo
+
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+"$PYTHON" pretrain_clip.py --dataset shapes --epochs "$clip_epochs" --save_dir "$save_dir"
+clip_mode=$(ls -t "$save_dir"/clip/*_shapes_*/clip.pt | head -n 1)
+
+runs=()
+for distill in none kd ega; do
+    log=$save_dir/$distill.log
+    "$PYTHON" train_student.py --dataset shapes --distill "$distill" --clip_mode "$clip_mode" --model_s "$model_s" \
+        --epochs "$epochs" --batch_size "$batch_size" --lr_decay_epochs "$lr_decay_epochs" --eval_freq "$eval_freq" \
+        --save_dir "$save_dir" "$@" | tee "$log"
+    # A run's last line ends with its folder.
+    runs+=("$(tail -n 1 "$log" | sed 's/.*, in //')")
+done
+
+echo
+"$PYTHON" -m helper.report "${runs[@]}"
+echo
+echo "picture: $("$PYTHON" -m helper.plots "${runs[@]}")"
