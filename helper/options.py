@@ -190,7 +190,7 @@ def student_parser() -> Parser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile the student; auto: in runs that are long enough for it to pay",
+        help="torch.compile the student; auto: where it is faster and the run is long enough to earn it back",
     )
     return parser
 

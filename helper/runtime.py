@@ -6,8 +6,9 @@ import shutil
 
 import torch
 
-# torch.compile takes 40 s to compile resnet8x4 on two cores; a run shorter than this does not earn it back.
-COMPILE_PAYS_AFTER_STEPS = 10_000
+# torch.compile takes some 45 s for resnet8x4 on two cores; with AMX that many steps earn it back. Without AMX the
+# convolutions are all that counts, and a compiled step is no faster (docs/results.md).
+COMPILE_PAYS_AFTER_STEPS = 2000
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +42,7 @@ def resolve_amp(amp: str, device: str) -> str:
 
 
 def resolve_compile(compile_: str, device: str, steps: int) -> str:
-    """'on' or 'off': on where a compiler is there and the run is long enough to earn the time back.
+    """'on' or 'off': on where it makes steps faster, a compiler is there and the run earns the time back.
 
     Args:
         steps: training steps of the whole run.
@@ -53,7 +54,8 @@ def resolve_compile(compile_: str, device: str, steps: int) -> str:
     if compile_ == "on" and not able:
         raise ValueError("--compile on needs a C++ compiler (g++, or the one that CXX names); install one or use off")
     if compile_ == "auto":
-        return "on" if able and steps >= COMPILE_PAYS_AFTER_STEPS else "off"
+        faster = device == "cuda" or torch.cpu._is_amx_tile_supported()
+        return "on" if able and faster and steps >= COMPILE_PAYS_AFTER_STEPS else "off"
     return compile_
 
 

@@ -249,17 +249,18 @@ def test_what_the_machine_lacks_is_refused(machine, argv):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "given", "steps", "expected"),
+    ("compiler", "amx", "given", "steps", "expected"),
     [
-        ("/usr/bin/g++", "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
-        ("/usr/bin/g++", "auto", runtime.COMPILE_PAYS_AFTER_STEPS - 1, "off"),
-        (None, "auto", 10**9, "off"),
-        ("/usr/bin/g++", "on", 1, "on"),
-        (None, "off", 10**9, "off"),
+        ("/usr/bin/g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
+        ("/usr/bin/g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS - 1, "off"),
+        ("/usr/bin/g++", False, "auto", 10**9, "off"),
+        (None, True, "auto", 10**9, "off"),
+        ("/usr/bin/g++", False, "on", 1, "on"),
+        (None, True, "off", 10**9, "off"),
     ],
 )
-def test_compilation_is_on_where_it_pays_and_is_possible(machine, compiler, given, steps, expected):
-    machine.compiler = compiler
+def test_compilation_is_on_where_it_pays_and_is_possible(machine, compiler, amx, given, steps, expected):
+    machine.compiler, machine.amx = compiler, amx
     opt, run = parse_student_options(["--device", "cpu", "--compile", given]), Recorded()
     resolve_auto_compile(opt, run, steps)
     assert (opt.compile, run.noted) == (expected, {"compile": expected})
@@ -273,6 +274,6 @@ def test_compilation_without_a_compiler_is_refused(machine):
 
 def test_a_resumed_run_keeps_what_compile_became(machine):
     opt = parse_student_options(["--device", "cpu"])
-    machine.compiler = "g++"
+    machine.compiler, machine.amx = "g++", True
     resolve_auto_compile(opt, Recorded({"compile": "off"}), 10**9)
     assert opt.compile == "off"
