@@ -97,10 +97,10 @@ def open_bank(
         "chunk": CHUNK,
         "dim": encoder.dim,
     }
-    # The name is for people; the file decides by content.
+    # The CLIP's name is for people: the same weights under another name or path share the bank.
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = root / f"{encoder.name}_{dataset.name}_{digest}"
+    folder = root / f"{dataset.name}_{digest}"
     folder.mkdir(parents=True, exist_ok=True)
 
     chunks = _chunks(dataset, num_views)
@@ -112,9 +112,10 @@ def open_bank(
         except Timeout:
             print(f"another run is encoding into {folder}: waiting for it", flush=True)
             lock.acquire()
-        with lock:
+        try:
             if missing := files.missing(chunks):  # another run may have built it meanwhile
                 _build(files, missing, dataset, encoder, num_views, device)
+        finally:
             lock.release()
     rows = files.map(chunks[-1][2])
     return EmbeddingBank(_place(rows, device), len(dataset.train), len(dataset.test), num_views, device)

@@ -359,10 +359,13 @@ def test_train_teacher_resumes(train, tmp_path):
     assert_equal_tensors(load(whole / "tiny_clip_last.pth")["model"], load(resumed / "tiny_clip_last.pth")["model"])
 
 
-def test_runs_share_one_bank(train, monkeypatch):
+def test_runs_share_one_bank(train, tiny_clip, tmp_path, monkeypatch):
     train("--epochs", 1)
+    renamed = tmp_path / "renamed.pt"
+    renamed.write_bytes(tiny_clip.read_bytes())
     encoded = []
     monkeypatch.setattr(bank_module, "encode_view", lambda *args: encoded.append(args))
     train("--epochs", 1, "--distill", "kd", "--seed", 5)
     train("--epochs", 1, script=train_teacher)
+    train("--epochs", 1, "--clip_mode", renamed)
     assert not encoded
