@@ -3,12 +3,14 @@
 import functools
 import socket
 import threading
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import dataset
 import helper.logger  # noqa: F401  (must choose protobuf's implementation before a test imports tensorboard)
@@ -57,6 +59,56 @@ def tiny_dataset(monkeypatch):
 def golden() -> Path:
     """The folder of the reference values."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def losses(golden) -> dict[str, Tensor]:
+    """The reference values of the losses, in float64: in/NAME, out/METHOD/value, out/METHOD/grad/NAME."""
+    return {name: torch.from_numpy(value) for name, value in np.load(golden / "losses.npz").items()}
+
+
+def check_golden(
+    losses: dict[str, Tensor], entry: str, loss: Callable[..., Tensor | list[Tensor]], *names: str | list[str]
+) -> None:
+    """Value and every gradient of a reference entry to 1e-9 in float64, and to 1e-4 in float32.
+
+    Args:
+        losses: the fixture of that name.
+        entry: 'pkt', say.
+        loss: called with the inputs; a tensor, or a list of one per layer.
+        names: of the inputs, without in/; a list of names for a list of tensors.
+    """
+    gradients = {name.split("/")[-1]: x for name, x in losses.items() if name.startswith(f"out/{entry}/grad/")}
+    assert gradients
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        inputs = {name: losses[f"in/{name}"] for arg in names for name in ([arg] if isinstance(arg, str) else arg)}
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        for name in gradients:
+            inputs[name].requires_grad_()
+        value = loss(*(inputs[arg] if isinstance(arg, str) else [inputs[name] for name in arg] for arg in names))
+        value = torch.stack(list(value)) if isinstance(value, (list, tuple)) else value.reshape(1)
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), losses[f"out/{entry}/value"], rtol=tolerance, atol=0)
+        found = torch.autograd.grad(value.sum(), [inputs[name] for name in gradients])
+        for gradient, expected in zip(found, gradients.values(), strict=True):
+            # Relative to the gradient's size: single entries may come close to zero.
+            assert (gradient - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def check_finite(loss: Callable[..., Tensor | list[Tensor]], *inputs: Tensor | list[Tensor]) -> None:
+    """Loss and gradients are finite with respect to all inputs that are floating point."""
+    flat = [x for arg in inputs for x in ([arg] if isinstance(arg, Tensor) else arg) if x.is_floating_point()]
+    copies = {id(x): x.detach().clone().requires_grad_() for x in flat}
+
+    def copy(x: Tensor) -> Tensor:
+        return copies.get(id(x), x)
+
+    value = loss(*(copy(arg) if isinstance(arg, Tensor) else [copy(x) for x in arg] for arg in inputs))
+    value = sum(value) if isinstance(value, (list, tuple)) else value
+    assert value.shape == ()
+    assert value.isfinite()
+    for gradient in torch.autograd.grad(value, list(copies.values()), allow_unused=True):
+        assert gradient is None or gradient.isfinite().all()
 
 
 @pytest.fixture(scope="session")
