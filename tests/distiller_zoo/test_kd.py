@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from conftest import check_golden
 from scipy.special import softmax
 from scipy.stats import entropy
 
+from conftest import check_golden
 from distiller_zoo import DistillKL, kd_loss
 
 
