@@ -8,18 +8,37 @@ from torch import Tensor, nn
 class Outputs(NamedTuple):
     """What a student or a teacher makes of a batch.
 
-    embedding: (B, D), projected to the joint space.
+    embedding: (B, D), projected to the joint space; the pooled features where nothing projects them.
     logits: (B, classes).
-    features: the backbone's maps and pooled features, in order; empty where there are none.
+    features: the backbone's maps and pooled features, in order; for CLIP its embedding alone.
+    head_logits: (B, classes) of a teacher's head, which they train; for CLIP they are ``logits``.
     """
 
     embedding: Tensor
     logits: Tensor
     features: list[Tensor]
+    head_logits: Tensor | None = None
+
+
+class Projection(nn.Module):
+    """A linear projection to the joint space (EGA, section 3).
+
+    Args:
+        f_dim: width of the backbone's embedding.
+        feature_dim: width D of the joint space.
+    """
+
+    def __init__(self, f_dim: int, feature_dim: int = 256):
+        super().__init__()
+        self.fit_dim_Net = nn.Linear(f_dim, feature_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, f_dim) to embeddings (B, D)."""
+        return self.fit_dim_Net(x)
 
 
 class _Head(nn.Module):
-    """A linear projection to the joint space and a linear classifier on it (EGA, section 3).
+    """A projection to the joint space and a linear classifier on it (EGA, section 3).
 
     Args:
         f_dim: width of the backbone's embedding.
@@ -43,11 +62,11 @@ class StudNet(_Head):
 
 
 class TeacNet(_Head):
-    """The teacher's head, on the frozen CLIP's image embedding."""
+    """The teacher's head, on the frozen CLIP's image embedding or the frozen CNN's pooled features."""
 
 
 class Student(nn.Module):
-    """A backbone and its head."""
+    """A backbone and its head, which classifies: the paper's protocol."""
 
     def __init__(self, backbone: nn.Module, head: StudNet):
         super().__init__()
@@ -58,3 +77,23 @@ class Student(nn.Module):
         features, _ = self.backbone(image, is_feat=True)
         embedding, logits = self.head(features[-1])
         return Outputs(embedding, logits, features)
+
+
+class Classifier(nn.Module):
+    """A backbone that classifies by itself: RepDistiller's protocol.
+
+    Args:
+        backbone: with a classifier of its own.
+        head: what a loss alone sees of the pooled features; by default the features themselves.
+        preact: give the maps as they are before their last ReLU.
+    """
+
+    def __init__(self, backbone: nn.Module, head: Projection | None = None, preact: bool = False):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Identity() if head is None else head
+        self.preact = preact
+
+    def forward(self, image: Tensor) -> Outputs:
+        features, logits = self.backbone(image, is_feat=True, preact=self.preact)
+        return Outputs(self.head(features[-1]), logits, features)
