@@ -62,7 +62,7 @@ class ConvReg(nn.Module):
         use_relu: end in a ReLU.
 
     Raises:
-        ValueError: for a student's map that is smaller than the teacher's, but by exactly one half.
+        ValueError: for a teacher's map that is larger than the student's, but not twice as large.
     """
 
     def __init__(self, s_shape: Shape, t_shape: Shape, use_relu: bool = True):
