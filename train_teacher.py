@@ -1,4 +1,4 @@
-"""Train what teaches: a head on a frozen CLIP, for ``train_student.py --path_t``."""
+"""Train what teaches: a head on a frozen CLIP, or a CNN from scratch, for ``train_student.py --path_t``."""
 
 import time
 
@@ -6,16 +6,18 @@ import torch
 
 from dataset import load_dataset
 from dataset.loader import Loader, epoch_seed
-from dataset.views import NUM_VIEWS
-from helper.loops import EVAL_BATCH_SIZE, print_record, sgd, train_head, validate
-from helper.options import parse_teacher_options, resolve_auto, teacher_run_name
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
+from helper.loops import EVAL_BATCH_SIZE, Objective, print_record, sgd, train_distill, train_head, validate
+from helper.options import parse_teacher_options, resolve_auto, resolve_auto_compile, teacher_run_name
 from helper.run import Run
 from helper.teacher import build_teacher
 from helper.util import adjust_learning_rate, exit_on_bad_input, exit_on_non_finite_loss
+from models import create_classifier
 
 
 def main(argv: list[str] | None = None) -> None:
     opt = parse_teacher_options(argv)
+    clip = bool(opt.clip_tn)
 
     with exit_on_bad_input("train_teacher.py"):
         run = Run(opt, "models", "tensorboard", teacher_run_name(opt), opt.model_t)
@@ -25,8 +27,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         dataset = load_dataset(opt.dataset, opt.data_dir)
         run.record(dataset_sha256=dataset.fingerprint())
-        teacher = build_teacher(opt, dataset, run)
         device = torch.device(opt.device)
+        normalization = CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION
         train_loader = Loader(
             dataset.train,
             "train",
@@ -35,32 +37,55 @@ def main(argv: list[str] | None = None) -> None:
             training=True,
             seed=opt.seed,
             teacher_views=opt.teacher_views or NUM_VIEWS,
-            images=False,
+            images=not clip,
             max_steps=opt.max_steps,
+            normalization=normalization,
         )
-        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE, device, images=False)
+        test_loader = Loader(
+            dataset.test, "test", EVAL_BATCH_SIZE, device, images=not clip, normalization=normalization
+        )
+        if clip:
+            opt.compile = "off"
+            teacher = build_teacher(opt, dataset, run)
+            trained = teacher.head
+        else:
+            resolve_auto_compile(opt, run, steps=opt.epochs * len(train_loader))
+            torch.manual_seed(opt.seed)
+            cnn = create_classifier(opt.model, len(dataset.classes))
+            trained = cnn.to(device, memory_format=torch.channels_last)
         run.start()
 
-    optimizer = sgd(teacher.head.parameters(), opt.learning_rate, opt)
+    optimizer = sgd(trained.parameters(), opt.learning_rate, opt)
+    scaler = torch.amp.GradScaler(opt.device, enabled=not clip and opt.amp == "fp16")
+    stateful = {"teacher_head" if clip else "model": trained, "optimizer": optimizer, "scaler": scaler}
     if run.state is not None:
-        teacher.head.load_state_dict(run.state["teacher_head"])
-        optimizer.load_state_dict(run.state["optimizer"])
+        for name, module in stateful.items():
+            module.load_state_dict(run.state[name])
+    objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
+    forward = torch.compile(trained) if opt.compile == "on" else trained
 
     def model() -> dict:
-        """The content of the head's file: with the SHA-256 of the CLIP that it belongs to."""
-        return {"model": teacher.head.state_dict(), "clip_sha256": run.options["clip_sha256"], "options": run.options}
+        """The content of the model's file: a head with the SHA-256 of its CLIP, a CNN with its architecture."""
+        if clip:
+            about = {"model": trained.state_dict(), "clip_sha256": run.options["clip_sha256"]}
+        else:
+            about = {"model": trained.backbone.state_dict(), "arch": opt.model}
+        return about | {"options": run.options}
 
     with exit_on_non_finite_loss("train_teacher.py"):
         for epoch in range(run.first_epoch, opt.epochs + 1):
             start = time.perf_counter()
             torch.manual_seed(epoch_seed(opt.seed, epoch))
             record = {"epoch": epoch, "lr": adjust_learning_rate(epoch, opt, optimizer)}
-            record |= train_head(epoch, train_loader, teacher, optimizer, opt)
+            if clip:
+                record |= train_head(epoch, train_loader, teacher, optimizer, opt)
+            else:
+                record |= train_distill(epoch, train_loader, cnn, forward, None, objective, [optimizer], scaler, opt)
             if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
-                record |= validate(test_loader, None, teacher, opt)
+                record |= validate(test_loader, *((None, teacher) if clip else (cnn, None)), opt)
             record["seconds"] = time.perf_counter() - start
             print_record(record)
-            state = {"teacher_head": teacher.head.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {name: module.state_dict() for name, module in stateful.items()}
             run.end_epoch(record, state, model(), opt.save_freq)
 
     run.finish(model())

@@ -22,7 +22,7 @@ from benchmarks.release_recipe import release_loader, release_steps
 from dataset import DATASETS, ImageDataset, Split, load_dataset
 from dataset.loader import Loader
 from dataset.views import NUM_VIEWS, view_order
-from distiller_zoo import METHODS
+from distiller_zoo import EGA, METHODS
 from helper.bank import CHUNK, EmbeddingBank, encode_view
 from helper.loops import Objective, sgd, train_distill
 from helper.options import parse_student_options, positive_int
@@ -95,8 +95,8 @@ class Ours:
         self.student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes))
         self.student.to(self.device, memory_format=torch.channels_last)
         self.forward = torch.compile(self.student) if opt.compile == "on" else self.student
-        method = METHODS[opt.distill]
-        self.objective = Objective(method, method.build(opt), opt.gamma, opt.alpha, opt.beta, opt.kd_T)
+        criterion = EGA(opt.node_weight, opt.edge_weight)
+        self.objective = Objective(criterion, METHODS["ega"].feeds, opt.gamma, opt.alpha, opt.beta, opt.kd_T)
         self.optimizers = [
             sgd(self.student.parameters(), opt.learning_rate, opt),
             sgd(self.teacher.head.parameters(), opt.learning_rate_t, opt),

@@ -1,35 +1,262 @@
 """The table of methods. A new one is one file beside this and one row of ``METHODS``."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from . import _connected as connected
+from ._connected import TwoStage
+from .AB import ABLoss
+from .AT import Attention
+from .CC import Correlation
+from .CCL import CCL
+from .CRD import CRD, CRDLoss
+from .DIST import DIST
+from .DKD import DKD
 from .EGA import EGA, ega_terms
-from .KD import DistillKL, kd_loss
+from .FitNet import HintLoss
+from .FSP import FSP
+from .FT import FactorTransfer
+from .IRG import IRG
+from .KD import DistillKL, kd_loss, standardize_logits
+from .KDSVD import KDSVD
+from .NCE import NCELoss
+from .NST import NSTLoss
+from .OFD import OFD
+from .PKT import PKT
+from .ReviewKD import HCL
+from .RKD import RKDLoss
+from .SP import Similarity
+from .VID import VIDLoss
 
-__all__ = ["EGA", "METHODS", "DistillKL", "Method", "ega_terms", "kd_loss"]
+__all__ = [
+    "CCL",
+    "CRD",
+    "DIST",
+    "DKD",
+    "EGA",
+    "FSP",
+    "HCL",
+    "IRG",
+    "KDSVD",
+    "METHODS",
+    "OFD",
+    "PKT",
+    "ABLoss",
+    "Attention",
+    "CRDLoss",
+    "Correlation",
+    "DistillKL",
+    "FactorTransfer",
+    "HintLoss",
+    "Method",
+    "NCELoss",
+    "NSTLoss",
+    "Networks",
+    "RKDLoss",
+    "Similarity",
+    "TwoStage",
+    "VIDLoss",
+    "ega_terms",
+    "kd_loss",
+    "standardize_logits",
+]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a method may ask about the student and the teacher when its loss is built.
+
+    Attributes:
+        shapes_s, shapes_t: of the features of a batch of two; stem, stages, pooled. A CLIP has its embedding alone.
+        s_dim, t_dim: widths of f_s and f_t.
+        targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out.
+        model_t: a CNN teacher's backbone; None with a CLIP.
+    """
+
+    shapes_s: list[tuple[int, ...]]
+    shapes_t: list[tuple[int, ...]]
+    s_dim: int
+    t_dim: int
+    targets: Tensor
+    model_t: nn.Module | None = None
+
+
+Build = Callable[[Namespace, Networks], nn.Module]
 
 
 @dataclass(frozen=True)
 class Method:
     """One row: how a method's loss is built and what it is fed.
 
+    A loss is fed, student's and teacher's (``_s`` and ``_t``):
+
+    - f: embeddings (B, D): projected to the joint space with a CLIP teacher, the pooled features with a CNN;
+    - joint: embeddings projected to the joint space with either;
+    - maps: the maps of the stages, a list of (B, C, H, W); feat: stem, stages and pooled features, a list;
+    - logit: (B, classes);
+
+    and target and index, (B,). It gives a scalar, or a list of them to be added up.
+
     Attributes:
-        build: options to the module of the loss that ``--beta`` weighs; None for a method without one.
-        feeds: the module's arguments in order, of: f_s, f_t, logit_s, logit_t, target, index.
-        weights: the defaults of (--gamma, --alpha, --beta) with a CLIP teacher.
+        build: options and networks to the module of the loss that ``--beta`` weighs; None for a method without one.
+        feeds: the module's arguments in order; none for one that has a first stage only.
+        weights: the defaults of (--gamma, --alpha, --beta) with a CNN teacher, RepDistiller's or the paper's.
         citation: where the method comes from.
+        clip: (build, feeds) with a CLIP teacher, where they differ; by default the same, if maps are not needed.
+        preact: whose maps are those before the last ReLU: of 's' and 't'.
+        warmup: epochs over which beta grows to its value, by default.
     """
 
-    build: Callable[[object], nn.Module] | None
+    build: Build | None
     feeds: tuple[str, ...]
     weights: tuple[float, float, float]
     citation: str
+    clip: tuple[Build, tuple[str, ...]] | None = None
+    preact: str = ""
+    warmup: int = 0
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether it works with CNN teachers alone."""
+        fed_maps = any(name.startswith(("maps", "feat")) for name in self.feeds)
+        return self.clip is None and (fed_maps or (self.build is not None and not self.feeds))
+
+    def with_teacher(self, clip: bool) -> tuple[Build | None, tuple[str, ...]]:
+        """``build`` and ``feeds`` with a CLIP or a CNN as the teacher."""
+        return self.clip if clip and self.clip is not None else (self.build, self.feeds)
+
+    def default_weights(self, clip: bool) -> tuple[float, float, float]:
+        """(gamma, alpha, beta) with a CLIP or a CNN as the teacher."""
+        return (1, 0, 1) if clip and self.build is not None else self.weights
+
+
+_F, _JOINT, _MAPS, _FEAT = (tuple(f"{what}_{whose}" for whose in "st") for what in ("f", "joint", "maps", "feat"))
+_LOGIT = ("logit_s", "logit_t")
+
+
+def _hint(opt: Namespace, net: Networks) -> nn.Module:
+    layer = opt.hint_layer
+    if layer >= min(len(net.shapes_s), len(net.shapes_t)):
+        raise ValueError(
+            f"--hint_layer {layer}: the student has {len(net.shapes_s)} layers, the teacher "
+            f"{len(net.shapes_t)}, counted from 0"
+        )
+    return connected.Hint(net.shapes_s[layer], net.shapes_t[layer], layer)
+
+
+def _crd(opt: Namespace, net: Networks) -> nn.Module:
+    sizes = Namespace(s_dim=net.s_dim, t_dim=net.t_dim, n_data=len(net.targets))
+    return CRD(Namespace(**vars(opt) | vars(sizes)), net.targets)
+
+
+def _correlation(opt: Namespace, net: Networks) -> nn.Module:
+    return connected.EmbeddedCorrelation(net.s_dim, net.t_dim, opt.feat_dim)
+
+
+def _vid(opt: Namespace, net: Networks) -> nn.Module:
+    channels = [(s[1], t[1]) for s, t in zip(net.shapes_s[1:-1], net.shapes_t[1:-1], strict=False)]
+    return connected.LayerwiseVID(VIDLoss(s, t, t) for s, t in channels)
 
 
 METHODS = {
-    "none": Method(None, (), (1, 0, 0), "the student alone"),
-    "kd": Method(None, (), (0.1, 0.9, 0), "Hinton et al., 2015, arXiv 1503.02531"),
-    "ega": Method(lambda opt: EGA(opt.node_weight, opt.edge_weight), ("f_s", "f_t"), (1, 0, 1), "Ma et al., BMVC 2022"),
+    "none": Method(None, (), (1, 0, 0), "student alone"),
+    "kd": Method(None, (), (0.1, 0.9, 0), "KD: Hinton et al., 2015, arXiv 1503.02531"),
+    "hint": Method(
+        _hint,
+        _FEAT,
+        (1, 0, 100),
+        "FitNet: Romero et al., ICLR 2015",
+        clip=(lambda opt, net: HintLoss(), _F),
+    ),
+    "attention": Method(
+        lambda opt, net: Attention(),
+        _MAPS,
+        (1, 0, 1000),
+        "AT: Zagoruyko and Komodakis, ICLR 2017",
+    ),
+    "similarity": Method(
+        lambda opt, net: connected.OfLast(Similarity()),
+        _MAPS,
+        (1, 0, 3000),
+        "SP: Tung and Mori, ICCV 2019",
+        clip=(lambda opt, net: connected.OfLast(Similarity()), _F),
+    ),
+    "correlation": Method(
+        _correlation,
+        _F,
+        (1, 0, 0.02),
+        "CC: Peng et al., ICCV 2019",
+        clip=(lambda opt, net: Correlation(), _F),
+    ),
+    "vid": Method(_vid, _MAPS, (1, 0, 1), "VID: Ahn et al., CVPR 2019"),
+    "crd": Method(_crd, (*_F, "index"), (1, 0, 0.8), "CRD: Tian et al., ICLR 2020"),
+    "kdsvd": Method(lambda opt, net: KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018"),
+    "fsp": Method(
+        lambda opt, net: connected.Flow(net.shapes_s, net.shapes_t),
+        (),
+        (1, 0, 50),
+        "FSP: Yim et al., CVPR 2017",
+    ),
+    "rkd": Method(lambda opt, net: RKDLoss(), _F, (1, 0, 1), "RKD: Park et al., CVPR 2019"),
+    "pkt": Method(lambda opt, net: PKT(), _F, (1, 0, 30000), "PKT: Passalis and Tefas, ECCV 2018"),
+    "abound": Method(
+        lambda opt, net: connected.Boundaries(net.shapes_s, net.shapes_t),
+        (),
+        (1, 0, 1),
+        "AB: Heo et al., AAAI 2019",
+        preact="st",
+    ),
+    "factor": Method(
+        lambda opt, net: connected.Factor(net.shapes_s, net.shapes_t),
+        _FEAT,
+        (1, 0, 200),
+        "FT: Kim et al., NeurIPS 2018",
+    ),
+    "nst": Method(lambda opt, net: NSTLoss(), _MAPS, (1, 0, 50), "NST: Huang and Wang, 2017, arXiv 1707.01219"),
+    "nce": Method(lambda opt, net: NCELoss(0.1), (*_JOINT, "target"), (1, 0, 1), "NCE: in Ma et al., BMVC 2022"),
+    "ccl": Method(
+        lambda opt, net: CCL(),
+        (*_JOINT, "target", *_LOGIT),
+        (1, 0, 1),
+        "CCL: Chen et al., CVPR 2021",
+    ),
+    "irg": Method(
+        lambda opt, net: connected.InstanceGraph(),
+        (*_JOINT, *_LOGIT, *_MAPS),
+        (1, 0, 1),
+        "IRG: Liu et al., CVPR 2019",
+        clip=(lambda opt, net: IRG(), (*_JOINT, *_LOGIT)),
+    ),
+    "ega": Method(
+        lambda opt, net: EGA(opt.node_weight, opt.edge_weight),
+        _JOINT,
+        (1, 0, 1),
+        "EGA: Ma et al., BMVC 2022",
+    ),
+    "dkd": Method(
+        lambda opt, net: DKD(opt.dkd_alpha, opt.dkd_beta, opt.kd_T),
+        (*_LOGIT, "target"),
+        (1, 0, 1),
+        "DKD: Zhao et al., CVPR 2022",
+        warmup=20,
+    ),
+    "dist": Method(lambda opt, net: DIST(T=opt.kd_T), _LOGIT, (1, 0, 2), "DIST: Huang et al., NeurIPS 2022"),
+    "reviewkd": Method(
+        lambda opt, net: connected.Review(net.shapes_s, net.shapes_t),
+        _FEAT,
+        (1, 0, 5),
+        "ReviewKD: Chen et al., CVPR 2021",
+        preact="t",
+        warmup=20,
+    ),
+    "ofd": Method(
+        lambda opt, net: connected.Overhaul(net.shapes_s[1:-1], net.shapes_t[1:-1], net.model_t.get_bn_before_relu()),
+        _MAPS,
+        (1, 0, 1e-3),
+        "OFD: Heo et al., ICCV 2019",
+        preact="st",
+    ),
 }

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written beside their target, flushed, renamed."""
 
+import argparse
 import io
 import json
 import os
@@ -40,14 +41,16 @@ def save(state: dict, path: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """Load what ``save`` wrote, onto the CPU.
+    """Load what ``save`` wrote, or RepDistiller, onto the CPU.
 
     Raises:
-        ValueError: the file is corrupt, or holds anything but plain data.
+        ValueError: the file is corrupt, or holds more than plain data.
         OSError: it cannot be read.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # RepDistiller keeps its parsed options beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):  # as all but very old ones are; torch does not look at the checksums in it
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:

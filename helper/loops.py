@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.loader import Batch, Loader
-from distiller_zoo import Method, kd_loss
-from models.heads import Outputs, Student
+from distiller_zoo import kd_loss, standardize_logits
+from models.heads import Classifier, Outputs, Student
 
 from .runtime import autocast
-from .teacher import ClipTeacher
+from .teacher import ClipTeacher, CnnTeacher
 from .util import AverageMeter, NonFiniteLoss, accuracy, format_seconds
 
 # Samples per batch of the test pass: any number gives the same result, a large one is fast.
@@ -25,42 +25,67 @@ class Objective:
     """The student's loss: ``r * cls + a * kd + b * distill``.
 
     Attributes:
-        method: the row of the table of methods.
-        criterion: its loss, or None.
+        criterion: the method's loss, or None.
+        feeds: what it is fed, in order (see ``Method``).
         gamma, alpha, beta: the weights r, a and b.
         kd_T: temperature of the kd term.
+        clip: whether f_s and f_t are projected embeddings (a CLIP teacher's protocol) or pooled features.
+        warmup: epochs over which beta grows to its value.
+        logit_standard: standardise the logits that kd and the method see.
     """
 
-    method: Method
     criterion: nn.Module | None
+    feeds: tuple[str, ...]
     gamma: float
     alpha: float
     beta: float
     kd_T: float
+    clip: bool = True
+    warmup: int = 0
+    logit_standard: bool = False
 
-    def __call__(self, out_s: Outputs, out_t: Outputs | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term looks at the teacher at all; a method's first stage alone does not make one."""
+        return bool(self.alpha or (self.feeds and self.beta))
+
+    def __call__(
+        self, out_s: Outputs, out_t: Outputs | None, batch: Batch, epoch: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its weighted terms by name; no gradient reaches the teacher."""
-        logit_s = out_s.logits.float()
-        terms = {"cls": self.gamma * F.cross_entropy(logit_s, batch.target)}
+        terms = {"cls": self.gamma * F.cross_entropy(out_s.logits.float(), batch.target)}
         parts = {}
-        if out_t is not None:
-            feeds = {
-                "f_s": out_s.embedding.float(),
-                "f_t": out_t.embedding.detach(),
-                "logit_s": logit_s,
-                "logit_t": out_t.logits.detach(),
-                "target": batch.target,
-                "index": batch.index,
-            }
-            if self.alpha:
-                terms["kd"] = self.alpha * kd_loss(logit_s, feeds["logit_t"], self.kd_T)
-            if self.criterion is not None and self.beta:
-                fed = [feeds[name] for name in self.method.feeds]
-                # A loss of several terms names them, so that each is logged.
-                named = self.criterion.terms(*fed) if hasattr(self.criterion, "terms") else {}
-                parts = {name: self.beta * value for name, value in named.items()}
-                terms["distill"] = sum(parts.values()) if parts else self.beta * self.criterion(*fed)
+        if self.alpha and out_t is not None:
+            logit_s, logit_t = (self._feed(name, out_s, out_t, batch) for name in ("logit_s", "logit_t"))
+            terms["kd"] = self.alpha * kd_loss(logit_s, logit_t, self.kd_T)
+        if self.feeds and self.beta and out_t is not None:
+            beta = self.beta * min(epoch / self.warmup, 1) if self.warmup else self.beta
+            fed = [self._feed(name, out_s, out_t, batch) for name in self.feeds]
+            # A loss of several terms names them, so that each is logged.
+            named = self.criterion.terms(*fed) if hasattr(self.criterion, "terms") else {}
+            parts = {name: beta * value for name, value in named.items()}
+            value = sum(parts.values()) if parts else self.criterion(*fed)
+            value = sum(value) if isinstance(value, (list, tuple)) else value
+            terms["distill"] = value if parts else beta * value
         return sum(terms.values()), {**terms, **parts}
+
+    def _feed(self, name: str, out_s: Outputs, out_t: Outputs, batch: Batch) -> Tensor | list[Tensor]:
+        """What a method's row calls by this name, in float32; the teacher's without a gradient."""
+        if name in ("target", "index"):
+            return getattr(batch, name)
+        what, whose = name.split("_")
+        out = out_s if whose == "s" else out_t
+
+        def ready(x: Tensor) -> Tensor:
+            return (x if whose == "s" else x.detach()).float()
+
+        if what == "logit":
+            return standardize_logits(ready(out.logits)) if self.logit_standard else ready(out.logits)
+        if what == "joint" or (what == "f" and self.clip):
+            return ready(out.embedding)
+        if what == "f":
+            return ready(out.features[-1])
+        return [ready(x) for x in (out.features[1:-1] if what == "maps" else out.features)]
 
 
 class EpochLog:
@@ -111,15 +136,15 @@ class EpochLog:
 def train_distill(
     epoch: int,
     loader: Loader,
-    student: Student,
+    student: Student | Classifier,
     forward: nn.Module,
-    teacher: ClipTeacher | None,
+    teacher: ClipTeacher | CnnTeacher | None,
     objective: Objective,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     opt,
 ) -> dict[str, float]:
-    """One epoch of distillation.
+    """One epoch of distillation, or with neither teacher nor method of plain training.
 
     Args:
         epoch: counted from 1.
@@ -134,6 +159,8 @@ def train_distill(
         NonFiniteLoss: a term is not finite; seen at the next print.
     """
     student.train()
+    if objective.criterion is not None:
+        objective.criterion.train()
     log = EpochLog(f"Epoch {epoch}", loader, opt.print_freq, opt.epochs - epoch)
     for step, batch in enumerate(loader.epoch(epoch), start=1):
         # The last, smaller batch would be compiled anew.
@@ -141,12 +168,12 @@ def train_distill(
         with autocast(opt.device, opt.amp):
             out_s = (forward if full else student)(batch.image)
         out_t = None if teacher is None else teacher(loader.name, batch)
-        loss, terms = objective(out_s, out_t, batch)
+        loss, terms = objective(out_s, out_t, batch, epoch)
         losses = {f"loss_{name}": term for name, term in terms.items()}
 
         total = scaler.scale(loss)
         if len(optimizers) > 1:
-            losses["loss_teacher"] = F.cross_entropy(out_t.logits, batch.target)
+            losses["loss_teacher"] = F.cross_entropy(out_t.head_logits, batch.target)
             total = total + losses["loss_teacher"]
         # Last, so that a loss that is not finite is called by the term that made it so.
         losses["train_loss"] = loss
@@ -165,9 +192,13 @@ def train_distill(
 
 @torch.no_grad()
 def validate(
-    loader: Loader, student: Student | None, teacher: ClipTeacher | None, opt, prefix: str = "test"
+    loader: Loader,
+    student: Student | Classifier | None,
+    teacher: ClipTeacher | CnnTeacher | None,
+    opt,
+    prefix: str = "test",
 ) -> dict[str, float]:
-    """Cross-entropy and accuracy of the student and the teacher's head on every sample of a split.
+    """Cross-entropy and accuracy of the student and the teacher on every sample of a split.
 
     Returns:
         {prefix}_loss, {prefix}_acc and {prefix}_acc_top5 of the student, teacher_acc of the teacher (with the
@@ -192,7 +223,7 @@ def validate(
     return dict(zip(names, meter.avg.tolist(), strict=True))
 
 
-def _eval_student(student: Student, batch: Batch, opt) -> Outputs:
+def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:
     with autocast(opt.device, opt.amp):
         return student(batch.image)
 

@@ -16,16 +16,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataset import load_dataset
+from dataset import ImageDataset, load_dataset
 from dataset.loader import Loader
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
 from distiller_zoo.EGA import standardize
-from models import create_student
-from models.heads import TeacNet
+from models import create_classifier, create_student
+from models.clip_teacher import sha256_of
+from models.heads import Classifier, Student, TeacNet
 
 from . import checkpoint
 from .options import Parser
 from .report import StoredRun, read_run, run_labels
-from .teacher import ClipTeacher, load_encoder, open_embeddings
+from .teacher import ClipTeacher, CnnTeacher, load_cnn, load_encoder, open_embeddings
 from .util import exit_on_bad_input
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the line style changes once they are used up.
@@ -75,11 +77,49 @@ def edge_matrix(embedding: Tensor) -> Tensor:
     return z @ z.T
 
 
+def _check_same(run: StoredRun, name: str, value: str) -> None:
+    if run.options[name] != value:
+        raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
+
+
+def _clip_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[ClipTeacher, Student]:
+    """A run's CLIP with its head, and its best student."""
+    options, num_classes = run.options, len(dataset.classes)
+    same_device = device == options["device"]
+    amp = options["amp"] if same_device else "off"
+    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp)
+    _check_same(run, "clip_sha256", encoder.sha256)
+    # The bank's test split is enough; one that was built on another device is of another precision.
+    views = min(options["teacher_views"], 1) if same_device else 0
+    embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
+    head = TeacNet(encoder.dim, options["feature_dim"], num_classes)
+    head.load_state_dict(state["teacher_layer"])
+    student = create_student(options["model_s"], options["feature_dim"], num_classes)
+    student.backbone.load_state_dict(state["model"])
+    student.head.load_state_dict(state["layer"])
+    return ClipTeacher(embed, head), student
+
+
+def _cnn_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[CnnTeacher, Classifier]:
+    """A run's CNN teacher and its best student, with their projections where the run had them."""
+    options, num_classes = run.options, len(dataset.classes)
+    _check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
+    backbone, head = load_cnn(options["path_t"], num_classes), None
+    if "teacher_layer" in state:
+        head = TeacNet(backbone.num_features, options["feature_dim"], num_classes)
+        head.load_state_dict(state["teacher_layer"])
+    student = create_classifier(options["model_s"], num_classes, options["feature_dim"] if state["layer"] else None)
+    student.backbone.load_state_dict(state["model"])
+    student.head.load_state_dict(state["layer"])
+    return CnnTeacher(backbone, head, amp="off"), student
+
+
 @torch.no_grad()
 def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12) -> Graphs:
-    """The teacher's and the best student's edge matrices of some test samples, in the joint space.
+    """The teacher's and the best student's edge matrices of some test samples.
 
-    The teacher's embeddings come from the run's bank.
+    In the joint space, or with a CNN teacher and a method that does not act there, of the pooled features. A CLIP's
+    embeddings come from the run's bank.
 
     Raises:
         ValueError: the run has no teacher, or its teacher or data set are others by now.
@@ -89,32 +129,22 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     if options["distill"] == "none":
         raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
     device = options["device"] if torch.cuda.is_available() else "cpu"
-    same_device = device == options["device"]
-    amp = options["amp"] if same_device else "off"
     dataset = load_dataset(options["dataset"], options["data_dir"])
-    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp)
-    found = {"clip_sha256": encoder.sha256, "dataset_sha256": dataset.fingerprint()}
-    for name, value in found.items():
-        if options[name] != value:
-            raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
-    # The bank's test split is enough; one that was built on another device is of another precision.
-    views = min(options["teacher_views"], 1) if same_device else 0
-    embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
-
     state = checkpoint.load(run.folder / f"{options['model_s']}_best.pth")
-    head = TeacNet(encoder.dim, options["feature_dim"], len(dataset.classes))
-    student = create_student(options["model_s"], options["feature_dim"], len(dataset.classes))
+    _check_same(run, "dataset_sha256", dataset.fingerprint())
+    networks, normalization = _clip_networks, CLIP_NORMALIZATION
+    if not options["clip_tn"]:
+        networks, normalization = _cnn_networks, CIFAR100_NORMALIZATION
     try:
-        head.load_state_dict(state["teacher_layer"])
-        student.backbone.load_state_dict(state["model"])
-        student.head.load_state_dict(state["layer"])
+        teacher, student = networks(run, dataset, state, device)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{run.folder}: its best model does not fit its options.json") from error
-    teacher = ClipTeacher(embed, head).to(device)
+    teacher.to(device)
     student.to(device).eval()
 
     rows = graph_rows(dataset.test.targets, num_classes, per_class)
-    (batch,) = Loader(dataset.test, "test", len(rows), torch.device(device), rows=rows).epoch()
+    loader = Loader(dataset.test, "test", len(rows), torch.device(device), rows=rows, normalization=normalization)
+    (batch,) = loader.epoch()
     edges = (edge_matrix(out.embedding).cpu() for out in (teacher("test", batch), student(batch.image)))
     targets = dataset.test.targets[rows]
     classes = [dataset.classes[target] for target in targets.unique_consecutive()]
@@ -178,7 +208,7 @@ def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], sho
         _line(accuracy, *run.curve("test_acc"), label=label, **style)
         _line(loss, *run.curve("train_loss"), label=label, **style)
     if shown is not None:
-        _line(accuracy, *shown.curve("teacher_acc"), label="teacher's head", color=_TEACHER, ls="--", lw=1)
+        _line(accuracy, *shown.curve("teacher_acc"), label="teacher", color=_TEACHER, ls="--", lw=1)
     accuracy.set(title="Test accuracy (top-1, %)", xlabel="epoch")
     loss.set(title="Training loss", xlabel="epoch")
     if shown is not None:

@@ -4,11 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from distiller_zoo import METHODS
+
 from .options import Parser
 from .run import best_record
 from .util import exit_on_bad_input
 
-_METHODS = {"none": "student alone", "kd": "KD", "ega": "EGA"}
 # Options that say nothing about how two runs of one method differ.
 _SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "device", "clip_sha256", "dataset_sha256"}
 
@@ -55,6 +56,11 @@ def read_run(folder: str | Path) -> StoredRun:
     return StoredRun(folder, options, history)
 
 
+def _title(method: str) -> str:
+    """What its paper calls a method."""
+    return METHODS[method].citation.split(":")[0] if method in METHODS else method
+
+
 def run_labels(runs: list[StoredRun]) -> list[str]:
     """A short name for each run: its method, and where methods are equal, the options that differ."""
     labels = []
@@ -68,7 +74,7 @@ def run_labels(runs: list[StoredRun]) -> list[str]:
         ]
         # A teacher's name and its path say the same.
         names = [name for name in names if name != "clip_mode" or "model_t" not in names]
-        labels.append(", ".join([_METHODS.get(method, method)] + [f"{name} {run.options[name]}" for name in names]))
+        labels.append(", ".join([_title(method)] + [f"{name} {run.options[name]}" for name in names]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
         for place, label in enumerate(labels)

@@ -82,7 +82,7 @@ def check_golden(
     assert gradients
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         inputs = {name: losses[f"in/{name}"] for arg in names for name in ([arg] if isinstance(arg, str) else arg)}
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        inputs = {name: x.to(dtype, copy=True) if x.is_floating_point() else x for name, x in inputs.items()}
         for name in gradients:
             inputs[name].requires_grad_()
         value = loss(*(inputs[arg] if isinstance(arg, str) else [inputs[name] for name in arg] for arg in names))

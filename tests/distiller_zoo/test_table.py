@@ -6,17 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from distiller_zoo import EGA, METHODS
+from distiller_zoo import EGA, METHODS, Networks, TwoStage
+from models import model_dict
 
 ROOT = Path(__file__).parents[2]
-FEEDS = {
-    "f_s": torch.randn(4, 8),
-    "f_t": torch.randn(4, 8),
-    "logit_s": torch.randn(4, 5),
-    "logit_t": torch.randn(4, 5),
-    "target": torch.arange(4),
-    "index": torch.arange(4),
-}
+NEED_MAPS = {"attention", "vid", "kdsvd", "fsp", "abound", "factor", "nst", "reviewkd", "ofd"}
+OPT = Namespace(
+    node_weight=0.8, edge_weight=0.24, feat_dim=6, hint_layer=2, mode="exact", nce_k=3, nce_t=0.07, nce_m=0.5,
+    dkd_alpha=1, dkd_beta=8, kd_T=4,
+)  # fmt: skip
+
+
+def networks(clip: bool) -> Networks:
+    """A resnet8 of 5 classes and a teacher of 9 training images."""
+    features, _ = model_dict["resnet8"](num_classes=5)(torch.zeros(2, 3, 32, 32), is_feat=True)
+    shapes = [tuple(x.shape) for x in features]
+    if clip:
+        return Networks(shapes, [(2, 16)], 8, 8, torch.arange(9) % 5)
+    return Networks(shapes, shapes, 64, 64, torch.arange(9) % 5, model_dict["resnet8"](num_classes=5))
+
+
+def feed(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    """What each name of a feed stands for."""
+    torch.manual_seed(0)
+    fed = {"target": torch.arange(4), "index": torch.arange(4)}
+    for whose in "st":
+        features, logits = model_dict["resnet8"](num_classes=5)(torch.randn(4, 3, 32, 32), is_feat=True)
+        joint = torch.randn(4, 8)
+        fed |= {f"f_{whose}": joint if clip else features[-1], f"joint_{whose}": joint, f"logit_{whose}": logits}
+        fed |= {} if clip else {f"maps_{whose}": features[1:-1], f"feat_{whose}": features}
+    return fed
 
 
 def imports(path: Path) -> set[str]:
@@ -56,25 +75,65 @@ def test_a_losss_file_imports_torch_alone(path):
     assert found - set(sys.stdlib_module_names) == {"torch"}
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_methods_row_says_what_its_loss_is_fed(name):
+def test_a_methods_row_says_what_its_loss_is_fed(name, clip):
     method = METHODS[name]
-    assert set(method.feeds) <= FEEDS.keys()
-    assert (method.build is None) == (not method.feeds)
-    assert all(weight >= 0 for weight in method.weights)
     assert method.citation
-    if method.build is None:
-        assert method.weights[2] == 0
+    assert all(weight >= 0 for weight in method.weights)
+    build, feeds = method.with_teacher(clip)
+    assert method.needs_maps == (name in NEED_MAPS)
+    if clip and method.needs_maps:
         return
-    loss = method.build(Namespace(node_weight=0.8, edge_weight=0.24))
-    value = loss(*(FEEDS[feed] for feed in method.feeds))
+    if build is None:
+        assert not feeds
+        assert method.default_weights(clip)[2] == 0
+        return
+    assert method.default_weights(clip)[2] > 0
+    loss, fed = build(OPT, networks(clip)), feed(clip)
+    if not feeds:
+        assert isinstance(loss, TwoStage)
+        return
+    value = loss(*(fed[name] for name in feeds))
+    value = sum(value) if isinstance(value, (list, tuple)) else value
     assert value.shape == ()
+    assert value.isfinite()
     if hasattr(loss, "terms"):
-        assert torch.equal(sum(loss.terms(*(FEEDS[feed] for feed in method.feeds)).values()), value)
+        torch.testing.assert_close(sum(loss.terms(*(fed[name] for name in feeds)).values()), value)
+
+
+@pytest.mark.parametrize("name", ["abound", "fsp", "factor"])
+def test_a_two_stage_methods_first_stage_has_a_loss_and_what_it_trains(name):
+    loss = METHODS[name].build(OPT, networks(clip=False))
+    student = model_dict["resnet8"](num_classes=5)
+    trained = loss.init_modules(student)
+    features, _ = student(torch.randn(4, 3, 32, 32), is_feat=True)
+    value = loss.init_loss(features, feed(clip=False)["feat_t"])
+    value.backward()
+    assert value > 0
+    of_the_student = {id(p) for p in student.parameters()} & {id(p) for p in trained.parameters()}
+    assert bool(of_the_student) == (name != "factor")
+    # The stem's convolution comes before every map.
+    assert all(p.grad is not None for p in trained.parameters() if id(p) not in of_the_student)
+    assert loss.init_learning_rate("resnet8", 0.05) == (0.01 if name == "factor" else 0.05)
+    assert loss.init_learning_rate("vgg8", 0.05) == 0.05
+
+
+def test_a_hint_layer_beyond_the_networks_is_refused():
+    shapes = [(2, 16, 32, 32), (2, 32, 16, 16), (2, 32)]
+    with pytest.raises(ValueError, match="--hint_layer 3"):
+        METHODS["hint"].build(Namespace(hint_layer=3), Networks(shapes, shapes, 32, 32, torch.arange(9)))
+
+
+def test_a_hint_of_the_pooled_features_is_regressed_linearly():
+    loss = METHODS["hint"].build(Namespace(hint_layer=4), networks(clip=False))
+    fed = feed(clip=False)
+    expected = torch.nn.functional.mse_loss(loss.regressor(fed["f_s"]), fed["f_t"])
+    torch.testing.assert_close(loss(fed["feat_s"], fed["feat_t"]), expected)
 
 
 def test_egas_weights_are_the_options():
-    loss = METHODS["ega"].build(Namespace(node_weight=0.5, edge_weight=0.25))
+    loss = METHODS["ega"].build(Namespace(node_weight=0.5, edge_weight=0.25), None)
     assert isinstance(loss, EGA)
     assert (loss.node_weight, loss.edge_weight) == (0.5, 0.25)
-    assert METHODS["ega"].feeds == ("f_s", "f_t")
+    assert METHODS["ega"].feeds == ("joint_s", "joint_t")

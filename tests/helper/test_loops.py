@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from conftest import make_dataset
 from dataset.loader import Batch, Loader
-from distiller_zoo import EGA, METHODS, Method, kd_loss
+from distiller_zoo import EGA, METHODS, kd_loss
 from helper.loops import EpochLog, Objective, train_head, validate
 from helper.teacher import ClipTeacher
 from helper.util import NonFiniteLoss
@@ -21,7 +21,8 @@ OPT = Namespace(device="cpu", amp="off", print_freq=100, epochs=1)
 def outputs(seed: int, classes: int = 5) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
     embedding = torch.randn(6, 8, generator=generator).requires_grad_()
-    return Outputs(embedding, torch.randn(6, classes, generator=generator).requires_grad_(), [])
+    features = [torch.randn(shape, generator=generator) for shape in ((6, 2, 4, 4), (6, 3, 4, 4), (6, 5, 2, 2), (6, 7))]
+    return Outputs(embedding, torch.randn(6, classes, generator=generator).requires_grad_(), features)
 
 
 @pytest.fixture
@@ -29,10 +30,10 @@ def batch() -> Batch:
     return Batch(torch.arange(6), torch.tensor([0, 1, 2, 3, 4, 0]), None, torch.zeros(6, dtype=torch.long))
 
 
-def objective(distill: str, gamma: float, alpha: float, beta: float) -> Objective:
-    method = METHODS[distill]
-    criterion = method.build(Namespace(node_weight=0.8, edge_weight=0.24)) if method.build else None
-    return Objective(method, criterion, gamma, alpha, beta, kd_T=3.0)
+def objective(distill: str, gamma: float, alpha: float, beta: float, **more) -> Objective:
+    build, feeds = METHODS[distill].with_teacher(clip=True)
+    criterion = build(Namespace(node_weight=0.8, edge_weight=0.24), None) if build else None
+    return Objective(criterion, feeds, gamma, alpha, beta, kd_T=3.0, **more)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(batch):
@@ -69,24 +70,79 @@ def test_no_gradient_of_the_students_loss_reaches_the_teacher(batch):
     assert s.embedding.grad.abs().sum() > 0
 
 
+class Recorder(torch.nn.Module):
+    """Keeps what it is fed."""
+
+    def forward(self, *args):
+        self.fed = args
+        return args[0].sum() * 0
+
+
 def test_a_new_method_is_fed_what_its_row_names(batch):
-    fed = []
-
-    class Loss(torch.nn.Module):
-        def forward(self, *args):
-            fed.extend(args)
-            return args[0].sum() * 0
-
-    s, t = outputs(0), outputs(1)
-    row = Method(None, ("logit_t", "f_s", "target", "index"), (1, 0, 1), "")
-    _, terms = Objective(row, Loss(), 1, 0, 1, 4)(s, t, batch)
-    assert [x.tolist() for x in fed] == [x.tolist() for x in (t.logits, s.embedding, batch.target, batch.index)]
+    s, t, loss = outputs(0), outputs(1), Recorder()
+    _, terms = Objective(loss, ("logit_t", "f_s", "target", "index"), 1, 0, 1, 4)(s, t, batch)
+    assert [x.tolist() for x in loss.fed] == [x.tolist() for x in (t.logits, s.embedding, batch.target, batch.index)]
     assert set(terms) == {"cls", "distill"}
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_embeddings_are_projected_ones_with_a_clip_and_pooled_features_with_a_cnn(batch, clip):
+    s, t, loss = outputs(0), outputs(1), Recorder()
+    Objective(loss, ("f_s", "f_t", "joint_s", "joint_t"), 1, 0, 1, 4, clip)(s, t, batch)
+    pooled = (s.embedding, t.embedding) if clip else (s.features[-1], t.features[-1])
+    expected = (*pooled, s.embedding, t.embedding)
+    assert all(torch.equal(x, y) for x, y in zip(loss.fed, expected, strict=True))
+
+
+def test_maps_are_the_stages_without_the_stem_and_the_pooled_features(batch):
+    s, t = outputs(0), outputs(1)
+    seen = []
+
+    def loss(maps_s, feat_t):
+        seen.extend((maps_s, feat_t))
+        return [maps_s[0].sum(), maps_s[1].sum()]
+
+    _, terms = Objective(loss, ("maps_s", "feat_t"), 1, 0, 3, 4, clip=False)(s, t, batch)
+    assert [[x.shape for x in fed] for fed in seen] == [
+        [x.shape for x in s.features[1:3]],
+        [x.shape for x in t.features],
+    ]
+    torch.testing.assert_close(terms["distill"], 3 * (s.features[1].sum() + s.features[2].sum()))
+
+
+@pytest.mark.parametrize(("epoch", "share"), [(1, 0.25), (3, 0.75), (4, 1), (9, 1)])
+def test_the_methods_weight_grows_over_the_warm_up(batch, epoch, share):
+    s, t = outputs(0), outputs(1)
+    _, whole = objective("ega", 1, 1, 2)(s, t, batch)
+    _, terms = objective("ega", 1, 1, 2, warmup=4)(s, t, batch, epoch)
+    for name, value in whole.items():
+        torch.testing.assert_close(terms[name], value * (1 if name in ("cls", "kd") else share))
+
+
+def test_standardised_logits_reach_kd_and_the_method_but_not_the_classification(batch):
+    s, t, loss = outputs(0), outputs(1), Recorder()
+    _, terms = Objective(loss, ("logit_s", "logit_t"), 1, 1, 1, 4, logit_standard=True)(s, t, batch)
+    for found, out in zip(loss.fed, (s, t), strict=True):
+        torch.testing.assert_close(found.mean(1), torch.zeros(6))
+        torch.testing.assert_close(found.std(1), torch.ones(6))
+        assert torch.equal(found.argmax(1), out.logits.argmax(1))
+    torch.testing.assert_close(terms["cls"], F.cross_entropy(s.logits, batch.target))
+    torch.testing.assert_close(terms["kd"], kd_loss(*loss.fed, 4))
+
+
+def test_a_teacher_that_no_term_looks_at_is_not_needed():
+    assert objective("ega", 1, 0, 1).needs_teacher
+    assert objective("kd", 1, 0.5, 0).needs_teacher
+    assert not objective("ega", 1, 0, 0).needs_teacher
+    first_stage_only = Objective(Recorder(), (), 1, 0, 1, 4)
+    assert not first_stage_only.needs_teacher
+    first_stage_only.alpha = 1
+    assert first_stage_only.needs_teacher
 
 
 def test_losses_are_computed_in_float32(batch):
     s, t = outputs(0), outputs(1)
-    half = Outputs(s.embedding.bfloat16(), s.logits.bfloat16(), [])
+    half = Outputs(s.embedding.bfloat16(), s.logits.bfloat16(), s.features)
     loss, terms = objective("ega", 1, 1, 1)(half, t, batch)
     assert {value.dtype for value in (loss, *terms.values())} == {torch.float32}
 

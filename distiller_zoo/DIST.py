@@ -1,0 +1,81 @@
+"""Knowledge Distillation from A Stronger Teacher (Huang, You, Wang, Qian, Xu, NeurIPS 2022, arXiv 2205.10536)."""
+
+import torch
+from torch import Tensor, nn
+
+# A row whose centred norm is at most this share of its norm counts as constant.
+_CONSTANT = 1e-6
+
+
+def _centre(p: Tensor) -> Tensor:
+    """Rows minus their means; a constant row becomes zero, with zero gradient."""
+    centred = p - p.mean(dim=1, keepdim=True)
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
+        constant = torch.linalg.vector_norm(centred, dim=1, keepdim=True) <= _CONSTANT * norm
+    return centred.masked_fill(constant, 0)
+
+
+def _distance(p_s: Tensor, p_t: Tensor) -> Tensor:
+    """One minus the mean Pearson correlation of the rows of both; a constant row correlates with nothing."""
+    p_s, p_t = _centre(p_s), _centre(p_t)
+    norms = torch.linalg.vector_norm(p_s, dim=1) * torch.linalg.vector_norm(p_t, dim=1)
+    return 1 - ((p_s * p_t).sum(dim=1) / (norms + 1e-8)).mean()
+
+
+def dist_terms(logit_s: Tensor, logit_t: Tensor, T: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The inter-class and the intra-class loss, times T squared, not weighted.
+
+    The first correlates student and teacher over the classes of each sample, the second over the samples of each
+    class. A batch of one has no second: it is T squared, without gradient.
+
+    Args:
+        logit_s: the student's logits, (B, C).
+        logit_t: the teacher's, (B, C).
+        T: temperature of the softmax.
+
+    Returns:
+        (inter-class, intra-class), scalars.
+
+    Raises:
+        ValueError: for two tensors that are not of one shape (B, C).
+    """
+    if logit_s.dim() != 2 or logit_s.shape != logit_t.shape:
+        raise ValueError(
+            f"DIST needs logits of one shape (B, C), got {tuple(logit_s.shape)} and {tuple(logit_t.shape)}"
+        )
+    p_s, p_t = (
+        (logit.to(torch.promote_types(logit.dtype, torch.float32)) / T).softmax(dim=1) for logit in (logit_s, logit_t)
+    )
+    return T**2 * _distance(p_s, p_t), T**2 * _distance(p_s.T, p_t.T)
+
+
+def dist_loss(logit_s: Tensor, logit_t: Tensor, beta: float = 1.0, gamma: float = 1.0, T: float = 1.0) -> Tensor:
+    """``beta`` times the inter-class and ``gamma`` times the intra-class loss of ``dist_terms``, a scalar."""
+    inter, intra = dist_terms(logit_s, logit_t, T)
+    return beta * inter + gamma * intra
+
+
+class DIST(nn.Module):
+    """``dist_loss`` with its weights and temperature.
+
+    Args:
+        beta: weight of the inter-class loss.
+        gamma: weight of the intra-class loss.
+        T: temperature of the softmax.
+    """
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, T: float = 1.0):
+        super().__init__()
+        self.beta = beta
+        self.gamma = gamma
+        self.T = T
+
+    def terms(self, logit_s: Tensor, logit_t: Tensor) -> dict[str, Tensor]:
+        """The two weighted losses by name; their sum is the loss."""
+        inter, intra = dist_terms(logit_s, logit_t, self.T)
+        return {"inter": self.beta * inter, "intra": self.gamma * intra}
+
+    def forward(self, logit_s: Tensor, logit_t: Tensor) -> Tensor:
+        """The loss of student logits (B, C) against teacher logits (B, C), a scalar."""
+        return dist_loss(logit_s, logit_t, self.beta, self.gamma, self.T)
