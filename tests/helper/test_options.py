@@ -137,6 +137,44 @@ def test_contradictions_are_refused_with_a_way_out(capsys, argv, words):
     assert words in refused(capsys, parse_student_options, argv.split())
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--compile on", "no faster"),
+        ("--model resnet8 --teacher_views 3", "a CNN sees every view"),
+        ("--model resnet9 --dataset x", "--dataset"),
+        ("--num_workers 8", "--num_workers"),
+    ],
+)
+def test_a_teachers_contradictions_are_refused_too(capsys, argv, words):
+    assert words in refused(capsys, parse_teacher_options, argv.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--distill nst", "needs feature maps"),
+        ("--distill hint --logit_standard", "compares no logits"),
+        ("--distill none --clip_tn 0 --teacher_views 4", "always sees the student's own view"),
+        ("--hint_layer 5", "--hint_layer"),
+        ("--mode fuzzy", "--mode"),
+        ("--warmup -1", "--warmup"),
+    ],
+)
+def test_a_methods_contradictions_are_refused(capsys, argv, words):
+    assert words in refused(capsys, parse_student_options, argv.split())
+
+
+def test_repdistillers_defaults_are_kept():
+    opt = parse_student_options(["--distill", "crd"])
+    assert (opt.feat_dim, opt.mode, opt.nce_k, opt.nce_t, opt.nce_m) == (128, "exact", 16384, 0.07, 0.5)
+    assert (opt.hint_layer, opt.init_epochs) == (2, 30)
+    teacher = parse_teacher_options(["--model", "wrn_40_2", "-t", "3"])
+    assert (teacher.learning_rate, teacher.trial) == (0.05, "3")
+    assert parse_teacher_options(["--model", "ShuffleV2"]).learning_rate == 0.01
+    assert teacher_run_name(teacher) == "wrn_40_2_cifar100_lr_0.05_decay_0.0005_seed0_trial3"
+
+
 @pytest.mark.parametrize("argv", ["--batch 32", "--learn 0.1", "--teacher 4", "--dist kd", "--see 3", "--node 1"])
 def test_abbreviations_are_refused(capsys, argv):
     assert argv.split()[0] in refused(capsys, parse_student_options, argv.split())
