@@ -13,39 +13,39 @@ def _inverse(x: Tensor, rounding: Tensor) -> Tensor:
     return torch.where(x.abs() > rounding, 1 / x, 0)
 
 
-def _decompose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The right side of the singular value decomposition of (B, N, C), from the smaller Gram matrix: cheaper.
+def _decompose(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of (B, C, N), on the side of C, from the smaller Gram matrix: cheaper.
 
     Returns:
-        Squared singular values (B, r), falling, r = min(N, C); their error by rounding (B, 1); right singular vectors
+        Squared singular values (B, r), falling, r = min(C, N); their error by rounding (B, 1); singular vectors
         (B, C, r), zero where the singular value is zero but for rounding.
     """
-    wide = x.shape[1] < x.shape[2]
-    values, vectors = torch.linalg.eigh(x @ x.mT if wide else x.mT @ x)
+    tall = maps.shape[1] > maps.shape[2]
+    values, vectors = torch.linalg.eigh(maps.mT @ maps if tall else maps @ maps.mT)
     values, vectors = values.flip(-1), vectors.flip(-1)
-    if wide:
-        vectors = F.normalize(x.mT @ vectors, dim=1)
-    rounding = values.shape[1] * torch.finfo(x.dtype).eps * values[:, :1]
+    if tall:
+        vectors = F.normalize(maps @ vectors, dim=1)
+    rounding = values.shape[1] * torch.finfo(maps.dtype).eps * values[:, :1]
     return values, rounding, vectors * (values > rounding)[:, None]
 
 
-def _student_vectors(x: Tensor, v_t: Tensor) -> Tensor:
+def _student_vectors(maps: Tensor, v_t: Tensor) -> Tensor:
     """For each of the teacher's k vectors (B, C, k) the student's that is closest, turned to its side.
 
-    Chosen among the first k + 3 right singular vectors of ``x`` (B, N, C).
+    Chosen among the first k + 3 singular vectors of ``maps`` (B, C, N).
     """
     with torch.no_grad():
-        values, rounding, vectors = _decompose(x)
+        values, rounding, vectors = _decompose(maps)
         cosines = vectors[:, :, : v_t.shape[2] + 3].mT @ v_t
         best = cosines.abs().argmax(dim=1, keepdim=True)
-        v = vectors.gather(2, best.expand(-1, x.shape[2], -1)) * cosines.gather(1, best).sign()
+        v = vectors.gather(2, best.expand(-1, vectors.shape[1], -1)) * cosines.gather(1, best).sign()
         value = values.gather(1, best[:, 0])
         within = _inverse(value[:, None] - values[:, :, None], rounding[:, None])
         beyond = _inverse(value, rounding)[:, None]
     # The derivative of an eigenvector v of the Gram matrix G, as one would write it by hand: dG v, divided by the
-    # eigenvalue's distance from those of the other vectors, or of their complement, where they are zero. Autograd's
+    # eigenvalue's distance from those of the other vectors, or from zero, that of all that they leave out. Autograd's
     # own has no answer to repeated singular values; this one leaves out the directions in which v is not determined.
-    product = x.mT @ (x @ v)
+    product = maps @ (v.mT @ maps).mT
     change = product - product.detach()
     return v + beyond * change + vectors @ ((within - beyond) * (vectors.mT @ change))
 
@@ -77,11 +77,11 @@ def singular_vectors(f_s: Tensor, f_t: Tensor, k: int = 1) -> tuple[Tensor, Tens
     with torch.autocast(f_s.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(f_s.dtype, f_t.dtype), torch.float32)
         with torch.no_grad():
-            # The loss depends on the signs of the teacher's vectors, which LAPACK's decomposition chooses: where they
-            # came from a Gram matrix, as the student's do, the loss would not be RepDistiller's.
+            # The loss depends on the signs of the teacher's vectors, and they on how they are computed: from a Gram
+            # matrix, as the student's are, or from the transposed maps, the loss would not be RepDistiller's.
             _, scale, rows = torch.linalg.svd(f_t.to(dtype).flatten(2).mT, full_matrices=False)
             scale, v_t = F.normalize(scale[:, :k])[:, None], rows[:, :k].mT
-        v_s = _student_vectors(f_s.to(dtype).flatten(2).mT, v_t)
+        v_s = _student_vectors(f_s.to(dtype).flatten(2), v_t)
         return v_s * scale, v_t * scale
 
 

@@ -56,7 +56,7 @@ class AngleLoss(torch.autograd.Function):
             cos = _cosines(squared_s, inverse_s, anchors)
             error = cos - _cosines(squared_t, inverse_t, anchors)
             slope = error.clamp(-1, 1)
-            value += (error.mul_(slope) - slope.square() / 2).sum()
+            value += error.sub_(slope, alpha=0.5).mul_(slope).sum()
             # The three distances of a triangle: the two at the anchor, by cos and by the product they divide ...
             gradient[anchors] -= 2 * inverse_s[anchors] * cos.mul_(slope).sum(dim=2)
             slope.mul_(inverse_s[anchors, :, None]).mul_(inverse_s[anchors, None, :])

@@ -7,7 +7,7 @@ from conftest import check_finite, check_golden
 from distiller_zoo.FSP import FSP, fsp_loss, fsp_matrix
 
 S, T = [["map_s0", "map_s1", "map_s2"], ["map_t0", "map_t1", "map_t2"]]
-SHAPES = [(3, 2, 4, 4), (3, 3, 4, 4), (3, 5, 2, 2)]
+SHAPES = [(3, 2, 4, 6), (3, 3, 4, 6), (3, 5, 2, 3)]
 
 
 def layers(shapes: list[tuple[int, ...]] = SHAPES, seed: int = 0) -> list[Tensor]:
@@ -96,7 +96,7 @@ def test_the_memory_format_does_not_matter():
     torch.testing.assert_close(last, fsp_loss(g_s, g_t), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("t_shapes", [SHAPES[:2], [(3, 2, 4, 4), (3, 4, 4, 4), (3, 5, 2, 2)]])
+@pytest.mark.parametrize("t_shapes", [SHAPES[:2], [(3, 2, 4, 6), (3, 4, 4, 6), (3, 5, 2, 3)]])
 def test_networks_whose_channels_differ_are_refused_when_it_is_built(t_shapes):
     with pytest.raises(ValueError, match=r"\[2, 3, 5\] and \["):
         FSP(SHAPES, t_shapes)
@@ -106,7 +106,7 @@ def test_maps_that_do_not_go_together_are_refused():
     g = layers()
     with pytest.raises(ValueError, match="got 3 and 2"):
         FSP(SHAPES, SHAPES)(g, g[:2])
-    with pytest.raises(ValueError, match=r"\(3, 2, 4, 4\) and \(1, 2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2, 4, 6\) and \(1, 2, 4, 6\)"):
         FSP(SHAPES, SHAPES)(g, [f[:1] for f in g])
-    with pytest.raises(ValueError, match=r"\(3, 2, 4, 4\) and \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2, 4, 6\) and \(3, 48\)"):
         FSP(SHAPES, SHAPES)(g, [f.flatten(1) for f in g])
