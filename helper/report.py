@@ -11,7 +11,8 @@ from .run import best_record
 from .util import exit_on_bad_input
 
 # Options that say nothing about how two runs of one method differ.
-_SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "device", "clip_sha256", "dataset_sha256"}
+_SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "device", "teacher_acc"}
+_SAME |= {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import train_teacher
 from dataset.loader import Loader
 from dataset.views import CIFAR100_NORMALIZATION
 from distiller_zoo import EGA, METHODS, Attention, DistillKL
+from helper.options import parse_student_options
 from helper.run import Run
 from models import model_dict
 from models.heads import TeacNet
@@ -256,6 +257,24 @@ def test_its_options_namespace_and_its_old_format_are_read(tiny_dataset, save_di
     path = repdistillers(tmp_path / "wrn_16_1_vanilla", "wrn_16_1", opt=opt)
     folder = distil(save_dir, "--distill", "attention", "--path_t", path, "-a", 0, "-b", 1000, "--epochs", 1)
     assert "_Twrn_16_1_" in folder.name
+
+
+# -a and -b of each line of its scripts/run_cifar_distill.sh; kd's has -r 0.1 besides.
+COMMANDS = """
+kd 0.9 0, hint 0 100, attention 0 1000, similarity 0 3000, correlation 0 0.02, vid 0 1, rkd 0 1, pkt 0 30000, abound 0 1,
+factor 0 200, fsp 0 50, nst 0 50, crd 0 0.8, crd 1 0.8
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS.replace("\n", " ").strip().split(", "))
+def test_its_own_commands_are_taken_and_its_weights_are_the_defaults(command, tmp_path):
+    path = repdistillers(tmp_path / "resnet32x4_vanilla", "resnet32x4")
+    distill, a, b = command.split()
+    argv = ["--path_t", str(path), "--distill", distill, "--model_s", "resnet8x4", "--trial", "1"]
+    given = parse_student_options([*argv, "-a", a, "-b", b, *(["-r", "0.1"] if distill == "kd" else [])])
+    unset = parse_student_options([*argv, *(["-a", "1"] if a == "1" else [])])
+    assert vars(given) == vars(unset)
+    assert (given.model_t, given.clip_tn, given.beta) == ("resnet32x4", 0, float(b))
 
 
 @pytest.mark.parametrize(

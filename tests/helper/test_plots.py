@@ -8,12 +8,13 @@ from PIL import Image
 
 import dataset
 import train_student
+import train_teacher
 from conftest import make_dataset
-from dataset.views import CLIP_NORMALIZATION, normalize
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
 from helper import plots
 from helper.plots import embedding_graphs, graph_rows, plot_runs
 from helper.report import read_run
-from models import create_student
+from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
 
@@ -42,6 +43,20 @@ def save(tmp_path_factory, tiny_clip):
             train_student.main([str(word) for pair in options.items() for word in pair])
             (folders[method],) = (root / "student_model").glob(f"*_{method}_*")
     return folders
+
+
+@pytest.fixture
+def from_a_cnn(tiny_dataset, tmp_path):
+    """Runs from a resnet14, one in the joint space and one on maps: {method: folder}; and the teacher's file."""
+    base = ["--dataset", "tiny", "--save_dir", str(tmp_path), "--device", "cpu", "--amp", "off", "--epochs", "1"]
+    train_teacher.main([*base, "--model", "resnet14"])
+    (path,) = tmp_path.glob("models/*/resnet14_last.pth")
+    folders = {}
+    for method in ("ega", "attention"):
+        options = ["--distill", method, "--model_s", "resnet8", "--feature_dim", "8", "--path_t", str(path)]
+        train_student.main([*base, *options])
+        (folders[method],) = tmp_path.glob(f"student_model/*_{method}_*")
+    return folders, path
 
 
 def assert_is_picture(path) -> tuple[int, int]:
@@ -141,3 +156,34 @@ def test_other_data_than_the_run_s_is_refused(save, tiny_dataset, tmp_path, caps
     options = json.loads((other / "options.json").read_text())
     (other / "options.json").write_text(json.dumps(options | {"dataset_sha256": "0"}))
     assert_refused(capsys, "another dataset", other)
+
+
+def test_the_graphs_of_a_cnn_are_those_of_its_joint_space_or_of_its_pooled_features(
+    from_a_cnn, tiny_dataset, monkeypatch
+):
+    folders, path = from_a_cnn
+    seen = []
+    real = plots.edge_matrix
+    monkeypatch.setattr(plots, "edge_matrix", lambda embedding: seen.append(embedding) or real(embedding))
+    graphs = {method: embedding_graphs(read_run(folder), 4, 3) for method, folder in folders.items()}
+    tutor, student = model_dict["resnet14"](num_classes=5).eval(), model_dict["resnet8"](num_classes=5).eval()
+    tutor.load_state_dict(torch.load(path, weights_only=True)["model"])
+    for place, method in enumerate(folders):
+        image = normalize(tiny_dataset.test.images[graphs[method].rows], CIFAR100_NORMALIZATION)
+        state = torch.load(folders[method] / "resnet8_best.pth", weights_only=True)
+        student.load_state_dict(state["model"])
+        with torch.no_grad():
+            pooled = [model(image, is_feat=True)[0][-1] for model in (tutor, student)]
+        for embedding, x, layer in zip(seen[2 * place :], pooled, ("teacher_layer", "layer"), strict=False):
+            if method == "ega":
+                x = x @ state[layer]["fit_dim_Net.weight"].T + state[layer]["fit_dim_Net.bias"]
+            torch.testing.assert_close(embedding, x, rtol=1e-4, atol=1e-5)
+    assert_is_picture(plot_runs(list(folders.values())))
+
+
+def test_a_cnn_that_is_another_by_now_is_refused(from_a_cnn):
+    folders, path = from_a_cnn
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"more": 1}, path)
+    with pytest.raises(ValueError, match="another teacher"):
+        embedding_graphs(read_run(folders["ega"]))
