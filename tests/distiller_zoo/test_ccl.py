@@ -65,6 +65,15 @@ def test_degenerate_batches_are_finite(dtype):
         check_finite(CCL(), a[:1], b[:1], target[:1], logit_s[:1], logit_t[:1])
 
 
+def test_a_zero_embedding_gets_no_gradient():
+    f_s, *others = inputs()
+    f_s[2] = 0
+    f_s.requires_grad_()
+    CCL()(f_s, *others).backward()
+    assert (f_s.grad[2] == 0).all()
+    assert (f_s.grad[[0, 1, 3, 4, 5]] != 0).any(dim=1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_and_autocast_changes_nothing(dtype):
     half = [x.to(dtype) if x.is_floating_point() else x for x in inputs()]

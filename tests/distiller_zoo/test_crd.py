@@ -202,6 +202,16 @@ def test_degenerate_batches_are_finite(dtype):
     assert all(buffer.isfinite().all() for buffer in crd.buffers())
 
 
+def test_a_zero_embedding_gets_no_gradient():
+    crd = crd_loss()
+    f_s, f_t = features()
+    with torch.no_grad():
+        crd.embed_s.linear.bias.zero_()
+    crd(f_s * 0, f_t, torch.tensor([4, 0, 9])).backward()
+    assert (crd.embed_s.linear.bias.grad == 0).all()
+    assert crd.embed_t.linear.bias.grad.abs().max() > 0
+
+
 def test_a_memory_opposite_to_its_sample_is_left_at_zero():
     crd = crd_loss()
     f_s, f_t = features(1)

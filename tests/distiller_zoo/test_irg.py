@@ -52,6 +52,17 @@ def test_edges_are_squared_distances_relative_to_the_largest(shapes):
     assert irg_edge_loss(x_s, x_t).item() == pytest.approx(expected, rel=1e-11, abs=1e-30)
 
 
+def test_samples_that_are_all_equal_count_as_all_equally_far_from_each_other():
+    """As in the reference, where every distance is the least one."""
+    x_t = randn(6, 9)
+    expected = np.mean((1 - np.eye(6) - slow_edges(x_t)) ** 2)
+    for level in (0.0, 3.7):
+        x_s = torch.full((6, 5), level, dtype=torch.float64, requires_grad=True)
+        value = irg_edge_loss(x_s, x_t)
+        assert value.item() == pytest.approx(expected, rel=1e-12)
+        assert (torch.autograd.grad(value, x_s)[0] == 0).all()
+
+
 @pytest.mark.parametrize("offset", [0, 10, 1000])
 def test_edges_are_accurate_in_float32_however_much_the_samples_have_in_common(offset):
     x_s, x_t = (randn(64, 256, seed=seed) + offset for seed in (0, 1))
@@ -133,7 +144,7 @@ def test_equal_student_and_teacher_have_no_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_degenerate_batches_are_finite(dtype, batch):
     random, zero, constant = (
         randn(batch, 3, 4, 4).to(dtype),

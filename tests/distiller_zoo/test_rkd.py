@@ -100,6 +100,7 @@ def test_turning_moving_and_scaling_all_samples_alike_changes_nothing_and_their_
     turn, _ = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     torch.testing.assert_close(rkd_loss(f_s @ turn * 7 + 3, f_t), value, rtol=1e-12, atol=0)
     torch.testing.assert_close(rkd_loss(f_s, f_t @ turn / 7 - 3), value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rkd_loss(f_s + 1e7, f_t), value, rtol=1e-7, atol=0)
     order = torch.tensor([3, 1, 7, 4, 0, 6, 2, 5])
     permuted, permuted_grad = gradient(f_s[order], f_t[order])
     torch.testing.assert_close(permuted, value, rtol=1e-13, atol=0)
@@ -136,14 +137,14 @@ def test_degenerate_batches_are_finite(dtype):
         check_finite(rkd_loss, a[:2], b[:2])
 
 
-def test_two_equal_samples_have_no_gradient_from_each_other():
-    f_s, f_t = embeddings()
-    f_s[3] = f_s[1]
-    f_t[3] = f_t[1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_samples_have_no_gradient_from_each_other(dtype):
+    """Products of so long rows are not all rounded alike: what is left of a distance would divide the gradient."""
+    f_s, f_t = (f.to(dtype) for f in embeddings(64, 250))
+    f_s[32:] = f_s[:32]
     value, grad = gradient(f_s, f_t)
     assert value > 0
-    torch.testing.assert_close(grad[3], grad[1], rtol=1e-10, atol=1e-14)
-    assert grad.abs().max() < 1e3
+    assert 0 < grad.abs().max() < 10
 
 
 def test_a_batch_of_one_has_no_relations():
