@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import pearsonr
 from torch import Tensor
 
@@ -62,6 +63,38 @@ def test_it_is_the_papers_equations_pair_by_pair(batch, dim):
     assert edge.item() == pytest.approx(expected_edge, rel=1e-12)
 
 
+def direct_terms(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's equations on whole matrices, as they stand."""
+    z_s, z_t = (F.normalize(f - f.mean(dim=1, keepdim=True)) for f in (f_s, f_t))
+    node = z_t @ z_s.T - torch.eye(len(f_s), dtype=f_s.dtype)
+    return node.norm(), (z_t @ z_t.T - z_s @ z_s.T).norm()
+
+
+@pytest.mark.parametrize("noise", [None, 1.0, 0.1, 0.005])
+@pytest.mark.parametrize("batch", [2, 7, 8, 31, 32, 33, 200, 1500])
+def test_in_float32_it_is_the_direct_formula_in_float64_to_a_ten_thousandth(batch, noise):
+    """On both sides of B = D, from an unrelated student to one within half a per cent of its teacher."""
+    generator = torch.Generator().manual_seed(batch)
+    f_t, other = torch.randn(2, batch, 32, generator=generator)
+    f_s = other if noise is None else f_t + noise * other
+    found, expected = [], []
+    for terms, dtype, results in ((ega_terms, torch.float32, found), (direct_terms, torch.float64, expected)):
+        inputs = f_s.to(dtype, copy=True).requires_grad_(), f_t.to(dtype, copy=True).requires_grad_()
+        for value in terms(*inputs):
+            results += [value.detach(), *torch.autograd.grad(value, inputs, retain_graph=True)]
+    for value, reference in zip(found, expected, strict=True):
+        assert (value.double() - reference).norm() < 1e-4 * reference.norm()
+
+
+def test_a_teacher_that_needs_no_gradient_changes_nothing_for_the_student():
+    for batch in (4, 12):
+        f_s, f_t = embeddings(batch, 6)
+        _, both, _ = gradients(f_s, f_t)
+        student = f_s.clone().requires_grad_()
+        (alone,) = torch.autograd.grad(EGA()(student, f_t), student)
+        assert torch.equal(alone, both)
+
+
 def test_its_weights_weigh_and_its_terms_sum_up():
     f_s, f_t = embeddings()
     node, edge = ega_terms(f_s, f_t)
@@ -72,8 +105,9 @@ def test_its_weights_weigh_and_its_terms_sum_up():
 
 
 @pytest.mark.parametrize("weights", [(0.8, 0.24), (1.0, 0.0), (0.0, 1.0)])
-def test_its_gradients_are_its_derivatives(weights):
-    f_s, f_t = (f.requires_grad_() for f in embeddings(4, 6))
+@pytest.mark.parametrize(("batch", "dim"), [(4, 6), (5, 5), (13, 5)])
+def test_its_gradients_are_its_derivatives(weights, batch, dim):
+    f_s, f_t = (f.requires_grad_() for f in embeddings(batch, dim))
     assert torch.autograd.gradcheck(EGA(*weights), (f_s, f_t))
 
 
