@@ -1,5 +1,7 @@
 """Knowledge Distillation from A Stronger Teacher (Huang, You, Wang, Qian, Xu, NeurIPS 2022, arXiv 2205.10536)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -7,20 +9,20 @@ from torch import Tensor, nn
 _CONSTANT = 1e-6
 
 
-def _centre(p: Tensor) -> Tensor:
-    """Rows minus their means; a constant row becomes zero, with zero gradient."""
-    centred = p - p.mean(dim=1, keepdim=True)
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-        constant = torch.linalg.vector_norm(centred, dim=1, keepdim=True) <= _CONSTANT * norm
-    return centred.masked_fill(constant, 0)
+def _centre(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows minus their means, their norms, and which of them are not constant."""
+    mean = p.mean(dim=1, keepdim=True)
+    centred = p - mean
+    norm = torch.linalg.vector_norm(centred, dim=1)
+    # The norm of a constant row is its mean's times the square root of its length.
+    return centred, norm, norm > _CONSTANT * math.sqrt(p.shape[1]) * mean.squeeze(1).abs()
 
 
 def _distance(p_s: Tensor, p_t: Tensor) -> Tensor:
     """One minus the mean Pearson correlation of the rows of both; a constant row correlates with nothing."""
-    p_s, p_t = _centre(p_s), _centre(p_t)
-    norms = torch.linalg.vector_norm(p_s, dim=1) * torch.linalg.vector_norm(p_t, dim=1)
-    return 1 - ((p_s * p_t).sum(dim=1) / (norms + 1e-8)).mean()
+    (p_s, norm_s, varies_s), (p_t, norm_t, varies_t) = _centre(p_s), _centre(p_t)
+    scale = torch.where(varies_s & varies_t, 1 / (norm_s * norm_t + 1e-8), 0)
+    return 1 - ((p_s * p_t).sum(dim=1) * scale).mean()
 
 
 def dist_terms(logit_s: Tensor, logit_t: Tensor, T: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 
 def _split(logits: Tensor, target: Tensor, T: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target class, all others together), (B, 2), and of the others among them, (B, C - 1)."""
+    """Log-probabilities of (target class, all others together), (B, 2), and of the others among them, (B, C)."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / T
     target = target[:, None]
-    others = torch.arange(z.shape[1] - 1, device=z.device)
-    others = z.gather(1, others + (others >= target))
-    binary = torch.cat([z.gather(1, target), others.logsumexp(dim=1, keepdim=True)], dim=1)
-    return F.log_softmax(binary, dim=1), F.log_softmax(others, dim=1)
+    # So low, and finite, that its probability is zero and the difference of two of them too.
+    others = z.scatter(1, target, torch.finfo(z.dtype).min / 2)
+    rest = others.logsumexp(dim=1, keepdim=True)
+    binary = torch.cat([z.gather(1, target), rest], dim=1)
+    return F.log_softmax(binary, dim=1), others - rest
 
 
 def dkd_terms(logit_s: Tensor, logit_t: Tensor, target: Tensor, T: float = 4.0) -> tuple[Tensor, Tensor]:

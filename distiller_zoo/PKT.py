@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 def _neighbours(f: Tensor, eps: float) -> Tensor:
     """Row i: how probable each sample of the batch is as a neighbour of sample i, by cosine similarity."""
-    # A zero row stays out of the norm, whose gradient there would be divided by eps.
-    f = torch.where(f.any(dim=1, keepdim=True), f, 0)
-    f = f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(f, dim=1, keepdim=True)
+    # A zero row would have a gradient divided by eps.
+    f = f * torch.where(norm > 0, 1 / (norm + eps), 0)
     # Rounding can take the cosine of opposite rows below -1.
-    similarity = (f @ f.T + 1).clamp(min=0)
+    similarity = (f @ f.T).add_(1).relu_()
     return similarity / similarity.sum(dim=1, keepdim=True)
 
 
