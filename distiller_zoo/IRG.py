@@ -26,11 +26,21 @@ def _edges(x: Tensor) -> Tensor:
     return squared / squared.max().clamp(min=_MIN_SQUARED)
 
 
+def _shrink(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Maps averaged to fewer channels and to a smaller size, flattened, (B, channels * height * width)."""
+    if x.shape[2:] != (height, width):
+        x = F.adaptive_avg_pool2d(x, (height, width))
+    if x.shape[1] == channels:
+        return x.flatten(1)
+    if x.shape[1] % channels == 0:
+        return x.unflatten(1, (channels, -1)).mean(dim=2).flatten(1)
+    return F.adaptive_avg_pool3d(x, (channels, height, width)).flatten(1)
+
+
 def _transformation(before: Tensor, after: Tensor) -> Tensor:
     """Squared distance of each sample's map before and after a stage, divided by the batch's largest, (B,)."""
-    # Channels, height and width: both maps averaged to the smaller of each.
     size = [min(sizes) for sizes in zip(before.shape[1:], after.shape[1:], strict=True)]
-    before, after = (F.adaptive_avg_pool3d(_float(x), size).flatten(1) for x in (before, after))
+    before, after = (_shrink(_float(x), *size) for x in (before, after))
     squared = (before - after).square().sum(dim=1).clamp(min=_MIN_SQUARED)
     return squared / squared.max()
 
