@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 # tensorboard_logger's generated code works with protobuf's Python implementation only, which has to be chosen
@@ -21,14 +20,15 @@ class Logger:
 
     Args:
         folder: of metrics.jsonl.
-        tb_folder: of the TensorBoard events; what it holds is replaced.
+        tb_folder: of the TensorBoard events; those that it holds are replaced.
         history: the records of the epochs that are done.
     """
 
     def __init__(self, folder: Path, tb_folder: Path, history: list[dict]):
         self._metrics = folder / "metrics.jsonl"
         checkpoint.write_bytes("".join(map(_line, history)).encode(), self._metrics)
-        shutil.rmtree(tb_folder, ignore_errors=True)
+        for events in tb_folder.glob("events.*"):  # and no folder: a first stage's is in it
+            events.unlink()
         self._events = tensorboard_logger.Logger(str(tb_folder), flush_secs=2)
         for record in history:
             self._write_events(record)

@@ -220,6 +220,9 @@ def test_a_first_stage_that_was_interrupted_goes_on(name, cnn, tmp_path, monkeyp
     assert read_metrics(whole / "init") == read_metrics(folder / "init")
     assert torch.equal(weights(whole), weights(folder))
     assert [r["init_train_loss"] >= 0 for r in read_metrics(folder / "init")] == [True] * 3
+    # Neither the second stage nor its resuming takes the first one's events away.
+    distil(tmp_path / "parts", *options, "--epochs", 2)
+    assert list(tmp_path.glob(f"parts/student_tensorboards/{folder.name}/init/events.*"))
 
 
 @pytest.mark.parametrize(("name", "changed"), [("abound", True), ("fsp", True), ("factor", False)])
