@@ -159,8 +159,6 @@ def train_distill(
         NonFiniteLoss: a term is not finite; seen at the next print.
     """
     student.train()
-    if objective.criterion is not None:
-        objective.criterion.train()
     log = EpochLog(f"Epoch {epoch}", loader, opt.print_freq, opt.epochs - epoch)
     for step, batch in enumerate(loader.epoch(epoch), start=1):
         # The last, smaller batch would be compiled anew.

@@ -72,5 +72,5 @@ def test_a_student_projects_pooled_features_and_classifies_the_projection(classe
 
 
 def test_an_unknown_student_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown student 'resnet9'.*resnet8,.*resnet32x4"):
+    with pytest.raises(ValueError, match="unknown model 'resnet9'.*resnet8,.*resnet32x4"):
         create_student("resnet9", 256, 100)
