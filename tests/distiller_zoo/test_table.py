@@ -103,6 +103,54 @@ def test_a_methods_row_says_what_its_loss_is_fed(name, clip):
         torch.testing.assert_close(sum(loss.terms(*(fed[name] for name in feeds)).values()), value)
 
 
+def degenerate(fed: dict, kind: str) -> dict:
+    """What a loss is fed, turned into a batch of this kind."""
+    if kind == "one sample":
+        return {name: [y[:1] for y in x] if isinstance(x, list) else x[:1] for name, x in fed.items()}
+    if kind == "one class":
+        return fed | {"target": torch.zeros_like(fed["target"])}
+    if kind == "equal":
+        return {name: fed[name.removesuffix("_t") + "_s"] if name.endswith("_t") else x for name, x in fed.items()}
+
+    def constant(x: torch.Tensor) -> torch.Tensor:
+        level = 0.0 if kind == "a row of zeros" else 2.0
+        return torch.cat([torch.full_like(x[:1], level), x[1:]])
+
+    names = [name for name in fed if name not in ("target", "index")]
+    return fed | {n: [constant(y) for y in fed[n]] if isinstance(fed[n], list) else constant(fed[n]) for n in names}
+
+
+@pytest.mark.parametrize("kind", ["one sample", "one class", "equal", "a row of zeros", "a constant row"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_degenerate_batch_gives_a_finite_loss_and_gradient_or_is_refused(name, clip, kind):
+    method = METHODS[name]
+    build, feeds = method.with_teacher(clip)
+    if build is None or (clip and method.needs_maps):
+        return
+    loss = build(OPT, networks(clip))
+    fed = degenerate(feed(clip), kind)
+    leaves = []
+
+    def leaf(x):
+        x = x.detach().clone()
+        if x.is_floating_point():
+            leaves.append(x.requires_grad_())
+        return x
+
+    fed = {key: [leaf(y) for y in x] if isinstance(x, list) else leaf(x) for key, x in fed.items()}
+    if name == "reviewkd" and kind == "one sample":
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            loss(*(fed[key] for key in feeds))
+        return
+    value = loss(*(fed[key] for key in feeds)) if feeds else loss.init_loss(fed["feat_s"], fed["feat_t"])
+    value = sum(value) if isinstance(value, (list, tuple)) else value
+    assert value.isfinite()
+    gradients = torch.autograd.grad(value, [*leaves, *loss.parameters()], allow_unused=True)
+    assert any(gradient is not None for gradient in gradients)
+    assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+
 @pytest.mark.parametrize("name", ["abound", "fsp", "factor"])
 def test_a_two_stage_methods_first_stage_has_a_loss_and_what_it_trains(name):
     loss = METHODS[name].build(OPT, networks(clip=False))
