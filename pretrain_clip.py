@@ -23,10 +23,10 @@ from helper.options import (
     number,
     positive,
     positive_int,
-    resolve_auto,
     weight,
 )
 from helper.run import Run
+from helper.runtime import resolve_auto
 from helper.util import exit_on_bad_input, exit_on_non_finite_loss
 
 # CLIP's text encoder reads captions of up to 77 of these byte pairs.

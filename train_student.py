@@ -10,8 +10,9 @@ from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
 from distiller_zoo import METHODS, TwoStage
 from helper import pretrain
 from helper.loops import EVAL_BATCH_SIZE, Objective, print_record, sgd, train_distill, validate
-from helper.options import parse_student_options, resolve_auto, resolve_auto_compile, student_run_name
+from helper.options import parse_student_options, student_run_name
 from helper.run import Run
+from helper.runtime import resolve_auto, resolve_auto_compile
 from helper.teacher import CnnTeacher, build_teacher, describe
 from helper.util import adjust_learning_rate, exit_on_bad_input, exit_on_non_finite_loss
 from models import create_classifier, create_student

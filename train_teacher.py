@@ -8,8 +8,9 @@ from dataset import load_dataset
 from dataset.loader import Loader, epoch_seed
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
 from helper.loops import EVAL_BATCH_SIZE, Objective, print_record, sgd, train_distill, train_head, validate
-from helper.options import parse_teacher_options, resolve_auto, resolve_auto_compile, teacher_run_name
+from helper.options import parse_teacher_options, teacher_run_name
 from helper.run import Run
+from helper.runtime import resolve_auto, resolve_auto_compile
 from helper.teacher import build_teacher
 from helper.util import adjust_learning_rate, exit_on_bad_input, exit_on_non_finite_loss
 from models import create_classifier

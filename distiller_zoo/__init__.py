@@ -61,6 +61,7 @@ __all__ = [
     "VIDLoss",
     "ega_terms",
     "kd_loss",
+    "method_table",
     "standardize_logits",
 ]
 
@@ -260,3 +261,17 @@ METHODS = {
         preact="st",
     ),
 }
+
+
+def method_table() -> str:
+    """Markdown: each method's feeds, default weights, whether it needs maps, and its source."""
+    header = ("method", "fed, with a CNN teacher", "with a CLIP", "r a b, CNN", "CLIP", "source")
+    rows = [header]
+    for name, method in METHODS.items():
+        fed = ["first stage only" if method.build and not method.feeds else " ".join(method.feeds)]
+        fed.append("needs maps" if method.needs_maps else " ".join(method.with_teacher(clip=True)[1]))
+        weights = [" ".join(f"{weight:g}" for weight in method.default_weights(clip)) for clip in (False, True)]
+        rows.append((name, *fed, weights[0], "" if method.needs_maps else weights[1], method.citation))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)

@@ -1,4 +1,4 @@
-"""The command line: groups of flags that the scripts share, their checks, and what ``auto`` becomes."""
+"""The command line: groups of flags that the scripts share, their checks, and the runs' names."""
 
 import argparse
 import math
@@ -7,20 +7,16 @@ from collections.abc import Callable
 
 from dataset import DATASETS
 from dataset.views import NUM_VIEWS
-from distiller_zoo import METHODS
+from distiller_zoo import METHODS, method_table
 from models import model_dict
 from models.clip_teacher import PUBLISHED, short_name
 
-from .run import Run
-from .runtime import resolve_amp, resolve_compile, resolve_device
+from .runtime import AUTO_VIEWS
 from .teacher import architecture
 
 # RepDistiller's learning rates of CNNs, students and teachers.
 _LEARNING_RATE = 0.05
 _LEARNING_RATES = dict.fromkeys(("MobileNetV2", "ShuffleV1", "ShuffleV2"), 0.01)
-
-# Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.
-_AUTO_VIEWS = {"cuda": "16", "cpu": "1"}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -150,7 +146,7 @@ def add_bank_options(group: argparse._ArgumentGroup) -> None:
         default="auto",
         metavar="auto|0|N|all",
         help="views of each image that the teacher encodes, once; 0 encodes every batch; auto: "
-        f"{_AUTO_VIEWS['cuda']} on CUDA, {_AUTO_VIEWS['cpu']} on a CPU",
+        f"{AUTO_VIEWS['cuda']} on CUDA, {AUTO_VIEWS['cpu']} on a CPU",
     )
 
 
@@ -173,20 +169,6 @@ class _ListMethods(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         print(method_table())
         parser.exit()
-
-
-def method_table() -> str:
-    """Markdown: each method's feeds, default weights, whether it needs maps, and its source."""
-    header = ("method", "fed, with a CNN teacher", "with a CLIP", "r a b, CNN", "CLIP", "source")
-    rows = [header]
-    for name, method in METHODS.items():
-        fed = ["first stage only" if method.build and not method.feeds else " ".join(method.feeds)]
-        fed.append("needs maps" if method.needs_maps else " ".join(method.with_teacher(clip=True)[1]))
-        weights = [" ".join(f"{weight:g}" for weight in method.default_weights(clip)) for clip in (False, True)]
-        rows.append((name, *fed, weights[0], "" if method.needs_maps else weights[1], method.citation))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
 def student_parser() -> Parser:
@@ -376,37 +358,3 @@ def student_run_name(opt: argparse.Namespace) -> str:
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
         f"_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
     )
-
-
-def resolve_auto(opt: argparse.Namespace, run: Run) -> None:
-    """Replace every ``auto`` that stands for a value, print what it became, and note all options in the run.
-
-    A resumed run keeps what was resolved when it began.
-
-    Raises:
-        ValueError: the machine lacks what is asked for, or an option differs from the resumed run's.
-    """
-    views = getattr(opt, "teacher_views", None)  # None: there is no bank
-    auto = [name for name in ("device", "amp", "teacher_views") if getattr(opt, name, None) == "auto"]
-    for name in auto:
-        if run.recorded is not None:
-            setattr(opt, name, str(run.recorded[name]))
-    opt.device = resolve_device(opt.device)
-    opt.amp = resolve_amp(opt.amp, opt.device)
-    if views is not None:
-        opt.teacher_views = int(_AUTO_VIEWS[opt.device] if opt.teacher_views == "auto" else opt.teacher_views)
-    if auto:
-        print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in auto))
-    # How many steps there are, and so whether compiling pays, is known once the data set is loaded.
-    run.record(**{name: value for name, value in vars(opt).items() if name not in ("resume", "compile")})
-
-
-def resolve_auto_compile(opt: argparse.Namespace, run: Run, steps: int) -> None:
-    """The same for ``--compile``, in a run of so many training steps."""
-    if opt.compile == "auto" and run.recorded is not None:
-        opt.compile = run.recorded["compile"]
-    auto = opt.compile == "auto"
-    opt.compile = resolve_compile(opt.compile, opt.device, steps)
-    if auto:
-        print(f"auto: compile {opt.compile}")
-    run.record(compile=opt.compile)

@@ -1,14 +1,20 @@
 """Where and how a run computes: device, precision, compilation; every ``auto`` is resolved here."""
 
+import argparse
 import contextlib
 import os
 import shutil
 
 import torch
 
+from .run import Run
+
 # torch.compile takes some 45 s for resnet8x4 on two cores; with AMX that many steps earn it back. Without AMX the
 # convolutions are all that counts, and a compiled step is no faster (docs/results.md).
 COMPILE_PAYS_AFTER_STEPS = 2000
+
+# Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.
+AUTO_VIEWS = {"cuda": "16", "cpu": "1"}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,3 +75,37 @@ def teacher_precision(device: str, amp: str) -> str:
 def autocast(device: str, amp: str) -> contextlib.AbstractContextManager:
     """The forward pass's context."""
     return torch.autocast(device, dtype=DTYPES.get(amp), enabled=amp != "off")
+
+
+def resolve_auto(opt: argparse.Namespace, run: Run) -> None:
+    """Replace every ``auto`` that stands for a value, print what it became, and note all options in the run.
+
+    A resumed run keeps what was resolved when it began.
+
+    Raises:
+        ValueError: the machine lacks what is asked for, or an option differs from the resumed run's.
+    """
+    views = getattr(opt, "teacher_views", None)  # None: there is no bank
+    auto = [name for name in ("device", "amp", "teacher_views") if getattr(opt, name, None) == "auto"]
+    for name in auto:
+        if run.recorded is not None:
+            setattr(opt, name, str(run.recorded[name]))
+    opt.device = resolve_device(opt.device)
+    opt.amp = resolve_amp(opt.amp, opt.device)
+    if views is not None:
+        opt.teacher_views = int(AUTO_VIEWS[opt.device] if opt.teacher_views == "auto" else opt.teacher_views)
+    if auto:
+        print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in auto))
+    # How many steps there are, and so whether compiling pays, is known once the data set is loaded.
+    run.record(**{name: value for name, value in vars(opt).items() if name not in ("resume", "compile")})
+
+
+def resolve_auto_compile(opt: argparse.Namespace, run: Run, steps: int) -> None:
+    """The same for ``--compile``, in a run of so many training steps."""
+    if opt.compile == "auto" and run.recorded is not None:
+        opt.compile = run.recorded["compile"]
+    auto = opt.compile == "auto"
+    opt.compile = resolve_compile(opt.compile, opt.device, steps)
+    if auto:
+        print(f"auto: compile {opt.compile}")
+    run.record(compile=opt.compile)

@@ -11,11 +11,10 @@ from helper import options, runtime
 from helper.options import (
     parse_student_options,
     parse_teacher_options,
-    resolve_auto,
-    resolve_auto_compile,
     student_run_name,
     teacher_run_name,
 )
+from helper.runtime import resolve_auto, resolve_auto_compile
 from models import model_dict
 from models.clip_teacher import PUBLISHED
 
