@@ -6,6 +6,7 @@ The result, SAVE/clip/NAME/clip.pt, is a state dict in OpenAI's format and preci
 
 import argparse
 import copy
+import os
 import time
 
 import torch
@@ -15,7 +16,8 @@ from dataset import load_dataset
 from dataset.loader import Loader, epoch_seed
 from helper import checkpoint
 from helper.contrastive import Images, caption_tokens, train_contrastive, zero_shot_accuracy
-from helper.loops import EVAL_BATCH_SIZE, print_record
+from helper.loops import EVAL_BATCH_SIZE
+from helper.meters import print_record
 from helper.options import (
     Parser,
     add_data_options,
@@ -83,6 +85,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--vision_width {opt.vision_width}: a ViT's is a multiple of 64, the width of a head")
     if opt.text_width % 64:
         parser.error(f"--text_width {opt.text_width}: it is a multiple of 64, the width of a head")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("it runs in one process; start it with python, not with torchrun")
     if opt.batch_size < 2:
         parser.error("--batch_size 1: a contrastive loss needs at least two images to tell apart")
     return opt

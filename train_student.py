@@ -3,16 +3,18 @@
 import time
 
 import torch
+from torch import nn
 
 from dataset import load_dataset
 from dataset.loader import Loader, epoch_seed, holdout_rows
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
 from distiller_zoo import METHODS, TwoStage
-from helper import pretrain
-from helper.loops import EVAL_BATCH_SIZE, Objective, print_record, sgd, train_distill, validate
+from helper import distributed, pretrain
+from helper.loops import EVAL_BATCH_SIZE, Distillation, Objective, Step, sgd, train_epoch, validate
+from helper.meters import print_record
 from helper.options import parse_student_options, student_run_name
 from helper.run import Run
-from helper.runtime import resolve_auto, resolve_auto_compile
+from helper.runtime import resolve_auto, resolve_auto_compile, step_capture
 from helper.teacher import CnnTeacher, build_teacher, describe
 from helper.util import adjust_learning_rate, exit_on_bad_input, exit_on_non_finite_loss
 from models import create_classifier, create_student
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         run.record(dataset_sha256=dataset.fingerprint())
         device, num_classes = torch.device(opt.device), len(dataset.classes)
         normalization = CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION
+        place = {"rank": distributed.rank(), "processes": distributed.count()}
         rows, held = (None, None) if opt.holdout is None else holdout_rows(dataset.train.targets, opt.holdout)
         train_loader = Loader(
             dataset.train,
@@ -47,11 +50,11 @@ def main(argv: list[str] | None = None) -> None:
             shared=opt.views == "shared" or not clip,
             max_steps=opt.max_steps,
             normalization=normalization,
+            **place,
         )
-        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE, device, normalization=normalization)
-        val_loader = None
-        if held is not None:
-            val_loader = Loader(dataset.train, "train", EVAL_BATCH_SIZE, device, rows=held, normalization=normalization)
+        testing = {"batch_size": EVAL_BATCH_SIZE, "device": device, "normalization": normalization} | place
+        test_loader = Loader(dataset.test, "test", **testing)
+        val_loader = None if held is None else Loader(dataset.train, "train", rows=held, **testing)
         resolve_auto_compile(opt, run, steps=opt.epochs * len(train_loader))
 
         joint = any(name.startswith("joint") for name in feeds)
@@ -66,6 +69,10 @@ def main(argv: list[str] | None = None) -> None:
             )
         student.to(device, memory_format=torch.channels_last)
         criterion = build(opt, describe(student, teacher, dataset, rows)).to(device) if build else None
+        if opt.sync_bn:
+            student, criterion = (
+                module and nn.SyncBatchNorm.convert_sync_batchnorm(module) for module in (student, criterion)
+            )
         stage = None
         if isinstance(criterion, TwoStage) and opt.beta and run.state is None:
             stage = pretrain.open_first_stage(run, opt)
@@ -78,13 +85,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"teacher accuracy: {frozen['teacher_acc']:.2f}")
         run.start()
 
-    objective = Objective(
-        criterion, feeds, opt.gamma, opt.alpha, opt.beta, opt.kd_T, clip, opt.warmup, opt.logit_standard
-    )
-    forward = torch.compile(student) if opt.compile == "on" else student
+    weights = (opt.gamma, opt.alpha, opt.beta)
+    objective = Objective(criterion, feeds, *weights, opt.kd_T, clip, opt.warmup, opt.logit_standard, method.relational)
+    spread = f" over {distributed.count()} processes" if distributed.count() > 1 else ""
     print(
         f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {opt.dataset}, {len(train_loader)} steps of "
-        f"{opt.batch_size} an epoch, into {run.folder}"
+        f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
 
     stateful = {"student": student} | ({} if criterion is None else {"criterion": criterion})
@@ -100,7 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     if run.state is not None:
         for name, module in stateful.items():
             module.load_state_dict(run.state[name])
-    seen = teacher if objective.needs_teacher or len(optimizers) > 1 else None
+    trains_head = len(optimizers) > 1
+    seen = teacher if objective.needs_teacher or trains_head else None
+    losses = Distillation(student, seen, objective, train_loader, opt, trains_head)
 
     def model() -> dict:
         """The content of a model's file."""
@@ -112,11 +120,14 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_non_finite_loss("train_student.py"):
         if stage is not None:
             pretrain.init(stage, student, teacher, criterion, train_loader, opt)
+        step = Step(losses, optimizers, scaler, train_loader, step_capture(opt, seen))
         for epoch in range(run.first_epoch, opt.epochs + 1):
             start = time.perf_counter()
             torch.manual_seed(epoch_seed(opt.seed, epoch))
             record = {"epoch": epoch, "lr": adjust_learning_rate(epoch, opt, optimizers[0])}
-            record |= train_distill(epoch, train_loader, student, forward, seen, objective, optimizers, scaler, opt)
+            student.train()
+            record |= train_epoch(epoch, step, opt.epochs, opt.print_freq)
+            distributed.share_buffers(student)
             if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
                 record |= validate(test_loader, student, teacher if clip else None, opt) | frozen
                 if val_loader is not None:
@@ -131,4 +142,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with distributed.processes():
+        main()

@@ -3,14 +3,26 @@
 import time
 
 import torch
+from torch import nn
 
 from dataset import load_dataset
 from dataset.loader import Loader, epoch_seed
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
-from helper.loops import EVAL_BATCH_SIZE, Objective, print_record, sgd, train_distill, train_head, validate
+from helper import distributed
+from helper.loops import (
+    EVAL_BATCH_SIZE,
+    Distillation,
+    HeadTraining,
+    Objective,
+    Step,
+    sgd,
+    train_epoch,
+    validate,
+)
+from helper.meters import print_record
 from helper.options import parse_teacher_options, teacher_run_name
 from helper.run import Run
-from helper.runtime import resolve_auto, resolve_auto_compile
+from helper.runtime import resolve_auto, resolve_auto_compile, step_capture
 from helper.teacher import build_teacher
 from helper.util import adjust_learning_rate, exit_on_bad_input, exit_on_non_finite_loss
 from models import create_classifier
@@ -30,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         run.record(dataset_sha256=dataset.fingerprint())
         device = torch.device(opt.device)
         normalization = CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION
+        place = {"rank": distributed.rank(), "processes": distributed.count()}
         train_loader = Loader(
             dataset.train,
             "train",
@@ -41,9 +54,10 @@ def main(argv: list[str] | None = None) -> None:
             images=not clip,
             max_steps=opt.max_steps,
             normalization=normalization,
+            **place,
         )
         test_loader = Loader(
-            dataset.test, "test", EVAL_BATCH_SIZE, device, images=not clip, normalization=normalization
+            dataset.test, "test", EVAL_BATCH_SIZE, device, images=not clip, normalization=normalization, **place
         )
         if clip:
             opt.compile = "off"
@@ -54,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
             torch.manual_seed(opt.seed)
             cnn = create_classifier(opt.model, len(dataset.classes))
             trained = cnn.to(device, memory_format=torch.channels_last)
+            if opt.sync_bn:
+                trained = cnn = nn.SyncBatchNorm.convert_sync_batchnorm(cnn)
         run.start()
 
     optimizer = sgd(trained.parameters(), opt.learning_rate, opt)
@@ -62,8 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     if run.state is not None:
         for name, module in stateful.items():
             module.load_state_dict(run.state[name])
-    objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
-    forward = torch.compile(trained) if opt.compile == "on" else trained
+    if clip:
+        step = Step(HeadTraining(teacher, train_loader), [optimizer], scaler, train_loader)
+    else:
+        losses = Distillation(cnn, None, Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1), train_loader, opt)
+        step = Step(losses, [optimizer], scaler, train_loader, step_capture(opt, None))
 
     def model() -> dict:
         """The content of the model's file: a head with the SHA-256 of its CLIP, a CNN with its architecture."""
@@ -78,10 +97,9 @@ def main(argv: list[str] | None = None) -> None:
             start = time.perf_counter()
             torch.manual_seed(epoch_seed(opt.seed, epoch))
             record = {"epoch": epoch, "lr": adjust_learning_rate(epoch, opt, optimizer)}
-            if clip:
-                record |= train_head(epoch, train_loader, teacher, optimizer, opt)
-            else:
-                record |= train_distill(epoch, train_loader, cnn, forward, None, objective, [optimizer], scaler, opt)
+            trained.train()
+            record |= train_epoch(epoch, step, opt.epochs, opt.print_freq)
+            distributed.share_buffers(trained)
             if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
                 record |= validate(test_loader, *((None, teacher) if clip else (cnn, None)), opt)
             record["seconds"] = time.perf_counter() - start
@@ -94,4 +112,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with distributed.processes():
+        main()

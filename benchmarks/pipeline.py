@@ -8,11 +8,13 @@ import argparse
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR100
 
@@ -24,9 +26,9 @@ from dataset.loader import Loader
 from dataset.views import NUM_VIEWS, view_order
 from distiller_zoo import EGA, METHODS
 from helper.bank import CHUNK, EmbeddingBank, encode_view
-from helper.loops import Objective, sgd, train_distill
+from helper.loops import Distillation, Objective, Step, sgd, train_epoch
 from helper.options import parse_student_options, positive_int
-from helper.runtime import resolve_amp, resolve_compile, resolve_device
+from helper.runtime import autocast, resolve_amp, resolve_compile, resolve_device, step_capture
 from helper.teacher import ClipTeacher, load_encoder
 from helper.util import exit_on_bad_input
 from models import create_student, model_dict
@@ -34,6 +36,7 @@ from models.heads import Outputs, TeacNet
 
 # Steps of either before the clock starts: allocations, worker processes, torch.compile.
 _WARM_UP = 2
+_WARM_UP_OURS = 10
 
 
 def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
@@ -94,16 +97,20 @@ class Ours:
         self.teacher = ClipTeacher(bank, TeacNet(dim, opt.feature_dim, len(dataset.classes)).to(self.device))
         self.student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes))
         self.student.to(self.device, memory_format=torch.channels_last)
-        self.forward = torch.compile(self.student) if opt.compile == "on" else self.student
         criterion = EGA(opt.node_weight, opt.edge_weight)
-        self.objective = Objective(criterion, METHODS["ega"].feeds, opt.gamma, opt.alpha, opt.beta, opt.kd_T)
+        method, weights = METHODS["ega"], (opt.gamma, opt.alpha, opt.beta)
+        objective = Objective(criterion, method.feeds, *weights, opt.kd_T, relational=method.relational)
+        self.loader = self._loader(None)
+        self.losses = Distillation(self.student, self.teacher, objective, self.loader, opt, trains_head=True)
         self.optimizers = [
             sgd(self.student.parameters(), opt.learning_rate, opt),
             sgd(self.teacher.head.parameters(), opt.learning_rate_t, opt),
         ]
-        self.scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
+        scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
+        self.step = Step(self.losses, self.optimizers, scaler, self.loader, step_capture(opt, self.teacher))
+        self.train(_WARM_UP_OURS)
 
-    def loader(self, steps: int) -> Loader:
+    def _loader(self, steps: int | None) -> Loader:
         opt = self.opt
         return Loader(
             self.dataset.train,
@@ -116,42 +123,46 @@ class Ours:
             max_steps=steps,
         )
 
-    def train(self, loader: Loader, forward: Callable, objective: Callable, epoch: int = 1) -> float:
-        """Seconds that an epoch of ``train_distill`` takes."""
+    def train(self, steps: int) -> float:
+        """Seconds that so many steps take."""
+        self.loader.max_steps = steps
+        self.student.train()
         with contextlib.redirect_stdout(io.StringIO()):
             start = now(self.opt.device)
-            train_distill(
-                epoch,
-                loader,
-                self.student,
-                forward,
-                self.teacher,
-                objective,
-                self.optimizers,
-                self.scaler,
-                self.opt,
-            )
+            train_epoch(1, self.step, epochs=1, print_freq=self.opt.print_freq)
             return now(self.opt.device) - start
 
-    def seconds_per_image(self, steps: int) -> float:
-        self.train(self.loader(_WARM_UP), self.forward, self.objective)
-        loader = self.loader(steps)
-        return self.train(loader, self.forward, self.objective, epoch=2) / loader.num_samples
+    def time_bare_student(self, steps: int) -> float:
+        """Seconds of the forward and backward pass of the student alone, in the same mode, always on one batch."""
+        opt = self.opt
+        batch = next(self.loader.epoch(1))
+
+        def step() -> None:
+            with autocast(opt.device, opt.amp):
+                out = self.losses.compiled(batch.image)
+            loss = F.cross_entropy(out.logits.float(), batch.target)
+            self.optimizers[0].zero_grad(set_to_none=True)
+            loss.backward()
+
+        run = step
+        for _ in range(_WARM_UP):
+            step()
+        if (capture := step_capture(opt, self.teacher)) is not None:
+            run = capture(step)
+        start = now(opt.device)
+        for _ in range(steps):
+            run()
+        return now(opt.device) - start
 
 
 def time_parts(ours: Ours, steps: int) -> dict[str, float]:
-    """Seconds of each part of a step, by name, read from clocks around what ``train_distill`` calls.
+    """Seconds of each part of a step, by name, read from clocks around what a step calls.
 
-    On CUDA each part is waited for, so their sum is more than a step takes by itself.
+    On CUDA the step is not replayed then, and each part is waited for, so that their sum is more than a step takes.
     """
     clock = _Clock(ours.opt.device)
-    loader = ours.loader(steps)
-    loader.epoch = clock.iterator("views", loader.epoch)
-    ours.teacher.forward = clock.around("teacher: look-up and head", ours.teacher.forward)
-    for optimizer in ours.optimizers:
-        optimizer.step = clock.around("optimisers", optimizer.step)
-        optimizer.zero_grad = clock.around("optimisers", optimizer.zero_grad)
-    student = clock.around("student: forward", ours.forward)
+    step, losses = ours.step, ours.losses
+    student = clock.around("student: forward", losses.compiled)
 
     def forward(image: Tensor) -> Outputs:
         out = student(image)
@@ -159,18 +170,25 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
         out.embedding.register_hook(lambda grad: clock.switch("student: backward"))
         return out
 
-    backward = Tensor.backward
-    objective = clock.around("loss, forward and backward", ours.objective)
-    Tensor.backward = clock.around("loss, forward and backward", backward)
-    try:
-        total = ours.train(loader, forward, objective, epoch=3)
-    finally:
-        Tensor.backward = backward
-        del ours.teacher.forward
-        for optimizer in ours.optimizers:
-            del optimizer.step, optimizer.zero_grad
+    loss = "loss, forward and backward"
+    timed = [
+        (ours.loader, "batch", clock.around("views", ours.loader.batch)),
+        (ours.teacher, "forward", clock.around("teacher: look-up and head", ours.teacher.forward)),
+        (losses, "compiled", forward),
+        (losses, "objective", clock.around(loss, losses.objective)),
+        (Tensor, "backward", clock.around(loss, Tensor.backward)),
+        (step, "_capture", None),
+    ]
+    for optimizer in ours.optimizers:
+        timed += [
+            (optimizer, name, clock.around("optimisers", getattr(optimizer, name))) for name in ("step", "zero_grad")
+        ]
+    with contextlib.ExitStack() as stack:
+        for where, name, function in timed:
+            stack.enter_context(mock.patch.object(where, name, function))
+        total = ours.train(steps)
     clock.seconds["metrics and the rest"] = total - sum(clock.seconds.values())
-    return {name: seconds / len(loader) for name, seconds in clock.seconds.items()}
+    return {name: seconds / steps for name, seconds in clock.seconds.items()}
 
 
 class _Clock:
@@ -195,15 +213,6 @@ class _Clock:
                 return function(*args, **kwargs)
             finally:
                 self.switch("")
-
-        return timed
-
-    def iterator(self, part: str, function: Callable[..., Iterator]) -> Callable[..., Iterator]:
-        def timed(*args, **kwargs):
-            advance = self.around(part, function(*args, **kwargs).__next__)
-            with contextlib.suppress(StopIteration):
-                while True:
-                    yield advance()
 
         return timed
 
@@ -260,10 +269,12 @@ def main(argv: list[str] | None = None) -> None:
 
     release = time_release(dataset, encoder_release, opt, args.release_steps, args.workers)
     ours = Ours(dataset, encoder.dim, opt)
-    own = ours.seconds_per_image(args.steps)
+    own = ours.train(args.steps) / (args.steps * opt.batch_size)
+    bare = ours.time_bare_student(args.steps) / (args.steps * opt.batch_size)
     rows = [
         (f"the release's recipe (workers: {args.workers}; steps: {args.release_steps})", release),
         (f"this project, bank of {_views(opt.teacher_views)} ({mode}; steps: {args.steps})", own),
+        ("forward and backward pass of the student alone, in the same mode", bare),
     ]
     print_table(
         ("training", "images/s", "ms per image", "times faster"),

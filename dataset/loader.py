@@ -12,18 +12,27 @@ from .views import CLIP_NORMALIZATION, NUM_VIEWS, TEST_VIEW, crop_flip, normaliz
 
 
 class Batch(NamedTuple):
-    """One batch on the device.
+    """One batch on the device; of many processes, this one's share of it.
 
     index: (B,) int64, row numbers in the split.
     target: (B,) int64, classes.
     image: (B, 3, H, W) float32, the student's view, normalised; None where the loader draws none.
     teacher_view: (B,) int64, the number of the teacher's view.
+    shares: samples on each process, in order of rank, where there are several.
+    weight: what a mean over this share counts for, so that the mean over processes is that over the whole batch.
     """
 
     index: Tensor
     target: Tensor
     image: Tensor | None
     teacher_view: Tensor
+    shares: tuple[int, ...] | None = None
+    weight: float = 1.0
+
+
+def deal(count: int, processes: int) -> tuple[int, ...]:
+    """How many of so many samples each process gets: as equal as can be, the first ones more."""
+    return tuple(count // processes + (rank < count % processes) for rank in range(processes))
 
 
 class Loader:
@@ -36,7 +45,7 @@ class Loader:
     Args:
         split: images and targets.
         name: 'train' or 'test': the part of the teacher's bank that ``index`` refers to.
-        batch_size: the last batch may be smaller.
+        batch_size: of all processes together; the last batch may be smaller.
         device: where the batches are made; the images move there once.
         rows: (N,) the rows of the split that are used; all by default.
         training: shuffle and draw views.
@@ -45,6 +54,8 @@ class Loader:
         shared: the teacher's view is the student's.
         images: whether batches hold images.
         max_steps: at most so many batches per epoch.
+        rank: this process's number among those that share each batch, from 0.
+        processes: how many they are.
     """
 
     def __init__(
@@ -62,6 +73,8 @@ class Loader:
         images: bool = True,
         max_steps: int | None = None,
         normalization: tuple = CLIP_NORMALIZATION,
+        rank: int = 0,
+        processes: int = 1,
     ):
         self.name = name
         self.batch_size = batch_size
@@ -72,6 +85,8 @@ class Loader:
         self.teacher_views = teacher_views
         self.max_steps = max_steps
         self.normalization = normalization
+        self.rank = rank
+        self.processes = processes
         self.rows = torch.arange(len(split)) if rows is None else rows
         self.images = split.images.to(device) if images else None
         self.targets = split.targets.to(device)
@@ -86,19 +101,30 @@ class Loader:
 
     @property
     def num_samples(self) -> int:
-        """Samples per epoch."""
+        """Samples per epoch, on all processes together."""
         return min(len(self.rows), len(self) * self.batch_size)
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
-        index, view, teacher_view = (x.to(self.device) for x in self._draw(epoch))
+        for drawn, shares in self.draws(epoch):
+            yield self.batch(drawn, shares)
+
+    def draws(self, epoch: int = 0) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """For each batch of an epoch what ``batch`` makes it of: this process's numbers, and all processes' shares."""
+        numbers = torch.stack(self._draw(epoch)).to(self.device)
         for start in range(0, self.num_samples, self.batch_size):
-            chosen = slice(start, start + self.batch_size)
-            rows = index[chosen]
-            image = None
-            if self.images is not None:
-                image = normalize(crop_flip(self.images[rows], view[chosen]), self.normalization)
-            yield Batch(rows, self.targets[rows], image, teacher_view[chosen])
+            shares = deal(min(self.batch_size, self.num_samples - start), self.processes)
+            first = start + sum(shares[: self.rank])
+            yield numbers[:, first : first + shares[self.rank]], shares
+
+    def batch(self, drawn: Tensor, shares: tuple[int, ...]) -> Batch:
+        """The batch of row, student's view and teacher's view of each sample, (3, B) int64 on the device."""
+        index, view, teacher_view = drawn
+        image = None
+        if self.images is not None:
+            image = normalize(crop_flip(self.images[index], view), self.normalization)
+        weight = len(shares) * shares[self.rank] / sum(shares)
+        return Batch(index, self.targets[index], image, teacher_view, shares if len(shares) > 1 else None, weight)
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, student's view and teacher's view of every sample of the epoch, in order, on the CPU."""

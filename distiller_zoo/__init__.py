@@ -99,7 +99,7 @@ class Method:
     - maps: the maps of the stages, a list of (B, C, H, W); feat: stem, stages and pooled features, a list;
     - logit: (B, classes);
 
-    and target and index, (B,). It gives a scalar, or a list of them to be added up.
+    target and index, (B,); shares, see ``ega_terms``. It gives a scalar, or a list of them to be added up.
 
     Attributes:
         build: options and networks to the module of the loss that ``--beta`` weighs; None for a method without one.
@@ -109,6 +109,8 @@ class Method:
         clip: (build, feeds) with a CLIP teacher, where they differ; by default the same, if maps are not needed.
         preact: whose maps are those before the last ReLU: of 's' and 't'.
         warmup: epochs over which beta grows to its value, by default.
+        relational: whether it compares the samples of a batch with one another, and is no mean over them: of a batch
+            that is spread over many processes it is then fed all samples, unless it asks for the shares.
     """
 
     build: Build | None
@@ -118,6 +120,7 @@ class Method:
     clip: tuple[Build, tuple[str, ...]] | None = None
     preact: str = ""
     warmup: int = 0
+    relational: bool = False
 
     @property
     def needs_maps(self) -> bool:
@@ -184,6 +187,7 @@ METHODS = {
         (1, 0, 3000),
         "SP: Tung and Mori, ICCV 2019",
         clip=(lambda opt, net: connected.OfLast(Similarity()), _F),
+        relational=True,
     ),
     "correlation": Method(
         _correlation,
@@ -191,9 +195,10 @@ METHODS = {
         (1, 0, 0.02),
         "CC: Peng et al., ICCV 2019",
         clip=(lambda opt, net: Correlation(), _F),
+        relational=True,
     ),
     "vid": Method(_vid, _MAPS, (1, 0, 1), "VID: Ahn et al., CVPR 2019"),
-    "crd": Method(_crd, (*_F, "index"), (1, 0, 0.8), "CRD: Tian et al., ICLR 2020"),
+    "crd": Method(_crd, (*_F, "index"), (1, 0, 0.8), "CRD: Tian et al., ICLR 2020", relational=True),
     "kdsvd": Method(lambda opt, net: KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018"),
     "fsp": Method(
         lambda opt, net: connected.Flow(net.shapes_s, net.shapes_t),
@@ -201,8 +206,8 @@ METHODS = {
         (1, 0, 50),
         "FSP: Yim et al., CVPR 2017",
     ),
-    "rkd": Method(lambda opt, net: RKDLoss(), _F, (1, 0, 1), "RKD: Park et al., CVPR 2019"),
-    "pkt": Method(lambda opt, net: PKT(), _F, (1, 0, 30000), "PKT: Passalis and Tefas, ECCV 2018"),
+    "rkd": Method(lambda opt, net: RKDLoss(), _F, (1, 0, 1), "RKD: Park et al., CVPR 2019", relational=True),
+    "pkt": Method(lambda opt, net: PKT(), _F, (1, 0, 30000), "PKT: Passalis and Tefas, ECCV 2018", relational=True),
     "abound": Method(
         lambda opt, net: connected.Boundaries(net.shapes_s, net.shapes_t),
         (),
@@ -217,12 +222,11 @@ METHODS = {
         "FT: Kim et al., NeurIPS 2018",
     ),
     "nst": Method(lambda opt, net: NSTLoss(), _MAPS, (1, 0, 50), "NST: Huang and Wang, 2017, arXiv 1707.01219"),
-    "nce": Method(lambda opt, net: NCELoss(0.1), (*_JOINT, "target"), (1, 0, 1), "NCE: in Ma et al., BMVC 2022"),
+    "nce": Method(
+        lambda opt, net: NCELoss(0.1), (*_JOINT, "target"), (1, 0, 1), "NCE: in Ma et al., BMVC 2022", relational=True
+    ),
     "ccl": Method(
-        lambda opt, net: CCL(),
-        (*_JOINT, "target", *_LOGIT),
-        (1, 0, 1),
-        "CCL: Chen et al., CVPR 2021",
+        lambda opt, net: CCL(), (*_JOINT, "target", *_LOGIT), (1, 0, 1), "CCL: Chen et al., CVPR 2021", relational=True
     ),
     "irg": Method(
         lambda opt, net: connected.InstanceGraph(),
@@ -230,12 +234,14 @@ METHODS = {
         (1, 0, 1),
         "IRG: Liu et al., CVPR 2019",
         clip=(lambda opt, net: IRG(), (*_JOINT, *_LOGIT)),
+        relational=True,
     ),
     "ega": Method(
         lambda opt, net: EGA(opt.node_weight, opt.edge_weight),
-        _JOINT,
+        (*_JOINT, "shares"),
         (1, 0, 1),
         "EGA: Ma et al., BMVC 2022",
+        relational=True,
     ),
     "dkd": Method(
         lambda opt, net: DKD(opt.dkd_alpha, opt.dkd_beta, opt.kd_T),
@@ -244,7 +250,9 @@ METHODS = {
         "DKD: Zhao et al., CVPR 2022",
         warmup=20,
     ),
-    "dist": Method(lambda opt, net: DIST(T=opt.kd_T), _LOGIT, (1, 0, 2), "DIST: Huang et al., NeurIPS 2022"),
+    "dist": Method(
+        lambda opt, net: DIST(T=opt.kd_T), _LOGIT, (1, 0, 2), "DIST: Huang et al., NeurIPS 2022", relational=True
+    ),
     "reviewkd": Method(
         lambda opt, net: connected.Review(net.shapes_s, net.shapes_t),
         _FEAT,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dataset import ImageDataset, Split
 from dataset.views import CLIP_NORMALIZATION, NUM_VIEWS, TEST_VIEW, crop_resize_flip, normalize, view_order
 
-from . import checkpoint
+from . import checkpoint, distributed
 
 # Images per encoding. A row's last bits may depend on its neighbours in the batch, so the borders between
 # chunks depend on row numbers alone, and the size is part of the bank's key.
@@ -74,7 +74,8 @@ def open_bank(
     """Open the bank of a teacher on a data set, first encoding what it lacks.
 
     Every chunk of the file has a checksum beside it: one that was half written, cut off or changed does not
-    match and is encoded again. Runs that want the same bank wait for one another.
+    match and is encoded again. Runs that want the same bank wait for one another; the processes of one run encode
+    it together.
 
     Args:
         root: the folder of all banks.
@@ -101,24 +102,55 @@ def open_bank(
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{dataset.name}_{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-
+    first = distributed.rank() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _describe(folder, identity, key)
     chunks = _chunks(dataset, num_views)
-    files = _BankFiles(folder, encoder.dim, identity, key)
-    if files.missing(chunks):
+    files = _BankFiles(folder, encoder.dim)
+    if distributed.from_first(first and files.missing(chunks)):
         lock = FileLock(folder / "lock")
+        _acquire(lock, folder)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another run is encoding into {folder}: waiting for it", flush=True)
-            lock.acquire()
-        try:
-            if missing := files.missing(chunks):  # another run may have built it meanwhile
-                _build(files, missing, dataset, encoder, num_views, device)
+            missing = files.missing(chunks) if first else []
+            if first and missing:  # another run may have built it meanwhile
+                files.make_room(len(chunks), chunks[-1][2])
+            mine = distributed.from_first(missing)[distributed.rank() :: distributed.count()]
+            _build(files, mine, dataset, encoder, num_views, device)
+            distributed.wait()
         finally:
             lock.release()
     rows = files.map(chunks[-1][2])
     return EmbeddingBank(_place(rows, device), len(dataset.train), len(dataset.test), num_views, device)
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    """Lock for all processes, in the first of them."""
+    patience = 0.0
+    while True:
+        try:
+            if distributed.rank() == 0:
+                lock.acquire(timeout=patience)
+        except Timeout:
+            pass
+        if distributed.from_first(lock.is_locked):
+            return
+        if not patience:
+            print(f"another run is encoding into {folder}: waiting for it", flush=True)
+        patience = 60.0  # in turns, so that the others' waiting for the first does not time out
+
+
+def _describe(folder: Path, identity: dict, key: dict) -> None:
+    """Write what the bank depends on into bank.json; where it is there, check that it is the same."""
+    described = folder / "bank.json"
+    if not described.exists():
+        checkpoint.write_json(key, described)
+    try:
+        found = json.loads(described.read_text())
+    except ValueError as error:
+        raise ValueError(f"{described} is corrupt: delete {folder} and run again") from error
+    if not isinstance(found, dict) or {k: v for k, v in found.items() if k != "clip"} != identity:
+        raise ValueError(f"{folder} holds the bank of another teacher: delete it and run again")
 
 
 def _place(rows: Tensor, device: torch.device) -> Tensor:
@@ -139,20 +171,11 @@ def _chunks(dataset: ImageDataset, num_views: int) -> list[tuple[int, int, int]]
 
 
 class _BankFiles:
-    """embeddings.fp16, the rows; crc32.u32, a checksum per chunk; bank.json, what they depend on."""
+    """embeddings.fp16, the rows; crc32.u32, a checksum per chunk."""
 
-    def __init__(self, folder: Path, dim: int, identity: dict, key: dict):
+    def __init__(self, folder: Path, dim: int):
         self.dim = dim
         self._rows, self._checksums = folder / "embeddings.fp16", folder / "crc32.u32"
-        described = folder / "bank.json"
-        if not described.exists():
-            checkpoint.write_json(key, described)
-        try:
-            found = json.loads(described.read_text())
-        except ValueError as error:
-            raise ValueError(f"{described} is corrupt: delete {folder} and run again") from error
-        if not isinstance(found, dict) or {k: v for k, v in found.items() if k != "clip"} != identity:
-            raise ValueError(f"{folder} holds the bank of another teacher: delete it and run again")
 
     def missing(self, chunks: list[tuple[int, int, int]]) -> list[int]:
         """Numbers of the chunks that are not there whole."""
@@ -170,13 +193,16 @@ class _BankFiles:
             or zlib.crc32(rows[start * row_bytes : end * row_bytes]) != checksums[number]
         ]
 
-    def map_to_write(self, chunks: int, rows: int) -> tuple[np.memmap, np.memmap]:
-        """Rows (rows, dim) fp16 and checksums (chunks,), mapped for writing; room is made, what is there stays."""
+    def make_room(self, chunks: int, rows: int) -> None:
+        """For so many chunks and rows; what is there stays."""
         for path, size in ((self._rows, 2 * self.dim * rows), (self._checksums, 4 * chunks)):
             with open(path, "ab") as file:
                 if file.tell() < size:
                     # Reserved, not only named: a full disk is an error here, and a crash when met in a mapped page.
                     getattr(os, "posix_fallocate", _truncate)(file.fileno(), 0, size)
+
+    def map_to_write(self, chunks: int, rows: int) -> tuple[np.memmap, np.memmap]:
+        """Rows (rows, dim) fp16 and checksums (chunks,), mapped for writing; there is room for them."""
         return (
             np.memmap(self._rows, dtype=np.float16, mode="r+", shape=(rows, self.dim)),
             np.memmap(self._checksums, dtype=np.uint32, mode="r+", shape=(chunks,)),
@@ -200,10 +226,13 @@ def _build(
     num_views: int,
     device: torch.device,
 ) -> None:
+    if not missing:
+        return
     chunks = _chunks(dataset, num_views)
     rows, checksums = files.map_to_write(len(chunks), chunks[-1][2])
     order = view_order(np.arange(len(dataset.train)), num_views)
-    for number in tqdm(missing, desc="teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1):
+    quiet = distributed.rank() > 0
+    for number in tqdm(missing, "teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1, disable=quiet):
         section, start, end = chunks[number]
         split: Split = dataset.test if section == 0 else dataset.train
         offset = 0 if section == 0 else len(dataset.test) + (section - 1) * len(dataset.train)

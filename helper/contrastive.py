@@ -13,7 +13,8 @@ from dataset import Split
 from dataset.loader import Batch, Loader
 from dataset.views import CLIP_NORMALIZATION, crop_resize_flip, normalize
 
-from .loops import EVAL_BATCH_SIZE, EpochLog
+from .loops import EVAL_BATCH_SIZE
+from .meters import EpochLog, Totals
 from .runtime import autocast
 
 # CLIP, section 2.5: a larger scale makes training unstable.
@@ -159,7 +160,8 @@ def train_contrastive(
         NonFiniteLoss: the loss is not finite; seen at the next print.
     """
     model.train()
-    log = EpochLog(f"Epoch {epoch}", loader, opt.print_freq, opt.epochs - epoch)
+    totals = Totals()
+    log = EpochLog(f"Epoch {epoch}", loader, opt.print_freq, opt.epochs - epoch, totals)
     total = opt.epochs * len(loader)
     for step, batch in enumerate(loader.epoch(epoch), start=1):
         rate = learning_rate((epoch - 1) * len(loader) + step, total, opt)
@@ -173,7 +175,8 @@ def train_contrastive(
         scaler.update()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        log.update(step, {"train_loss": loss}, {"logit_scale": model.logit_scale.exp()}, len(batch.target))
+        totals.add({"train_loss": loss}, {"logit_scale": model.logit_scale.detach().exp()}, len(batch.target))
+        log.update(step, len(batch.target))
     return log.result()
 
 

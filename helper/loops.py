@@ -1,23 +1,27 @@
-"""The training step, the test pass, and what they measure."""
+"""The training step and the test pass."""
 
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset.loader import Batch, Loader
+from dataset.loader import Batch, Loader, deal
 from distiller_zoo import kd_loss, standardize_logits
 from models.heads import Classifier, Outputs, Student
 
+from . import distributed
+from .meters import EpochLog, Totals
 from .runtime import autocast
 from .teacher import ClipTeacher, CnnTeacher
-from .util import AverageMeter, NonFiniteLoss, accuracy, format_seconds
+from .util import AverageMeter, accuracy
 
 # Samples per batch of the test pass: any number gives the same result, a large one is fast.
 EVAL_BATCH_SIZE = 500
+
+# Steps before one is captured, so that all that is made in a first step is there: buffers, algorithms, compiled code.
+_STEPS_BEFORE_CAPTURE = 3
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Objective:
         clip: whether f_s and f_t are projected embeddings (a CLIP teacher's protocol) or pooled features.
         warmup: epochs over which beta grows to its value.
         logit_standard: standardise the logits that kd and the method see.
+        relational: the criterion compares samples, so that it has to see those of all processes.
     """
 
     criterion: nn.Module | None
@@ -43,35 +48,52 @@ class Objective:
     clip: bool = True
     warmup: int = 0
     logit_standard: bool = False
+    relational: bool = False
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a term looks at the teacher at all; a method's first stage alone does not make one."""
         return bool(self.alpha or (self.feeds and self.beta))
 
+    def beta_in(self, epoch: int) -> float:
+        """The weight b in an epoch, counted from 1."""
+        return self.beta * min(epoch / self.warmup, 1) if self.warmup else self.beta
+
     def __call__(
         self, out_s: Outputs, out_t: Outputs | None, batch: Batch, epoch: int = 1
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its weighted terms by name; no gradient reaches the teacher."""
-        terms = {"cls": self.gamma * F.cross_entropy(out_s.logits.float(), batch.target)}
-        parts = {}
-        if self.alpha and out_t is not None:
-            logit_s, logit_t = (self._feed(name, out_s, out_t, batch) for name in ("logit_s", "logit_t"))
-            terms["kd"] = self.alpha * kd_loss(logit_s, logit_t, self.kd_T)
-        if self.feeds and self.beta and out_t is not None:
-            beta = self.beta * min(epoch / self.warmup, 1) if self.warmup else self.beta
+        """The loss, and its weighted terms by name; no gradient reaches the teacher.
+
+        Of a batch spread over many processes: the loss whose mean over processes is that of the whole batch, and the
+        terms, of this process's share where they are means over samples; without any, zero and no such terms.
+        """
+        terms, parts = {}, {}
+        if len(batch.target):
+            terms["cls"] = self.gamma * F.cross_entropy(out_s.logits.float(), batch.target)
+            if self.alpha and out_t is not None:
+                logit_s, logit_t = (self._feed(name, out_s, out_t, batch) for name in ("logit_s", "logit_t"))
+                terms["kd"] = self.alpha * kd_loss(logit_s, logit_t, self.kd_T)
+        loss = sum(terms.values()) if terms else out_s.logits.sum() + out_s.embedding.sum()
+        if self.feeds and self.beta and out_t is not None and (self.relational or terms):
             fed = [self._feed(name, out_s, out_t, batch) for name in self.feeds]
+            # A loss that takes the shares itself knows a cheaper way than to gather.
+            if self.relational and "shares" not in self.feeds:
+                fed = [distributed.gather(x, batch.shares) for x in fed]
             # A loss of several terms names them, so that each is logged.
             named = self.criterion.terms(*fed) if hasattr(self.criterion, "terms") else {}
+            beta = self.beta_in(epoch)
             parts = {name: beta * value for name, value in named.items()}
             value = sum(parts.values()) if parts else self.criterion(*fed)
             value = sum(value) if isinstance(value, (list, tuple)) else value
             terms["distill"] = value if parts else beta * value
-        return sum(terms.values()), {**terms, **parts}
+            if self.relational:
+                return batch.weight * loss + terms["distill"], {**terms, **parts}
+            loss = loss + terms["distill"]
+        return batch.weight * loss, {**terms, **parts}
 
     def _feed(self, name: str, out_s: Outputs, out_t: Outputs, batch: Batch) -> Tensor | list[Tensor]:
         """What a method's row calls by this name, in float32; the teacher's without a gradient."""
-        if name in ("target", "index"):
+        if name in ("target", "index", "shares"):
             return getattr(batch, name)
         what, whose = name.split("_")
         out = out_s if whose == "s" else out_t
@@ -88,69 +110,135 @@ class Objective:
         return [ready(x) for x in (out.features[1:-1] if what == "maps" else out.features)]
 
 
-class EpochLog:
-    """Averages over an epoch, kept on the device between prints; stops the run at a loss that is not finite."""
-
-    def __init__(self, title: str, loader: Loader, print_freq: int, epochs_left: int):
-        self.title, self.print_freq, self.epochs_left = title, print_freq, epochs_left
-        self.steps, self.num_samples = len(loader), loader.num_samples
-        self.meter = AverageMeter()
-        self.names: list[str] = []
-        self.losses = 0
-        self.first_bad: Tensor | None = None
-        self.start = time.perf_counter()
-
-    def update(self, step: int, losses: dict[str, Tensor], accuracies: dict[str, Tensor], n: int) -> None:
-        values = torch.stack([value.detach() for value in (*losses.values(), *accuracies.values())])
-        if self.first_bad is None:
-            self.names, self.losses = [*losses, *accuracies], len(losses)
-            self.first_bad = torch.full((self.losses,), -1, device=values.device)
-        bad = ~torch.isfinite(values[: self.losses]) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, step, self.first_bad)
-        self.meter.update(values, n)
-        if step % self.print_freq == 0 or step == self.steps:
-            self._print(step)
-
-    def _check(self) -> None:
-        for name, step in zip(self.names, self.first_bad.tolist(), strict=False):
-            if step >= 0:
-                raise NonFiniteLoss(f"{name} is not finite at step {step} of {self.title.lower()}; nothing was saved")
-
-    def _print(self, step: int) -> None:
-        self._check()
-        rate = self.meter.count / (time.perf_counter() - self.start)
-        left = (self.num_samples * (1 + self.epochs_left) - self.meter.count) / rate
-        averages = "  ".join(
-            f"{name} {value:.3f}" for name, value in zip(self.names, self.meter.avg.tolist(), strict=True)
-        )
-        speed = f"{rate:.0f} images/s, {format_seconds(left)} left"
-        print(f"{self.title} [{step}/{self.steps}]  {averages}  {speed}", flush=True)
-
-    def result(self) -> dict[str, float]:
-        """Averages by name, and ``images_per_second``."""
-        self._check()
-        averages = dict(zip(self.names, self.meter.avg.tolist(), strict=True))
-        return {**averages, "images_per_second": self.meter.count / (time.perf_counter() - self.start)}
-
-
-def train_distill(
-    epoch: int,
-    loader: Loader,
-    student: Student | Classifier,
-    forward: nn.Module,
-    teacher: ClipTeacher | CnnTeacher | None,
-    objective: Objective,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    opt,
-) -> dict[str, float]:
-    """One epoch of distillation, or with neither teacher nor method of plain training.
+class Distillation(nn.Module):
+    """What a step of distillation computes before its backward pass.
 
     Args:
-        epoch: counted from 1.
-        forward: the student, compiled or not, for batches of the full size.
+        student: its backbone and head.
         teacher: None to train the student alone.
-        optimizers: the student's, then the teacher's head's when that is trained.
+        objective: the student's loss.
+        loader: whose batches it is given.
+        opt: ``device``, ``amp`` and ``compile``.
+        trains_head: add the cross-entropy of the teacher's own head.
+    """
+
+    def __init__(
+        self,
+        student: Student | Classifier,
+        teacher: ClipTeacher | CnnTeacher | None,
+        objective: Objective,
+        loader: Loader,
+        opt,
+        trains_head: bool = False,
+    ):
+        super().__init__()
+        self.student, self.teacher, self.criterion = student, teacher, objective.criterion
+        self.objective, self.opt, self.trains_head = objective, opt, trains_head
+        self.split, self.full = loader.name, deal(loader.batch_size, loader.processes)[loader.rank]
+        self.compiled = torch.compile(lambda image: student(image)) if opt.compile == "on" else student.__call__
+
+    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """What the gradients are of, and by name the losses and what else is measured."""
+        # The last, smaller batch would be compiled anew.
+        full = len(batch.target) == self.full
+        with autocast(self.opt.device, self.opt.amp):
+            out_s = (self.compiled if full else self.student)(batch.image)
+        out_t = None if self.teacher is None else self.teacher(self.split, batch)
+        loss, terms = self.objective(out_s, out_t, batch, epoch)
+        losses = {f"loss_{name}": term.detach() for name, term in terms.items()}
+        total = loss
+        if self.trains_head:
+            loss_teacher = _mean_cross_entropy(out_t.head_logits, batch)
+            losses["loss_teacher"] = loss_teacher.detach()
+            total = total + batch.weight * loss_teacher
+        # Last, so that a loss that is not finite is called by the term that made it so.
+        losses["train_loss"] = sum(losses[f"loss_{name}"] for name in ("cls", "kd", "distill") if name in terms)
+        return total, losses, {"train_acc": _accuracy(out_s.logits, batch)}
+
+
+class HeadTraining(nn.Module):
+    """What a step of training a teacher's head on the frozen embeddings computes before its backward pass."""
+
+    def __init__(self, teacher: ClipTeacher, loader: Loader):
+        super().__init__()
+        self.teacher, self.split = teacher, loader.name
+
+    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """See ``Distillation``."""
+        logits = self.teacher(self.split, batch).logits
+        loss = _mean_cross_entropy(logits, batch)
+        return batch.weight * loss, {"train_loss": loss}, {"train_acc": _accuracy(logits, batch)}
+
+
+def _mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Zero for no samples, whose mean would not be a number."""
+    return F.cross_entropy(logits, batch.target) if len(batch.target) else logits.sum()
+
+
+def _accuracy(logits: Tensor, batch: Batch) -> Tensor:
+    return accuracy(logits.detach(), batch.target)[0]
+
+
+class Step:
+    """A training step: a batch, its losses, the backward pass, the optimisers; ``totals`` is what it measured.
+
+    Nothing in it waits for the device. A step on a full batch can be captured and replayed, as a CUDA graph: all of
+    it, the making of the batch included, from the numbers that the loader draws.
+
+    Args:
+        losses: a batch and the epoch to what the gradients are of, the losses and what else is measured, by name.
+        optimizers: the student's first.
+        scaler: of the gradients.
+        loader: whose batches they are.
+        capture: records what a function does and gives a function that does it again; None to do without.
+    """
+
+    def __init__(
+        self,
+        losses: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+        loader: Loader,
+        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ):
+        self.losses = distributed.parallel(losses)
+        self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
+        self.totals = Totals()
+        self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
+        self._replay = self._captured_with = self._drawn = None
+
+    def __call__(self, drawn: Tensor, shares: tuple[int, ...], epoch: int) -> None:
+        """Train on what ``Loader.draws`` gave, in an epoch counted from 1."""
+        if self._capture is None or sum(shares) < self.loader.batch_size:
+            self._run(drawn, shares, epoch)
+        elif self._before_capture:
+            self._before_capture -= 1
+            self._run(drawn, shares, epoch)
+        else:
+            # What a captured step has written into it.
+            constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+            constants.append(self.losses.objective.beta_in(epoch))
+            if constants != self._captured_with:
+                self._drawn, self._replay = drawn.clone(), None
+                self._replay = self._capture(lambda: self._run(self._drawn, shares, epoch))
+                self._captured_with = constants
+            self._drawn.copy_(drawn)
+            self._replay()
+
+    def _run(self, drawn: Tensor, shares: tuple[int, ...], epoch: int) -> None:
+        batch = self.loader.batch(drawn, shares)
+        loss, losses, others = self.losses(batch, epoch)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.totals.add(losses, others, len(batch.target))
+
+
+def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int, title: str = "Epoch") -> dict[str, float]:
+    """One epoch of training, counted from 1.
 
     Returns:
         train_loss and its terms, train_acc, images_per_second.
@@ -158,33 +246,10 @@ def train_distill(
     Raises:
         NonFiniteLoss: a term is not finite; seen at the next print.
     """
-    student.train()
-    log = EpochLog(f"Epoch {epoch}", loader, opt.print_freq, opt.epochs - epoch)
-    for step, batch in enumerate(loader.epoch(epoch), start=1):
-        # The last, smaller batch would be compiled anew.
-        full = len(batch.target) == loader.batch_size
-        with autocast(opt.device, opt.amp):
-            out_s = (forward if full else student)(batch.image)
-        out_t = None if teacher is None else teacher(loader.name, batch)
-        loss, terms = objective(out_s, out_t, batch, epoch)
-        losses = {f"loss_{name}": term for name, term in terms.items()}
-
-        total = scaler.scale(loss)
-        if len(optimizers) > 1:
-            losses["loss_teacher"] = F.cross_entropy(out_t.head_logits, batch.target)
-            total = total + losses["loss_teacher"]
-        # Last, so that a loss that is not finite is called by the term that made it so.
-        losses["train_loss"] = loss
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        scaler.step(optimizers[0])
-        scaler.update()
-        for optimizer in optimizers[1:]:
-            optimizer.step()
-
-        (train_acc,) = accuracy(out_s.logits.detach(), batch.target)
-        log.update(step, losses, {"train_acc": train_acc}, len(batch.target))
+    log = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals)
+    for number, (drawn, shares) in enumerate(step.loader.draws(epoch), start=1):
+        step(drawn, shares, epoch)
+        log.update(number, sum(shares))
     return log.result()
 
 
@@ -206,6 +271,8 @@ def validate(
     if student is not None:
         student.eval()
     for batch in loader.epoch():
+        if not len(batch.target):
+            continue
         values = {}
         out = None if student is None else _eval_student(student, batch, opt)
         out_t = None if teacher is None else teacher(loader.name, batch)
@@ -218,7 +285,9 @@ def validate(
             (values["teacher_acc"],) = accuracy(out_t.logits, batch.target)
         names = tuple(values)
         meter.update(torch.stack(list(values.values())), len(batch.target))
-    return dict(zip(names, meter.avg.tolist(), strict=True))
+    # Every process has seen its share; to the mean each counts as many samples as it has seen.
+    sums = distributed.total(meter.sum) / distributed.total(torch.full_like(meter.sum, meter.count))
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:
@@ -226,36 +295,6 @@ def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:
         return student(batch.image)
 
 
-def train_head(
-    epoch: int, loader: Loader, teacher: ClipTeacher, optimizer: torch.optim.Optimizer, opt
-) -> dict[str, float]:
-    """One epoch of a teacher's head on the frozen embeddings.
-
-    Returns:
-        train_loss, train_acc, images_per_second.
-
-    Raises:
-        NonFiniteLoss: the loss is not finite; seen at the next print.
-    """
-    log = EpochLog(f"Epoch {epoch}", loader, opt.print_freq, opt.epochs - epoch)
-    for step, batch in enumerate(loader.epoch(epoch), start=1):
-        out = teacher(loader.name, batch)
-        loss = F.cross_entropy(out.logits, batch.target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        (train_acc,) = accuracy(out.logits.detach(), batch.target)
-        log.update(step, {"train_loss": loss}, {"train_acc": train_acc}, len(batch.target))
-    return log.result()
-
-
 def sgd(parameters: Iterable[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
     """SGD as the paper uses it, its step fused into one kernel."""
     return torch.optim.SGD(parameters, lr, momentum=opt.momentum, weight_decay=opt.weight_decay, fused=True)
-
-
-def print_record(record: dict) -> None:
-    """The epoch's result in one line."""
-    shown = {name: value for name, value in record.items() if "_acc" in name or name == "seconds"}
-    text = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
-    print(f" * Epoch {record['epoch']}  {text}", flush=True)

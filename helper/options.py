@@ -98,7 +98,9 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order and views")
     group.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="auto: go on from the last epoch")
     group.add_argument("--epochs", type=positive_int, default=epochs, help="number of training epochs")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="samples per step")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=batch_size, help="samples per step, of all processes together"
+    )
     group.add_argument("--max_steps", type=positive_int, help="at most so many steps per epoch, for trials")
     group.add_argument("--eval_freq", type=positive_int, default=1, help="test after every so many epochs")
     group.add_argument("--print_freq", type=positive_int, default=100, help="print after every so many steps")
@@ -150,13 +152,18 @@ def add_bank_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_compile_option(speed: argparse._ArgumentGroup, what: str) -> None:
-    """Whether to compile a network."""
+def add_training_speed_options(speed: argparse._ArgumentGroup, what: str) -> None:
+    """Whether to compile a network, and what batch norm sees of a batch that is spread over many processes."""
     speed.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
         help=f"torch.compile {what}; auto: where it is faster and the run is long enough to earn it back",
+    )
+    speed.add_argument(
+        "--sync_bn",
+        action="store_true",
+        help="batch norm over the samples of all processes, not of each alone; needs CUDA",
     )
 
 
@@ -239,7 +246,7 @@ def student_parser() -> Parser:
     )
     group = add_sgd_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
     group.add_argument("--learning_rate_t", type=positive, default=0.01, help="of the teacher's head; never decayed")
-    add_compile_option(add_run_options(parser), "the student")
+    add_training_speed_options(add_run_options(parser), "the student")
     return parser
 
 
@@ -316,7 +323,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_bank_options(group)
     add_data_options(parser)
     add_sgd_options(parser, f"head; if unset, 0.01; of a CNN {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
-    add_compile_option(add_run_options(parser), "a CNN")
+    add_training_speed_options(add_run_options(parser), "a CNN")
     opt = parser.parse_args(argv)
     opt.path_t = None  # the teacher is trained here
     opt.clip_tn = int(opt.model not in model_dict)

@@ -4,12 +4,15 @@ import copy
 import time
 
 import torch
+from torch import Tensor, nn
 
-from dataset.loader import Loader, epoch_seed
+from dataset.loader import Batch, Loader, epoch_seed
 from distiller_zoo import TwoStage
 from models.heads import Classifier
 
-from .loops import EpochLog, print_record, sgd
+from . import distributed
+from .loops import Step, sgd, train_epoch
+from .meters import print_record
 from .run import Run
 from .runtime import autocast
 from .teacher import CnnTeacher
@@ -28,6 +31,25 @@ def open_first_stage(run: Run, opt) -> Run:
     stage = Run(init_opt, "student_model", "student_tensorboards", f"{run.folder.name}/init", opt.model_s)
     stage.record(**run.options)
     return stage
+
+
+class _FirstStage(nn.Module):
+    """What a step of the first stage computes before its backward pass; see ``Distillation``."""
+
+    def __init__(self, student: Classifier, teacher: CnnTeacher, criterion: TwoStage, loader: Loader, opt):
+        super().__init__()
+        self.student, self.teacher, self.criterion = student, teacher, criterion
+        self.split, self.opt = loader.name, opt
+
+    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        with autocast(self.opt.device, self.opt.amp):
+            out_s = self.student(batch.image)
+        if not len(batch.target):  # of many processes, one without a share
+            return sum(x.sum() for x in out_s.features), {}, {}
+        out_t = self.teacher(self.split, batch)
+        feat_s, feat_t = ([x.float() for x in out.features] for out in (out_s, out_t))
+        loss = self.criterion.init_loss(feat_s, feat_t)
+        return batch.weight * loss, {"init_train_loss": loss.detach()}, {}
 
 
 def init(stage: Run, student: Classifier, teacher: CnnTeacher, criterion: TwoStage, loader: Loader, opt) -> None:
@@ -50,25 +72,17 @@ def init(stage: Run, student: Classifier, teacher: CnnTeacher, criterion: TwoSta
         for name, module in stateful.items():
             module.load_state_dict(stage.state[name])
 
+    step = Step(_FirstStage(student, teacher, criterion, loader, opt), [optimizer], scaler, loader)
     # What the first stage does not train keeps still, as in RepDistiller.
     student.eval()
     trained.train()
     for epoch in range(stage.first_epoch, opt.init_epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(epoch_seed(opt.seed, epoch))
-        log = EpochLog(f"First stage, epoch {epoch}", loader, opt.print_freq, opt.init_epochs - epoch)
-        for step, batch in enumerate(loader.epoch(epoch), start=1):
-            with autocast(opt.device, opt.amp):
-                out_s = student(batch.image)
-            out_t = teacher(loader.name, batch)
-            feat_s, feat_t = ([x.float() for x in out.features] for out in (out_s, out_t))
-            loss = criterion.init_loss(feat_s, feat_t)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            log.update(step, {"init_train_loss": loss}, {}, len(batch.target))
-        record = {"epoch": epoch, "lr": lr, **log.result(), "seconds": time.perf_counter() - start}
+        record = {"epoch": epoch, "lr": lr}
+        record |= train_epoch(epoch, step, opt.init_epochs, opt.print_freq, "First stage, epoch")
+        record["seconds"] = time.perf_counter() - start
+        distributed.share_buffers(student)
         print_record(record)
         state = {name: module.state_dict() for name, module in stateful.items()}
         stage.end_epoch(record, state, {})

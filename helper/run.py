@@ -4,7 +4,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from . import checkpoint
+from . import checkpoint, distributed
 from .logger import Logger
 
 # What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
@@ -16,7 +16,7 @@ class Run:
     """A run of so many epochs that can be killed at any moment and resumed.
 
     After each epoch everything that the run is made of goes into ``resume.pth``, in one file; the logs are
-    written from it.
+    written from it. Of many processes, the first writes and all read.
 
     Attributes:
         folder: where its files are.
@@ -49,6 +49,13 @@ class Run:
         self._resume = self.folder / "resume.pth"
         self._logger: Logger | None = None
         self._lock = FileLock(self.folder / "lock")
+        self._writes = distributed.rank() == 0
+        if self._writes:
+            self._claim()
+        distributed.wait()
+        self._load(opt.resume)
+
+    def _claim(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._tb_folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +64,6 @@ class Run:
             raise ValueError(f"another process is running in {self.folder}; wait or use another --trial") from None
         except OSError as error:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
-        self._load(opt.resume)
 
     def _load(self, resume: str) -> None:
         path = self._resume if resume in ("auto", "none") else Path(resume)
@@ -98,6 +104,8 @@ class Run:
 
     def start(self) -> None:
         """Write the options, and the logs of what is done."""
+        if not self._writes:
+            return
         for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
             left.unlink()
         checkpoint.write_json(self.options, self.folder / "options.json")
@@ -119,6 +127,9 @@ class Run:
             model: the content of the model's file, written when the epoch is the best so far.
             save_freq: write it every so many epochs besides.
         """
+        if not self._writes:
+            self.history.append(record)
+            return
         # Before resume.pth: a run killed in between does the epoch again and writes the same files again.
         if "test_acc" in record and (self.best is None or _score(record) > _score(self.best)):
             checkpoint.save(model | record, self.folder / f"{self._stem}_best.pth")
@@ -130,7 +141,8 @@ class Run:
 
     def finish(self, model: dict) -> None:
         """Write the last model's file, which marks the run as finished."""
-        checkpoint.save(model | self.history[-1], self._last)
+        if self._writes:
+            checkpoint.save(model | self.history[-1], self._last)
 
     def print_result(self) -> None:
         """One line: where the run is, and its accuracy."""

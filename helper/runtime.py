@@ -4,9 +4,13 @@ import argparse
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
+from . import distributed
+from .bank import EmbeddingBank
 from .run import Run
 
 # torch.compile takes some 45 s for resnet8x4 on two cores; with AMX that many steps earn it back. Without AMX the
@@ -23,12 +27,15 @@ def resolve_device(device: str) -> str:
     """'cpu' or 'cuda'.
 
     Raises:
-        ValueError: cuda is asked for and there is none.
+        ValueError: cuda is asked for and there is none, or fewer GPUs than processes on this machine.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local = os.environ.get("LOCAL_RANK")  # of torchrun
+    if device == "cuda" and local is not None and int(local) >= torch.cuda.device_count():
+        raise ValueError(f"more processes than GPUs: start at most {torch.cuda.device_count()}, or use --device cpu")
     return device
 
 
@@ -72,6 +79,26 @@ def teacher_precision(device: str, amp: str) -> str:
     return "bf16" if amp == "bf16" else "fp32"
 
 
+def step_capture(opt: argparse.Namespace, teacher: nn.Module | None) -> Callable | None:
+    """How a training step is captured, or None where it is not: one process, CUDA, ``--compile on``.
+
+    fp16 waits for its scaler in every step, a bank that did not fit on the GPU for its rows, and a CLIP that encodes
+    every batch gains nothing.
+    """
+    embed = getattr(teacher, "embed", None)
+    on_device = embed is None or (isinstance(embed, EmbeddingBank) and embed.rows.is_cuda)
+    able = opt.device == "cuda" and opt.compile == "on" and opt.amp != "fp16" and distributed.count() == 1
+    return cuda_graph if able and on_device else None
+
+
+def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
+    """Record the kernels that a function launches, without running them; the result launches them all at once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def autocast(device: str, amp: str) -> contextlib.AbstractContextManager:
     """The forward pass's context."""
     return torch.autocast(device, dtype=DTYPES.get(amp), enabled=amp != "off")
@@ -92,12 +119,19 @@ def resolve_auto(opt: argparse.Namespace, run: Run) -> None:
             setattr(opt, name, str(run.recorded[name]))
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)
+    if opt.batch_size < distributed.count():
+        raise ValueError(
+            f"--batch_size {opt.batch_size} is less than a sample for each of {distributed.count()} processes"
+        )
+    if getattr(opt, "sync_bn", False) and opt.device != "cuda":
+        raise ValueError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
     if views is not None:
         opt.teacher_views = int(AUTO_VIEWS[opt.device] if opt.teacher_views == "auto" else opt.teacher_views)
     if auto:
         print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in auto))
     # How many steps there are, and so whether compiling pays, is known once the data set is loaded.
     run.record(**{name: value for name, value in vars(opt).items() if name not in ("resume", "compile")})
+    run.record(processes=distributed.count())  # each of which has batch norm's statistics of its own share
 
 
 def resolve_auto_compile(opt: argparse.Namespace, run: Run, steps: int) -> None:

@@ -102,7 +102,7 @@ def test_pipeline_prints_its_tables(capsys, tiny_dataset, tiny_clip):
     text = capsys.readouterr().out
     assert text.startswith(common.machine())
     training, bank, parts = tables(text)
-    assert len(training) == 2
+    assert len(training) == 3
     assert [row[:1] + row[2:3] for row in bank] == [
         ["1 view", "90"],
         ["2 views", "160"],

@@ -31,7 +31,7 @@ def train_loader(split: Split, batch_size: int = 64, **options) -> Loader:
 
 def columns(loader: Loader, epoch: int) -> list[torch.Tensor]:
     """An epoch's index, target, image and teacher_view, over all batches."""
-    return [torch.cat(column) for column in zip(*loader.epoch(epoch), strict=True)]
+    return [torch.cat(column) for column in zip(*(batch[:4] for batch in loader.epoch(epoch)), strict=True)]
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(64, [64, 64, 22]), (50, [50] * 3), (200, [150]), (149, [149, 1])])
@@ -168,7 +168,9 @@ def test_max_steps_cuts_an_epoch_short_without_changing_its_start(split):
     assert (len(loader), loader.num_samples) == (2, 80)
     cut, whole = list(loader.epoch(1)), list(train_loader(split, 40).epoch(1))
     assert len(cut) == 2
-    assert all(torch.equal(a, b) for x, y in zip(cut, whole[:2], strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        torch.equal(a, b) for x, y in zip(cut, whole[:2], strict=True) for a, b in zip(x[:4], y[:4], strict=True)
+    )
     assert len(train_loader(split, 64, max_steps=9)) == 3
 
 

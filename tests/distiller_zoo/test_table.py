@@ -28,9 +28,9 @@ def networks(clip: bool) -> Networks:
 
 
 def feed(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-    """What each name of a feed stands for."""
+    """What each name of a feed stands for, with one process."""
     torch.manual_seed(0)
-    fed = {"target": torch.arange(4), "index": torch.arange(4)}
+    fed = {"target": torch.arange(4), "index": torch.arange(4), "shares": None}
     for whose in "st":
         features, logits = model_dict["resnet8"](num_classes=5)(torch.randn(4, 3, 32, 32), is_feat=True)
         joint = torch.randn(4, 8)
@@ -103,10 +103,38 @@ def test_a_methods_row_says_what_its_loss_is_fed(name, clip):
         torch.testing.assert_close(sum(loss.terms(*(fed[name] for name in feeds)).values()), value)
 
 
+def part(fed: dict, rows: slice) -> dict:
+    """What a loss is fed of these samples."""
+    return {
+        name: [y[rows] for y in x] if isinstance(x, list) else x if x is None else x[rows] for name, x in fed.items()
+    }
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_is_a_mean_over_samples_unless_its_row_says_that_it_is_relational(name, clip):
+    """What many processes rely on: a batch's loss is then the mean of its parts', weighed by their sizes."""
+    method = METHODS[name]
+    build, feeds = method.with_teacher(clip)
+    if not feeds or (clip and method.needs_maps):
+        return
+    loss, fed = build(OPT, networks(clip)).eval(), feed(clip)
+    state = {key: value.clone() for key, value in loss.state_dict().items()}
+
+    def value(rows: slice) -> torch.Tensor:
+        torch.manual_seed(0)
+        loss.load_state_dict(state)
+        found = loss(*(part(fed, rows)[name] for name in feeds))
+        return (sum(found) if isinstance(found, (list, tuple)) else found).detach()
+
+    parts = 0.25 * value(slice(1)) + 0.75 * value(slice(1, 4))
+    assert torch.isclose(parts, value(slice(4)), rtol=1e-5, atol=0) != method.relational
+
+
 def degenerate(fed: dict, kind: str) -> dict:
     """What a loss is fed, turned into a batch of this kind."""
     if kind == "one sample":
-        return {name: [y[:1] for y in x] if isinstance(x, list) else x[:1] for name, x in fed.items()}
+        return part(fed, slice(1))
     if kind == "one class":
         return fed | {"target": torch.zeros_like(fed["target"])}
     if kind == "equal":
@@ -116,7 +144,7 @@ def degenerate(fed: dict, kind: str) -> dict:
         level = 0.0 if kind == "a row of zeros" else 2.0
         return torch.cat([torch.full_like(x[:1], level), x[1:]])
 
-    names = [name for name in fed if name not in ("target", "index")]
+    names = [name for name in fed if name not in ("target", "index", "shares")]
     return fed | {n: [constant(y) for y in fed[n]] if isinstance(fed[n], list) else constant(fed[n]) for n in names}
 
 
@@ -133,8 +161,8 @@ def test_a_degenerate_batch_gives_a_finite_loss_and_gradient_or_is_refused(name,
     leaves = []
 
     def leaf(x):
-        x = x.detach().clone()
-        if x.is_floating_point():
+        x = x if x is None else x.detach().clone()
+        if x is not None and x.is_floating_point():
             leaves.append(x.requires_grad_())
         return x
 
@@ -197,4 +225,4 @@ def test_egas_weights_are_the_options():
     loss = METHODS["ega"].build(Namespace(node_weight=0.5, edge_weight=0.25), None)
     assert isinstance(loss, EGA)
     assert (loss.node_weight, loss.edge_weight) == (0.5, 0.25)
-    assert METHODS["ega"].feeds == ("joint_s", "joint_t")
+    assert METHODS["ega"].feeds == ("joint_s", "joint_t", "shares")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from conftest import make_dataset
 from dataset.loader import Batch, Loader
 from distiller_zoo import EGA, METHODS, kd_loss
-from helper.loops import EpochLog, Objective, train_head, validate
+from helper.loops import HeadTraining, Objective, Step, train_epoch, validate
+from helper.meters import EpochLog, Totals
 from helper.teacher import ClipTeacher
 from helper.util import NonFiniteLoss
 from models import create_student
@@ -150,12 +151,14 @@ def test_losses_are_computed_in_float32(batch):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_first_term_that_is_not_finite_is_named_with_its_step(value):
     loader = Loader(make_dataset().train, "train", 10, CPU)  # 7 steps
-    log = EpochLog("Epoch 4", loader, print_freq=100, epochs_left=0)
+    totals = Totals()
+    log = EpochLog("Epoch 4", loader, print_freq=100, epochs_left=0, totals=totals)
 
     def epoch() -> None:
         for step in range(1, 8):
             losses = {"loss_cls": torch.tensor(1.0), "loss_edge": torch.tensor(value if step in (3, 5) else 1.0)}
-            log.update(step, losses, {"train_acc": torch.tensor(5.0)}, 10)
+            totals.add(losses, {"train_acc": torch.tensor(5.0)}, 10)
+            log.update(step, 10)
 
     with pytest.raises(NonFiniteLoss, match="loss_edge is not finite at step 3 of epoch 4"):
         epoch()
@@ -165,9 +168,11 @@ def test_the_first_term_that_is_not_finite_is_named_with_its_step(value):
 
 def test_an_epochs_averages_weigh_the_smaller_last_batch_less(capsys):
     dataset = make_dataset(num_train=25)
-    log = EpochLog("Epoch 1", Loader(dataset.train, "train", 10, CPU), print_freq=2, epochs_left=0)
+    totals = Totals()
+    log = EpochLog("Epoch 1", Loader(dataset.train, "train", 10, CPU), print_freq=2, epochs_left=0, totals=totals)
     for step, (loss, n) in enumerate([(1.0, 10), (2.0, 10), (4.0, 5)], start=1):
-        log.update(step, {"train_loss": torch.tensor(loss)}, {"train_acc": torch.tensor(loss * 10)}, n)
+        totals.add({"train_loss": torch.tensor(loss)}, {"train_acc": torch.tensor(loss * 10)}, n)
+        log.update(step, n)
     result = log.result()
     assert result["train_loss"] == pytest.approx(2.0)
     assert result["train_acc"] == pytest.approx(20.0)
@@ -215,6 +220,7 @@ def test_a_head_learns_from_the_embeddings():
     tutor = teacher(dataset)
     loader = Loader(dataset.train, "train", 10, CPU, training=True, teacher_views=1, images=False)
     optimizer = torch.optim.SGD(tutor.head.parameters(), 0.5, momentum=0.9)
-    losses = [train_head(epoch, loader, tutor, optimizer, OPT)["train_loss"] for epoch in range(1, 16)]
+    step = Step(HeadTraining(tutor, loader), [optimizer], torch.amp.GradScaler("cpu", enabled=False), loader)
+    losses = [train_epoch(epoch, step, 15, print_freq=100)["train_loss"] for epoch in range(1, 16)]
     assert losses[0] == pytest.approx(math.log(5), rel=0.3)
     assert losses[-1] < losses[0] / 2

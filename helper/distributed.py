@@ -1,0 +1,123 @@
+"""Many processes, as torchrun starts them: gloo on CPUs, NCCL on GPUs. With one process nothing here does anything.
+
+DistributedDataParallel takes the mean of the processes' gradients. A loss that is a mean over samples therefore
+counts ``Batch.weight`` times on each process; a loss of the whole batch, which every process computes alike, counts
+once, and the gradients that it sends to a process's own samples count as often as there are processes.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What one process may do while the others wait: check a bank, write a checkpoint. One that dies ends the job at once.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the job that torchrun's environment variables describe, if they do; only its first process prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    dist.init_process_group(timeout=_TIMEOUT)  # gloo for tensors on the CPU, NCCL for those on a GPU
+    with contextlib.ExitStack() as stack:
+        if rank() > 0:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+    # Only where all went well: after an error the others may not be there to agree.
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def count() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0; the first is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def from_first(value: object) -> object:
+    """The first process's value, on every process."""
+    values = [value]
+    if count() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+@torch.no_grad()
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, in the place of ``x``."""
+    if count() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def least(x: Tensor) -> Tensor:
+    """The least over all processes, element by element, in the place of ``x``."""
+    if count() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x
+
+
+@torch.no_grad()
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers, such as the running statistics of batch norm."""
+    if count() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module, its gradients the mean over all processes."""
+    if count() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    # Which weights a step uses depends on the method, and on a process without a share none of its loss's. Buffers
+    # are shared once an epoch instead, when they are read.
+    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, shares: Sequence[int]) -> Tensor:
+        start = sum(shares[: rank()])
+        ctx.own = slice(start, start + len(x))
+        # A sum in which one process has each row and the others zeros, so that shares may differ in size.
+        rows = x.new_zeros(sum(shares), *x.shape[1:])
+        rows[ctx.own] = x
+        return total(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.own] * count(), None
+
+
+def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None) -> Tensor | list[Tensor]:
+    """The rows of all processes, (B, ...), in order of rank, of this one's (share, ...); of each tensor of a list.
+
+    The gradient is that of the sum of the losses that the processes compute of the result, each the same.
+
+    Args:
+        shares: rows on each process; None where there is one process.
+    """
+    if shares is None:
+        return x
+    return [_Gather.apply(part, shares) for part in x] if isinstance(x, list) else _Gather.apply(x, shares)

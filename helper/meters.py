@@ -1,0 +1,106 @@
+"""What an epoch measures and prints."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from dataset.loader import Loader
+
+from . import distributed
+from .util import NonFiniteLoss, format_seconds
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Totals:
+    """Sums over the samples of an epoch, and the first step at which each loss was not finite.
+
+    Kept on the device and added to in place, so that a step can be captured and replayed; reading them waits for it.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.losses = 0
+        self.sums: Tensor | None = None
+        self.step: Tensor | None = None
+        self.first_bad: Tensor | None = None
+
+    def reset(self) -> None:
+        """Begin a new epoch."""
+        if self.sums is not None:
+            self.sums.zero_()
+            self.step.zero_()
+            self.first_bad.fill_(_NEVER)
+
+    @torch.no_grad()
+    def add(self, losses: dict[str, Tensor], others: dict[str, Tensor], n: int) -> None:
+        """Add a step's values, each the mean of ``n`` samples, which may be none; always the same names."""
+        if n == 0:
+            self.step += 1
+            return
+        values = torch.stack([*losses.values(), *others.values()])
+        if self.sums is None:
+            self.names, self.losses = [*losses, *others], len(losses)
+            self.sums = torch.zeros(1 + len(values), device=values.device)
+            self.step = torch.zeros((), dtype=torch.int64, device=values.device)
+            self.first_bad = torch.full((len(losses),), _NEVER, device=values.device)
+        self.step += 1
+        self.sums[0] += n
+        self.sums[1:] += values * n
+        bad = ~torch.isfinite(values[: self.losses])
+        self.first_bad.copy_(torch.where(bad, self.first_bad.minimum(self.step), self.first_bad))
+
+    def averages(self, title: str) -> dict[str, float]:
+        """Means by name over all samples of all processes so far.
+
+        Raises:
+            NonFiniteLoss: a loss was not finite, on whichever process.
+        """
+        first_bad = distributed.least(self.first_bad.clone()).tolist()
+        for name, step in zip(self.names, first_bad, strict=False):
+            if step != _NEVER:
+                raise NonFiniteLoss(f"{name} is not finite at step {step} of {title.lower()}; nothing was saved")
+        sums = distributed.total(self.sums.clone())
+        return dict(zip(self.names, (sums[1:] / sums[0]).tolist(), strict=True))
+
+
+class EpochLog:
+    """Prints an epoch's averages after every so many steps; stops the run at a loss that is not finite.
+
+    Args:
+        title: 'Epoch 3', say.
+        loader: whose epoch it is.
+        print_freq: steps from one print to the next.
+        epochs_left: after this one.
+        totals: what the steps add to.
+    """
+
+    def __init__(self, title: str, loader: Loader, print_freq: int, epochs_left: int, totals: Totals):
+        self.title, self.print_freq, self.epochs_left, self.totals = title, print_freq, epochs_left, totals
+        self.steps, self.num_samples = len(loader), loader.num_samples
+        self.count = 0
+        self.start = time.perf_counter()
+        totals.reset()
+
+    def update(self, step: int, n: int) -> None:
+        """A step of so many samples on all processes is done, counted from 1."""
+        self.count += n
+        if step % self.print_freq == 0 or step == self.steps:
+            averages = "  ".join(f"{name} {value:.3f}" for name, value in self.totals.averages(self.title).items())
+            rate = self.count / (time.perf_counter() - self.start)
+            left = (self.num_samples * (1 + self.epochs_left) - self.count) / rate
+            speed = f"{rate:.0f} images/s, {format_seconds(left)} left"
+            print(f"{self.title} [{step}/{self.steps}]  {averages}  {speed}", flush=True)
+
+    def result(self) -> dict[str, float]:
+        """Averages by name, and ``images_per_second``."""
+        averages = self.totals.averages(self.title)
+        return {**averages, "images_per_second": self.count / (time.perf_counter() - self.start)}
+
+
+def print_record(record: dict) -> None:
+    """The epoch's result in one line."""
+    shown = {name: value for name, value in record.items() if "_acc" in name or name == "seconds"}
+    text = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
+    print(f" * Epoch {record['epoch']}  {text}", flush=True)
