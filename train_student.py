@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_non_finite_loss("train_student.py"):
         if stage is not None:
             pretrain.init(stage, student, teacher, criterion, train_loader, opt)
-        step = Step(losses, optimizers, scaler, train_loader, step_capture(opt, seen))
+        step = Step(losses, optimizers, scaler, train_loader, step_capture(opt, seen, method.waits))
         for epoch in range(run.first_epoch, opt.epochs + 1):
             start = time.perf_counter()
             torch.manual_seed(epoch_seed(opt.seed, epoch))

@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     teacher_view: (B,) int64, the number of the teacher's view.
     shares: samples on each process, in order of rank, where there are several.
     weight: what a mean over this share counts for, so that the mean over processes is that over the whole batch.
+    host: index and teacher_view on the CPU, for what is looked up there; None in a step that is captured.
     """
 
     index: Tensor
@@ -28,6 +29,20 @@ class Batch(NamedTuple):
     teacher_view: Tensor
     shares: tuple[int, ...] | None = None
     weight: float = 1.0
+    host: tuple[Tensor, Tensor] | None = None
+
+
+class Draw(NamedTuple):
+    """What a batch is made of.
+
+    numbers: (3, B) int64 on the device: row, student's view and teacher's view of each sample.
+    shares: samples on each process, in order of rank; B is this one's.
+    host: the numbers on the CPU.
+    """
+
+    numbers: Tensor
+    shares: tuple[int, ...]
+    host: Tensor | None = None
 
 
 def deal(count: int, processes: int) -> tuple[int, ...]:
@@ -106,25 +121,28 @@ class Loader:
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
-        for drawn, shares in self.draws(epoch):
-            yield self.batch(drawn, shares)
+        yield from map(self.batch, self.draws(epoch))
 
-    def draws(self, epoch: int = 0) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        """For each batch of an epoch what ``batch`` makes it of: this process's numbers, and all processes' shares."""
-        numbers = torch.stack(self._draw(epoch)).to(self.device)
+    def draws(self, epoch: int = 0) -> Iterator[Draw]:
+        """What each batch of an epoch is made of."""
+        host = torch.stack(self._draw(epoch))
+        numbers = host.to(self.device)
         for start in range(0, self.num_samples, self.batch_size):
             shares = deal(min(self.batch_size, self.num_samples - start), self.processes)
             first = start + sum(shares[: self.rank])
-            yield numbers[:, first : first + shares[self.rank]], shares
+            own = slice(first, first + shares[self.rank])
+            yield Draw(numbers[:, own], shares, host[:, own])
 
-    def batch(self, drawn: Tensor, shares: tuple[int, ...]) -> Batch:
-        """The batch of row, student's view and teacher's view of each sample, (3, B) int64 on the device."""
-        index, view, teacher_view = drawn
+    def batch(self, draw: Draw) -> Batch:
+        """Make a batch, on the device."""
+        index, view, teacher_view = draw.numbers
+        shares, host = draw.shares, None if draw.host is None else (draw.host[0], draw.host[2])
         image = None
         if self.images is not None:
             image = normalize(crop_flip(self.images[index], view), self.normalization)
         weight = len(shares) * shares[self.rank] / sum(shares)
-        return Batch(index, self.targets[index], image, teacher_view, shares if len(shares) > 1 else None, weight)
+        spread = shares if len(shares) > 1 else None
+        return Batch(index, self.targets[index], image, teacher_view, spread, weight, host)
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, student's view and teacher's view of every sample of the epoch, in order, on the CPU."""

@@ -154,7 +154,13 @@ def crop_resize_flip(images: Tensor, view: Tensor, size: int) -> Tensor:
     return torch.where((view % 2).bool()[:, None, None, None], resized.flip(-1), resized)
 
 
+@functools.lru_cache(maxsize=16)
+def _channels(normalization: tuple, device: torch.device) -> tuple[Tensor, ...]:
+    """Mean and std as (C, 1, 1), copied to the device once."""
+    return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in normalization)
+
+
 def normalize(pixels: Tensor, normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """Scale 8-bit pixels (B, C, H, W) to [0, 1], subtract the channels' mean, divide by their std; float32."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in normalization)
+    mean, std = _channels(normalization, pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)

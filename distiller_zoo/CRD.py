@@ -177,7 +177,22 @@ def _draw_distinct(allowed: Tensor, k: int) -> Tensor:
     return keys.masked_fill_(~allowed, -1).topk(k, sorted=False).indices
 
 
-def sample_contrast(index: Tensor, targets: Tensor, k: int, mode: str = "exact") -> Tensor:
+def count_negatives(targets: Tensor) -> tuple[int, int]:
+    """The fewest and the most rows of other classes that a class of targets (n_data,) has; -1 is no class.
+
+    Raises:
+        ValueError: a class has none.
+    """
+    classes = targets[targets >= 0]
+    counts = len(classes) - classes.unique(return_counts=True)[1]
+    if not len(counts) or not counts.min():
+        raise ValueError("CRD has no negatives to draw: all rows are of one class")
+    return int(counts.min()), int(counts.max())
+
+
+def sample_contrast(
+    index: Tensor, targets: Tensor, k: int, mode: str = "exact", counted: tuple[int, int] | None = None
+) -> Tensor:
     """Draw whom each sample of a batch is contrasted with: a positive, then k negatives.
 
     Negatives come from all rows of other classes, uniformly, without replacement if there are k of them, else with.
@@ -187,28 +202,26 @@ def sample_contrast(index: Tensor, targets: Tensor, k: int, mode: str = "exact")
         targets: classes of the training set, (n_data,); a row of class -1 is never drawn.
         k: number of negatives.
         mode: 'exact' for the sample itself as its positive, 'relax' for any row of its class, itself included.
+        counted: what ``count_negatives`` gives, so that a GPU need not be waited for; None to count them.
 
     Returns:
         Rows, (B, k + 1), on the device of targets.
 
     Raises:
-        ValueError: for another mode, or a sample without negatives.
+        ValueError: for another mode, or a class without negatives.
     """
     if mode not in ("exact", "relax"):
         raise ValueError(f"mode must be 'exact' or 'relax', got {mode!r}")
+    fewest, most = count_negatives(targets) if counted is None else counted
     classes = targets[index, None]
     negative = (targets != classes) & (targets >= 0)
-    count = negative.sum(dim=1)
-    fewest = int(count.min())
-    if fewest == 0:
-        raise ValueError("CRD has no negatives to draw: all rows are of one class")
     if fewest >= k:
         negatives = _draw_distinct(negative, k)
     else:
         negatives = _draw(negative, k)
-        enough = count >= k
-        if enough.any():
-            negatives[enough] = _draw_distinct(negative[enough], k)
+        if most >= k:
+            enough = negative.sum(dim=1, keepdim=True) >= k
+            negatives = torch.where(enough, _draw_distinct(negative, k), negatives)
     positive = index[:, None] if mode == "exact" else _draw(targets == classes, 1)
     return torch.cat([positive, negatives], dim=1)
 
@@ -221,7 +234,7 @@ class CRD(nn.Module):
         targets: classes of the training set, (n_data,), -1 for what is held out of it.
 
     Raises:
-        ValueError: for another number of targets than n_data.
+        ValueError: for another number of targets than n_data, or a class without negatives.
     """
 
     def __init__(self, opt, targets: Tensor):
@@ -230,8 +243,10 @@ class CRD(nn.Module):
             raise ValueError(f"CRD needs a target per sample: n_data is {opt.n_data}, targets are {len(targets)}")
         self.mode = opt.mode
         self.loss = CRDLoss(opt)
+        self.counted = count_negatives(targets)
         self.register_buffer("targets", targets, persistent=False)
 
     def forward(self, f_s: Tensor, f_t: Tensor, index: Tensor) -> Tensor:
         """The loss of features (B, ...) of the samples at index, (B,), a scalar; updates the memories."""
-        return self.loss(f_s, f_t, index, sample_contrast(index, self.targets, self.loss.contrast.K, self.mode))
+        contrast_index = sample_contrast(index, self.targets, self.loss.contrast.K, self.mode, self.counted)
+        return self.loss(f_s, f_t, index, contrast_index)

@@ -111,6 +111,7 @@ class Method:
         warmup: epochs over which beta grows to its value, by default.
         relational: whether it compares the samples of a batch with one another, and is no mean over them: of a batch
             that is spread over many processes it is then fed all samples, unless it asks for the shares.
+        waits: whether it waits for the device, as PyTorch's decompositions do, so that its step cannot be captured.
     """
 
     build: Build | None
@@ -121,6 +122,7 @@ class Method:
     preact: str = ""
     warmup: int = 0
     relational: bool = False
+    waits: bool = False
 
     @property
     def needs_maps(self) -> bool:
@@ -199,7 +201,7 @@ METHODS = {
     ),
     "vid": Method(_vid, _MAPS, (1, 0, 1), "VID: Ahn et al., CVPR 2019"),
     "crd": Method(_crd, (*_F, "index"), (1, 0, 0.8), "CRD: Tian et al., ICLR 2020", relational=True),
-    "kdsvd": Method(lambda opt, net: KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018"),
+    "kdsvd": Method(lambda opt, net: KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018", waits=True),
     "fsp": Method(
         lambda opt, net: connected.Flow(net.shapes_s, net.shapes_t),
         (),

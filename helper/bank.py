@@ -51,21 +51,28 @@ class EmbeddingBank:
         self.num_train = num_train
         self.num_test = num_test
         self.device = device
+        # Where the looking up is done; rows that stay on the host are copied to the GPU from pinned memory.
+        self.lookup_device = rows.device
         self.slot = None
         if num_views > 1:
             order = torch.from_numpy(view_order(np.arange(num_train), num_views)).long()
             slot = torch.zeros(num_train, NUM_VIEWS, dtype=torch.uint8)
             slot.scatter_(1, order, torch.arange(num_views, dtype=torch.uint8).expand(num_train, -1))
-            self.slot = slot.to(device)
+            self.slot = slot.to(self.lookup_device)
 
     def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
-        """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,)."""
-        row = index
+        """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,).
+
+        Both are best given on ``lookup_device``: nothing then waits for a GPU.
+        """
+        row, view = index.to(self.lookup_device), view.to(self.lookup_device)
         if split == "train":
-            row = index + self.num_test
-            if self.slot is not None:
-                row = row + self.slot[index, view].long() * self.num_train
-        return self.rows[row.to(self.rows.device)].to(self.device).float()
+            slot = 0 if self.slot is None else self.slot[row, view].long()
+            row = row + (self.num_test + slot * self.num_train)
+        found = self.rows[row]
+        if found.device != self.device:
+            found = found.pin_memory().to(self.device, non_blocking=True)
+        return found.float()
 
 
 def open_bank(
@@ -154,7 +161,7 @@ def _describe(folder: Path, identity: dict, key: dict) -> None:
 
 
 def _place(rows: Tensor, device: torch.device) -> Tensor:
-    """On the GPU when it takes less than half of its free memory, else mapped from the file."""
+    """On the GPU when it takes less than half of its free memory, else mapped from the file into the host's."""
     if device.type == "cuda" and rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
         return rows.to(device)
     return rows

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset.loader import Batch, Loader, deal
+from dataset.loader import Batch, Draw, Loader, deal
 from distiller_zoo import kd_loss, standardize_logits
 from models.heads import Classifier, Outputs, Student
 
@@ -73,7 +73,8 @@ class Objective:
             if self.alpha and out_t is not None:
                 logit_s, logit_t = (self._feed(name, out_s, out_t, batch) for name in ("logit_s", "logit_t"))
                 terms["kd"] = self.alpha * kd_loss(logit_s, logit_t, self.kd_T)
-        loss = sum(terms.values()) if terms else out_s.logits.sum() + out_s.embedding.sum()
+        # Of no samples: zero, yet not without a gradient, which DDP waits for.
+        loss = sum(terms.values()) if terms else out_s.features[-1].sum()
         if self.feeds and self.beta and out_t is not None and (self.relational or terms):
             fed = [self._feed(name, out_s, out_t, batch) for name in self.feeds]
             # A loss that takes the shares itself knows a cheaper way than to gather.
@@ -205,28 +206,29 @@ class Step:
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
         self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
-        self._replay = self._captured_with = self._drawn = None
+        self._replay = self._captured_with = self._numbers = None
 
-    def __call__(self, drawn: Tensor, shares: tuple[int, ...], epoch: int) -> None:
+    def __call__(self, draw: Draw, epoch: int) -> None:
         """Train on what ``Loader.draws`` gave, in an epoch counted from 1."""
-        if self._capture is None or sum(shares) < self.loader.batch_size:
-            self._run(drawn, shares, epoch)
+        if self._capture is None or sum(draw.shares) < self.loader.batch_size:
+            self._run(draw, epoch)
         elif self._before_capture:
             self._before_capture -= 1
-            self._run(drawn, shares, epoch)
+            self._run(draw, epoch)
         else:
             # What a captured step has written into it.
             constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
             constants.append(self.losses.objective.beta_in(epoch))
             if constants != self._captured_with:
-                self._drawn, self._replay = drawn.clone(), None
-                self._replay = self._capture(lambda: self._run(self._drawn, shares, epoch))
+                self._numbers, self._replay = draw.numbers.clone(), None
+                still = Draw(self._numbers, draw.shares)
+                self._replay = self._capture(lambda: self._run(still, epoch))
                 self._captured_with = constants
-            self._drawn.copy_(drawn)
+            self._numbers.copy_(draw.numbers)
             self._replay()
 
-    def _run(self, drawn: Tensor, shares: tuple[int, ...], epoch: int) -> None:
-        batch = self.loader.batch(drawn, shares)
+    def _run(self, draw: Draw, epoch: int) -> None:
+        batch = self.loader.batch(draw)
         loss, losses, others = self.losses(batch, epoch)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -247,9 +249,9 @@ def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int, title: str
         NonFiniteLoss: a term is not finite; seen at the next print.
     """
     log = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals)
-    for number, (drawn, shares) in enumerate(step.loader.draws(epoch), start=1):
-        step(drawn, shares, epoch)
-        log.update(number, sum(shares))
+    for number, draw in enumerate(step.loader.draws(epoch), start=1):
+        step(draw, epoch)
+        log.update(number, sum(draw.shares))
     return log.result()
 
 

@@ -79,15 +79,15 @@ def teacher_precision(device: str, amp: str) -> str:
     return "bf16" if amp == "bf16" else "fp32"
 
 
-def step_capture(opt: argparse.Namespace, teacher: nn.Module | None) -> Callable | None:
-    """How a training step is captured, or None where it is not: one process, CUDA, ``--compile on``.
+def step_capture(opt: argparse.Namespace, teacher: nn.Module | None, waits: bool = False) -> Callable | None:
+    """How a training step is captured, or None where it is not: with ``--compile on``, on CUDA, in one process.
 
-    fp16 waits for its scaler in every step, a bank that did not fit on the GPU for its rows, and a CLIP that encodes
-    every batch gains nothing.
+    Nor is it where the method waits for the device, with fp16, whose scaler does, with a bank that did not fit on
+    the GPU, and with a CLIP that encodes every batch, which gains nothing.
     """
     embed = getattr(teacher, "embed", None)
     on_device = embed is None or (isinstance(embed, EmbeddingBank) and embed.rows.is_cuda)
-    able = opt.device == "cuda" and opt.compile == "on" and opt.amp != "fp16" and distributed.count() == 1
+    able = not waits and opt.device == "cuda" and opt.compile == "on" and opt.amp != "fp16" and distributed.count() == 1
     return cuda_graph if able and on_device else None
 
 

@@ -23,7 +23,8 @@ class ClipTeacher(nn.Module):
     """Turns a batch into the teacher's outputs.
 
     Args:
-        embed: (split, index, view) to embeddings; a bank, or a fresh encoding.
+        embed: (split, index, view) to embeddings; a bank, or a fresh encoding. One with a ``lookup_device`` is given
+            index and view there.
         head: the projection and the classifier; frozen when its parameters need no gradient.
     """
 
@@ -33,7 +34,9 @@ class ClipTeacher(nn.Module):
         self.head = head
 
     def forward(self, split: str, batch: Batch) -> Outputs:
-        x = self.embed(split, batch.index, batch.teacher_view)
+        on_host = getattr(self.embed, "lookup_device", batch.index.device) != batch.index.device
+        index, view = batch.host if on_host else (batch.index, batch.teacher_view)
+        x = self.embed(split, index, view)
         embedding, logits = self.head(x)
         return Outputs(embedding, logits, [x], head_logits=logits)
 

@@ -247,7 +247,7 @@ def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="nce_k must be at least 1"):
         crd_loss(nce_k=0)
     with pytest.raises(ValueError, match="n_data is 20, targets are 19"):
-        CRD(options(), torch.zeros(19))
+        CRD(options(), torch.arange(19))
 
 
 TARGETS = torch.tensor([0, 1, 0, -1, 2, 0, 1, -1, 0])

@@ -1,0 +1,370 @@
+"""Two and three processes on gloo: what they compute together is what one computes alone."""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dataset
+import train_student
+from conftest import make_dataset, snapshot
+from dataset.loader import Loader, deal
+from distiller_zoo import ega_terms
+from helper import distributed
+from helper.loops import HeadTraining, Step, train_epoch, validate
+from helper.meters import Totals
+from helper.teacher import ClipTeacher
+from helper.util import NonFiniteLoss
+from models import create_student
+from models.heads import TeacNet
+from training import WITH_EITHER, make_training
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def serve(pipe, variables: dict[str, str]) -> None:
+    """A process of the job: calls what it is sent, until it is sent None."""
+    os.environ |= variables
+    torch.set_num_threads(1)
+    with distributed.processes():
+        while (call := pipe.recv()) is not None:
+            function, args = call
+            try:
+                pipe.send((function(*args), None))
+            except BaseException:
+                pipe.send((None, traceback.format_exc()))
+
+
+class Job:
+    """So many processes, started as torchrun starts them, that stay."""
+
+    def __init__(self, count: int):
+        self.count = count
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            variables = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(target=serve, args=(theirs, variables), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def __call__(self, function: Callable, *args) -> list:
+        """What a function of this file gives on each process."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        found = [pipe.recv() for pipe in self.pipes]
+        assert not any(error for _, error in found), "\n".join(str(error) for _, error in found)
+        return [value for value, _ in found]
+
+    def end(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(30)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def job(request):
+    job = Job(request.param)
+    yield job
+    job.end()
+
+
+def own(x: Tensor, shares: tuple[int, ...]) -> Tensor:
+    """This process's rows of all."""
+    return x.split(shares)[distributed.rank()]
+
+
+def is_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((found.double() - expected).norm() <= tolerance * expected.norm())
+
+
+# EGA's loss and the gathering of the others
+
+
+def ega_of_shares(f_s: Tensor, f_t: Tensor, shares: tuple[int, ...]) -> list[Tensor]:
+    """The two terms, and the gradients at this process's embeddings as DDP's mean over processes leaves them."""
+    f_s, f_t = (own(f, shares).clone().requires_grad_() for f in (f_s, f_t))
+    node, edge = ega_terms(f_s, f_t, shares)
+    (0.8 * node + 0.24 * edge).backward()
+    return [node.detach(), edge.detach(), f_s.grad / len(shares), f_t.grad / len(shares)]
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.01])
+@pytest.mark.parametrize(("batch", "empty"), [(5, False), (2, False), (7, True), (16, False), (40, False), (41, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ega_is_that_of_all_samples_in_value_and_gradient(job, batch, empty, noise, dtype):
+    """On both sides of B = D = 16, shares that differ and one that is empty included."""
+    generator = torch.Generator().manual_seed(batch)
+    f_t, other = torch.randn(2, batch, 16, generator=generator, dtype=torch.float64).to(dtype)
+    f_s = f_t + noise * other
+    shares = (*deal(batch, job.count - 1), 0) if empty else deal(batch, job.count)
+    alone = [f.to(torch.float64, copy=True).requires_grad_() for f in (f_s, f_t)]
+    node, edge = ega_terms(*alone)
+    (0.8 * node + 0.24 * edge).backward()
+    found = job(ega_of_shares, f_s, f_t, shares)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    for values in found:
+        assert is_close(values[0], node.detach(), tolerance)
+        assert is_close(values[1], edge.detach(), tolerance)
+    for leaf, gradients in zip(alone, ([values[i] for values in found] for i in (2, 3)), strict=True):
+        assert [len(gradient) for gradient in gradients] == list(shares)
+        assert is_close(torch.cat(gradients), leaf.grad, tolerance)
+
+
+def refuse_shares(shares: tuple[int, ...]) -> str:
+    with pytest.raises(ValueError, match="shares") as refused:
+        ega_terms(torch.ones(3, 4), torch.ones(3, 4), shares)
+    return str(refused.value)
+
+
+def test_shares_that_do_not_fit_are_refused(job):
+    assert all("3 samples" in said for said in job(refuse_shares, (4,) * job.count))
+    job(refuse_shares, (3,) * (job.count + 1))
+
+
+def gathered(x: Tensor, more: Tensor, index: Tensor, weight: Tensor, shares: tuple[int, ...]) -> list[Tensor]:
+    mine = own(x, shares).clone().requires_grad_()
+    whole, (first, second) = distributed.gather(mine, shares), distributed.gather([own(more, shares)] * 2, shares)
+    (whole.square() * weight).sum().backward()
+    assert torch.equal(first, second)
+    return [whole.detach(), first, distributed.gather(own(index, shares), shares), mine.grad / len(shares)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_gathering_gives_every_process_all_rows_and_its_own_the_gradient(job, batch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, batch, 3, generator=generator)
+    more, index = torch.randn(batch, 2, 4, generator=generator), torch.arange(batch) + 2**60
+    found = job(gathered, x, more, index, weight, deal(batch, job.count))
+    for values in found:
+        assert all(torch.equal(a, b) for a, b in zip(values[:3], (x, more, index), strict=True))
+    torch.testing.assert_close(torch.cat([values[3] for values in found]), 2 * x * weight)
+
+
+# Training
+
+
+def train(name: str, clip: bool, batch_size: int, num_train: int) -> tuple[dict[str, float], list]:
+    """An epoch's averages and every step's gradients."""
+    torch.manual_seed(0)
+    step, gradients = make_training(name, clip, batch_size, num_train)
+    torch.manual_seed(1)
+    record = train_epoch(1, step, epochs=1, print_freq=100)
+    record.pop("images_per_second")
+    return record, gradients
+
+
+@pytest.mark.parametrize(("name", "clip"), WITH_EITHER, ids=str)
+def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
+    """Batches of 8, 8 and 1: shares that differ, and empty ones."""
+    expected, gradients = train(name, clip, 8, 17)
+    for record, found in job(train, name, clip, 8, 17):
+        assert record == pytest.approx(expected, rel=1e-5)
+        assert len(found) == len(gradients) == 3
+        for mine, theirs in zip(found, gradients, strict=True):
+            assert [gradient is None for gradient in mine] == [gradient is None for gradient in theirs]
+            mine, theirs = ([gradient for gradient in step if gradient is not None] for step in (mine, theirs))
+            size = torch.stack([gradient.norm() for gradient in theirs]).norm()
+            for a, b in zip(mine, theirs, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * size
+
+
+def test_ega_beyond_its_dimension_is_that_of_one_process(job):
+    """Batches of 20 samples and one of 5, in 8 dimensions."""
+    expected, gradients = train("ega", True, 20, 25)
+    for record, found in job(train, "ega", True, 20, 25):
+        assert record == pytest.approx(expected, rel=1e-5)
+        for mine, theirs in zip(found, gradients, strict=True):
+            assert all(is_close(a, b.double()) for a, b in zip(mine, theirs, strict=True))
+
+
+def whole_test() -> dict[str, float]:
+    torch.manual_seed(0)
+    data = make_dataset()
+    student, embeddings = create_student("resnet8", 8, 5), torch.randn(20, 12)
+    teacher = ClipTeacher(lambda split, index, view: embeddings[index], TeacNet(12, 8, 5))
+    rank, processes = distributed.rank(), distributed.count()
+    loader = Loader(data.test, "test", 6, CPU, rank=rank, processes=processes)
+    return validate(loader, student, teacher, Namespace(device="cpu", amp="off"))
+
+
+def test_the_test_pass_sees_every_sample_once(job):
+    expected = whole_test()
+    assert all(found == pytest.approx(expected, rel=1e-6) for found in job(whole_test))
+
+
+def not_finite_on_the_last(step: int) -> str:
+    """A loss that is not finite on one process alone."""
+    totals = Totals()
+    for number in range(1, 6):
+        bad = number >= step and distributed.rank() == distributed.count() - 1
+        totals.add({"loss_cls": torch.tensor(1.0), "loss_edge": torch.tensor(float("nan") if bad else 1.0)}, {}, 2)
+    with pytest.raises(NonFiniteLoss) as raised:
+        totals.averages("Epoch 1")
+    return str(raised.value)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(job):
+    assert all("loss_edge is not finite at step 3 of epoch 1" in said for said in job(not_finite_on_the_last, 3))
+
+
+# Runs
+
+
+BASE = [
+    "--dataset",
+    "tiny",
+    "--device",
+    "cpu",
+    "--amp",
+    "off",
+    "--batch_size",
+    "16",
+    "--model_s",
+    "resnet8",
+    "--feature_dim",
+    "8",
+]
+
+
+def distil(*argv: str) -> int:
+    """Run train_student.py; its exit code."""
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    try:
+        train_student.main([*BASE, *argv])
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def runs(job, tiny_clip, tmp_path_factory) -> Path:
+    """SAVE with a run of EGA of two epochs by all processes together, from a bank of two views."""
+    folder = tmp_path_factory.mktemp("runs")
+    argv = ["--clip_mode", str(tiny_clip), "--teacher_views", "2", "--epochs", "2", "--save_dir"]
+    assert set(job(distil, *argv, str(folder))) == {0}
+    return folder
+
+
+def run_folder(save_dir: Path) -> Path:
+    (folder,) = (save_dir / "student_model").iterdir()
+    return folder
+
+
+def records(save_dir: Path) -> list[dict]:
+    lines = (run_folder(save_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def test_a_run_is_written_once(job, runs):
+    names = {path.name for path in run_folder(runs).iterdir()}
+    files = {"options.json", "metrics.jsonl", "resnet8_best.pth", "resnet8_last.pth", "resume.pth", "lock"}
+    assert names == files
+    assert json.loads((run_folder(runs) / "options.json").read_text())["processes"] == job.count
+    assert [record["epoch"] for record in records(runs)] == [1, 2]
+    assert len(list((runs / "student_tensorboards" / run_folder(runs).name).iterdir())) == 1
+
+
+def test_the_bank_of_all_is_that_of_one(job, runs, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(dataset.DATASETS, "tiny", lambda data_dir: make_dataset())
+    argv = ["--clip_mode", str(tiny_clip), "--teacher_views", "2", "--epochs", "1", "--save_dir", str(tmp_path)]
+    assert distil(*argv) == 0
+    assert snapshot(tmp_path / "teacher_bank") == snapshot(runs / "teacher_bank")
+
+
+def test_a_resumed_run_ends_bit_identical(job, runs, tiny_clip, tmp_path):
+    argv = ["--clip_mode", str(tiny_clip), "--teacher_views", "2", "--save_dir", str(tmp_path)]
+    assert set(job(distil, *argv, "--epochs", "1")) == {0}
+    assert set(job(distil, *argv, "--epochs", "2")) == {0}
+    assert records(tmp_path) == records(runs)
+    found, expected = (torch.load(run_folder(save) / "resnet8_last.pth") for save in (tmp_path, runs))
+    for part in ("model", "layer", "teacher_layer"):
+        assert all(torch.equal(value, expected[part][name]) for name, value in found[part].items())
+    # A finished run prints its result; another number of processes is another run.
+    assert set(job(distil, *argv, "--epochs", "2")) == {0}
+    assert distil(*argv, "--epochs", "3") == 2
+
+
+def test_fewer_samples_than_processes_are_refused(job, tmp_path):
+    argv = ["--distill", "none", "--batch_size", str(job.count - 1), "--save_dir", str(tmp_path)]
+    assert set(job(distil, *argv)) == {2}
+
+
+def test_batch_norm_over_all_processes_needs_cuda(job, tmp_path):
+    assert set(job(distil, "--distill", "none", "--sync_bn", "--save_dir", str(tmp_path))) == {2}
+
+
+def head_epoch() -> dict[str, float]:
+    torch.manual_seed(0)
+    data, embeddings = make_dataset(), torch.randn(70, 12)
+    teacher = ClipTeacher(lambda split, index, view: embeddings[index], TeacNet(12, 8, 5))
+    rank, processes = distributed.rank(), distributed.count()
+    loader = Loader(data.train, "train", 23, CPU, training=True, images=False, rank=rank, processes=processes)
+    optimizer = torch.optim.SGD(teacher.head.parameters(), 0.5, momentum=0.9)
+    step = Step(HeadTraining(teacher, loader), [optimizer], torch.amp.GradScaler("cpu", enabled=False), loader)
+    record = [train_epoch(epoch, step, 3, print_freq=100) for epoch in (1, 2, 3)][-1]
+    return {name: record[name] for name in ("train_loss", "train_acc")}
+
+
+def test_a_teachers_head_learns_as_on_one_process(job):
+    """Batches of 23 and one of a single sample."""
+    expected = head_epoch()
+    assert all(found == pytest.approx(expected, rel=1e-4) for found in job(head_epoch))
+
+
+# A process that dies
+
+
+def children(parent: int) -> list[int]:
+    said = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True)
+    return [int(word) for word in said.stdout.split()]
+
+
+def test_a_process_that_dies_ends_the_job(tmp_path):
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv += [
+        "train_student.py",
+        "--distill",
+        "none",
+        "--dataset",
+        "shapes",
+        "--model_s",
+        "resnet8",
+        "--print_freq",
+        "1",
+    ]
+    argv += ["--epochs", "100", "--batch_size", "16", "--device", "cpu", "--save_dir", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        for line in process.stdout:
+            if line.startswith(b"Epoch 1 [3/"):
+                break
+        victim = children(process.pid)[-1]
+        os.kill(victim, 9)
+        killed = time.monotonic()
+        assert process.wait(timeout=60) != 0
+        assert time.monotonic() - killed < 60

@@ -1,0 +1,90 @@
+"""What a training step may not do, so that a GPU can be given the next one while it is at this one."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distiller_zoo import METHODS
+from helper.loops import train_epoch
+from training import WITH_EITHER, make_training
+
+# What makes the host wait for a GPU, or copies what the host has just made to it: neither can be captured.
+WAITING = {
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "repeat_interleave", "equal", "lift_fresh", "_linalg_svd", "_linalg_eigh", "linalg_inv_ex",
+}  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Notes what waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in WAITING:
+            self.seen.add(name)
+        if name in ("index", "index_put_", "index_put"):  # a mask's size is known to the device alone
+            self.seen |= {"a mask" for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "clip"), WITH_EITHER, ids=str)
+def test_a_step_waits_for_nothing_unless_its_methods_row_says_so(name, clip):
+    step, _ = make_training(name, clip, 8, 17)
+    first, second, last = step.loader.draws(1)
+    step(first, 1)
+    with Watch() as watch:
+        step(second, 1)
+        step(last, 1)
+    assert bool(watch.seen) == METHODS[name].waits
+
+
+def test_the_watch_notices():
+    with Watch() as watch:
+        x = torch.arange(4.0)
+        x[x > 1] = 0
+        torch.tensor([1.0])
+        x.sum().item()
+    assert watch.seen == {"a mask", "lift_fresh", "_local_scalar_dense"}
+
+
+class Recorder:
+    """In the place of a CUDA graph: keeps what it captures and does it again, without having done it."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, function):
+        self.captures += 1
+
+        def replay():
+            self.replays += 1
+            function()
+
+        return replay
+
+
+@pytest.mark.parametrize("name", ["ega", "crd", "dkd"])
+def test_captured_steps_train_as_others_do(name):
+    """Over four epochs of five full batches and a smaller one; the learning rate falls once, dkd's weight grows."""
+    recorder = Recorder()
+    results = []
+    for capture in (None, recorder):
+        step, gradients = make_training(name, True, 8, 43, lr=0.01, capture=capture)
+        torch.manual_seed(1)
+        records = []
+        for epoch in range(1, 5):
+            step.optimizers[0].param_groups[0]["lr"] = 0.01 if epoch < 4 else 0.001
+            records.append(train_epoch(epoch, step, epochs=4, print_freq=2))
+            records[-1].pop("images_per_second")
+        results.append((records, gradients, list(step.losses.parameters())))
+    (records, gradients, weights), (again, gradients_again, weights_again) = results
+    assert records == again
+    assert len(gradients) == len(gradients_again) == 24
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights_again, strict=True))
+    # Three steps come before the first capture; the last batches are never replayed.
+    assert recorder.replays == 4 * 5 - 3
+    assert recorder.captures == (4 if name == "dkd" else 2)

@@ -1,0 +1,73 @@
+"""A training step of every method on tiny data, for the tests of what a step does and does not."""
+
+import torch
+from torch import Tensor
+
+from conftest import make_dataset
+from dataset.loader import Loader
+from distiller_zoo import METHODS
+from helper import distributed
+from helper.bank import EmbeddingBank
+from helper.loops import Distillation, Objective, Step
+from helper.options import student_parser
+from helper.teacher import ClipTeacher, CnnTeacher, describe
+from models import create_classifier, create_model, create_student
+from models.heads import TeacNet
+
+CPU = torch.device("cpu")
+
+
+def has_loss(name: str, clip: bool) -> bool:
+    method = METHODS[name]
+    return not (clip and method.needs_maps) and (bool(method.with_teacher(clip)[1]) or method.build is None)
+
+
+WITH_EITHER = [(name, clip) for name in METHODS for clip in (True, False) if has_loss(name, clip)]
+
+
+def make_training(
+    name: str, clip: bool, batch_size: int, num_train: int, lr: float = 0.0, **options
+) -> tuple[Step, list[list[Tensor | None]]]:
+    """A step of a method, and a list that gets each step's gradients.
+
+    All batch norm is as at a test: an affine map of each sample. A CLIP is a bank of two views of random embeddings.
+
+    Args:
+        clip: whether the teacher is one, or a CNN.
+        options: of the step.
+    """
+    data = make_dataset(num_train=num_train)
+    argv = ["--distill", name, "--model_s", "resnet8", "--feature_dim", "8", "--feat_dim", "8", "--nce_k", "20"]
+    opt = student_parser().parse_args(argv)
+    opt.device, opt.amp, opt.compile = "cpu", "off", "off"
+    method = METHODS[name]
+    build, feeds = method.with_teacher(clip)
+    torch.manual_seed(0)
+    joint = "joint_s" in feeds
+    if clip:
+        bank = EmbeddingBank(torch.randn(20 + 2 * num_train, 12).half(), num_train, 20, 2, CPU)
+        teacher = ClipTeacher(bank, TeacNet(12, 8, 5))
+        student = create_student("resnet8", 8, 5)
+    else:
+        teacher = CnnTeacher(
+            create_model("resnet14", 5), TeacNet(64, 8, 5) if joint else None, "off", "t" in method.preact
+        )
+        student = create_classifier("resnet8", 5, 8 if joint else None, "s" in method.preact)
+    criterion = build(opt, describe(student, teacher, data, None)) if build else None
+    place = {"rank": distributed.rank(), "processes": distributed.count()}
+    loader = Loader(
+        data.train, "train", batch_size, CPU, training=True, teacher_views=2 if clip else 162, shared=not clip, **place
+    )
+    weights = [weight or 0.0 for weight in method.default_weights(clip)]
+    objective = Objective(criterion, feeds, *weights, 4, clip, method.warmup, relational=method.relational)
+    seen = None if name == "none" else teacher
+    losses = Distillation(
+        student, seen, objective, loader, opt, trains_head=seen is not None and (clip or joint)
+    ).eval()
+    parameters = [p for p in losses.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    steps = []
+    optimizer.register_step_pre_hook(
+        lambda *_: steps.append([None if p.grad is None else p.grad.clone() for p in parameters])
+    )
+    return Step(losses, [optimizer], torch.amp.GradScaler("cpu", enabled=False), loader, **options), steps
