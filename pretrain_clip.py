@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             images=False,
             max_steps=opt.max_steps,
         )
-        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE, device, images=False)
+        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE[opt.device], device, images=False)
         run.start()
 
     pixels = Images(captioned, opt.resolution, device)

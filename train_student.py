@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             normalization=normalization,
             **place,
         )
-        testing = {"batch_size": EVAL_BATCH_SIZE, "device": device, "normalization": normalization} | place
+        testing = {"batch_size": EVAL_BATCH_SIZE[opt.device], "device": device, "normalization": normalization} | place
         test_loader = Loader(dataset.test, "test", **testing)
         val_loader = None if held is None else Loader(dataset.train, "train", rows=held, **testing)
         resolve_auto_compile(opt, run, steps=opt.epochs * len(train_loader))

@@ -57,7 +57,13 @@ def main(argv: list[str] | None = None) -> None:
             **place,
         )
         test_loader = Loader(
-            dataset.test, "test", EVAL_BATCH_SIZE, device, images=not clip, normalization=normalization, **place
+            dataset.test,
+            "test",
+            EVAL_BATCH_SIZE[opt.device],
+            device,
+            images=not clip,
+            normalization=normalization,
+            **place,
         )
         if clip:
             opt.compile = "off"

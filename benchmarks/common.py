@@ -59,7 +59,7 @@ def now(device: str = "cpu") -> float:
 
 
 def median_seconds(
-    functions: Iterable[Callable[[], object]], budget: float, device: str = "cpu", repeats: int = 3
+    functions: Iterable[Callable[[], object]], budget: float, device: str = "cpu", repeats: int = 3, warm: bool = False
 ) -> list[float]:
     """Median time of a call of each function, after one call that does not count.
 
@@ -69,6 +69,8 @@ def median_seconds(
         functions: what is timed.
         budget: seconds to spend on all of them together.
         repeats: at least so many calls of each, whatever the budget.
+        warm: in each turn a call that does not count comes first, so that memory and caches are as the function itself
+            leaves them, as where it is called again and again, and not as the others do.
     """
     functions = list(functions)
     start = now(device)
@@ -77,6 +79,8 @@ def median_seconds(
     times: list[list[float]] = [[] for _ in functions]
     while len(times[0]) < repeats or now(device) - start < budget:
         for function, measured in zip(functions, times, strict=True):
+            if warm:
+                function()
             begin = now(device)
             function()
             measured.append(now(device) - begin)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchvision.datasets import CIFAR100
 
 from benchmarks.common import cores, machine, now, print_table
@@ -25,6 +26,7 @@ from dataset import DATASETS, ImageDataset, Split, load_dataset
 from dataset.loader import Loader
 from dataset.views import NUM_VIEWS, view_order
 from distiller_zoo import EGA, METHODS
+from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
 from helper.loops import Distillation, Objective, Step, sgd, train_epoch
 from helper.options import parse_student_options, positive_int
@@ -88,7 +90,7 @@ def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device
 class Ours:
     """This project's training of EGA from a bank of random embeddings, with the parts that train_student.py uses."""
 
-    def __init__(self, dataset: ImageDataset, dim: int, opt):
+    def __init__(self, dataset: ImageDataset, dim: int, opt, warm_up: int = _WARM_UP_OURS):
         self.dataset, self.opt = dataset, opt
         self.device = torch.device(opt.device)
         torch.manual_seed(opt.seed)
@@ -108,7 +110,7 @@ class Ours:
         ]
         scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
         self.step = Step(self.losses, self.optimizers, scaler, self.loader, step_capture(opt, self.teacher))
-        self.train(_WARM_UP_OURS)
+        self.train(warm_up)
 
     def _loader(self, steps: int | None) -> Loader:
         opt = self.opt
@@ -121,6 +123,8 @@ class Ours:
             seed=opt.seed,
             teacher_views=opt.teacher_views,
             max_steps=steps,
+            rank=distributed.rank(),
+            processes=distributed.count(),
         )
 
     def train(self, steps: int) -> float:
@@ -189,6 +193,22 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
         total = ours.train(steps)
     clock.seconds["metrics and the rest"] = total - sum(clock.seconds.values())
     return {name: seconds / steps for name, seconds in clock.seconds.items()}
+
+
+def time_operations(ours: Ours, steps: int, most: int = 12) -> dict[str, float]:
+    """Seconds per step inside each of PyTorch's operations, the longest by name; what Python adds is in the rest."""
+    cuda = ours.opt.device == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with mock.patch.object(ours.step, "_capture", None), profile(activities=activities, acc_events=True) as profiled:
+        total = ours.train(steps)
+    spent = {
+        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) * 1e-6 / steps
+        for event in profiled.key_averages()
+    }
+    longest = dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
+    return {name.removeprefix("aten::"): value for name, value in longest.items()} | {
+        "all others": total / steps - sum(longest.values())
+    }
 
 
 class _Clock:
@@ -292,10 +312,16 @@ def main(argv: list[str] | None = None) -> None:
 
     parts = time_parts(ours, args.steps)
     total = sum(parts.values())
+    operations = time_operations(ours, args.steps)
     parts |= {"sum, with the clocks": total, "a step, without them": own * opt.batch_size}
     print_table(
         ("part of this project's step", "ms", "share"),
         ((name, f"{1e3 * seconds:.3f}", f"{seconds / total:.1%}") for name, seconds in parts.items()),
+    )
+    total = sum(operations.values())
+    print_table(
+        ("operation", "ms per step", "share"),
+        ((name, f"{1e3 * seconds:.3f}", f"{seconds / total:.1%}") for name, seconds in operations.items()),
     )
 
 

@@ -13,7 +13,6 @@ from dataset import Split
 from dataset.loader import Batch, Loader
 from dataset.views import CLIP_NORMALIZATION, crop_resize_flip, normalize
 
-from .loops import EVAL_BATCH_SIZE
 from .meters import EpochLog, Totals
 from .runtime import autocast
 
@@ -199,7 +198,7 @@ def class_embeddings(model: CLIP, tokens: Tensor) -> Tensor:
     Returns:
         (classes, D) float32, of unit norm.
     """
-    text = torch.cat([model.encode_text(part) for part in tokens.flatten(0, 1).split(EVAL_BATCH_SIZE)])
+    text = torch.cat([model.encode_text(part) for part in tokens.flatten(0, 1).split(500)])
     text = F.normalize(text.float(), dim=1).view(*tokens.shape[:2], -1)
     return F.normalize(text.mean(dim=1), dim=1)
 

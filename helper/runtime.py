@@ -119,6 +119,7 @@ def resolve_auto(opt: argparse.Namespace, run: Run) -> None:
             setattr(opt, name, str(run.recorded[name]))
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)
+    torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
     if opt.batch_size < distributed.count():
         raise ValueError(
             f"--batch_size {opt.batch_size} is less than a sample for each of {distributed.count()} processes"

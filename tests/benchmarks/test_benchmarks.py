@@ -67,6 +67,24 @@ def test_ega_loss_prints_a_row_per_batch_size(capsys):
     assert all(float(cell) > 0 for row in rows for cell in row)
 
 
+def test_ega_loss_prints_errors(capsys):
+    ega_loss.main(["--accuracy", "--min_batch", "2", "--max_batch", "32", "--feature_dim", "16"])
+    (rows,) = tables(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["2", "4", "8", "16", "32"]
+    assert all(0 <= float(cell) < 1e-4 for row in rows for cell in row[1:])
+
+
+def test_the_exact_terms_are_the_direct_formulas(monkeypatch):
+    monkeypatch.setattr(ega_loss, "_ROWS", 4)
+    generator = torch.Generator().manual_seed(0)
+    f_s, f_t = (torch.randn(9, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    leaf = f_s.clone().requires_grad_()
+    for weights, (value, gradient) in zip(((1.0, 0.0), (0.0, 1.0)), ega_loss.exact_terms(f_s, f_t), strict=True):
+        loss = direct_ega(leaf, f_t, *weights)
+        torch.testing.assert_close(value, loss.detach())
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss, leaf)[0])
+
+
 def test_ega_loss_leaves_the_direct_formula_out_where_it_does_not_fit(capsys, monkeypatch):
     monkeypatch.setattr(ega_loss, "available_memory", lambda device: 1000)
     ega_loss.main(["--min_batch", "8", "--max_batch", "8", "--feature_dim", "16", "--seconds", "0.01"])
@@ -101,7 +119,7 @@ def test_pipeline_prints_its_tables(capsys, tiny_dataset, tiny_clip):
     pipeline.main([*argv, "--dataset", "tiny"])
     text = capsys.readouterr().out
     assert text.startswith(common.machine())
-    training, bank, parts = tables(text)
+    training, bank, parts, operations = tables(text)
     assert len(training) == 3
     assert [row[:1] + row[2:3] for row in bank] == [
         ["1 view", "90"],
@@ -111,6 +129,8 @@ def test_pipeline_prints_its_tables(capsys, tiny_dataset, tiny_clip):
     ]
     shares = [float(share.rstrip("%")) for _, _, share in parts]
     assert sum(shares[:-2]) == pytest.approx(100, abs=0.5)
+    assert sum(float(share.rstrip("%")) for _, _, share in operations) == pytest.approx(100, abs=1)
+    assert any("conv" in name for name, _, _ in operations)
     names = {name for name, _, _ in parts}
     assert {"views", "teacher: look-up and head", "student: forward", "student: backward", "optimisers"} <= names
 

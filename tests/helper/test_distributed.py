@@ -18,6 +18,7 @@ from torch import Tensor
 
 import dataset
 import train_student
+import train_teacher
 from conftest import make_dataset, snapshot
 from dataset.loader import Loader, deal
 from distiller_zoo import ega_terms
@@ -314,6 +315,27 @@ def test_fewer_samples_than_processes_are_refused(job, tmp_path):
 
 def test_batch_norm_over_all_processes_needs_cuda(job, tmp_path):
     assert set(job(distil, "--distill", "none", "--sync_bn", "--save_dir", str(tmp_path))) == {2}
+
+
+def teach(save_dir: str) -> int:
+    """Run train_teacher.py for a CNN; its exit code."""
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    data = ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "23"]
+    train_teacher.main([*data, "--model", "resnet14", "--epochs", "1", "--save_dir", save_dir])
+    return 0
+
+
+@pytest.mark.parametrize("method", ["abound", "factor", "fsp"])
+def test_a_cnn_and_first_stages_train_over_processes(job, method, tmp_path):
+    """Last batches of one sample included."""
+    assert set(job(teach, str(tmp_path))) == {0}
+    (teacher,) = (tmp_path / "models").glob("*/resnet14_last.pth")
+    argv = ["--distill", method, "--path_t", str(teacher), "--init_epochs", "2", "--epochs", "1", "--batch_size", "23"]
+    assert set(job(distil, *argv, "--learning_rate", "0.001", "--save_dir", str(tmp_path))) == {0}
+    lines = (run_folder(tmp_path) / "init" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["init_train_loss"] for line in lines]
+    assert len(losses) == 2
+    assert all(0 < loss < 100 for loss in losses)
 
 
 def head_epoch() -> dict[str, float]:

@@ -1,0 +1,156 @@
+"""What a step, the bank and a job cost as they grow: ``python -m benchmarks.growth``.
+
+Three tables: a step of EGA at larger batches, the bank at more views, and the same batches on more processes. A bank
+of random embeddings costs what a real one does.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import cores, machine, median_seconds, peak_memory, print_table, three_digits
+from benchmarks.pipeline import Ours, load_images, time_encoding
+from benchmarks.random_clip import SIZES, write_archive
+from dataset import DATASETS, ImageDataset
+from dataset.views import NUM_VIEWS
+from distiller_zoo import EGA
+from helper import distributed
+from helper.bank import EmbeddingBank
+from helper.options import parse_student_options, positive_int
+from helper.runtime import resolve_amp, resolve_compile, resolve_device
+from helper.teacher import load_encoder
+from helper.util import exit_on_bad_input
+from models import model_dict
+
+
+def student_options(args: argparse.Namespace, batch_size: int) -> argparse.Namespace:
+    """train_student.py's options of a step on so many samples."""
+    opt = parse_student_options(["--model_s", args.model_s, "--batch_size", str(batch_size)])
+    opt.device, opt.teacher_views = resolve_device(args.device), 1
+    opt.amp = resolve_amp(args.amp, opt.device)
+    opt.compile = resolve_compile(args.compile, opt.device, 0)
+    return opt
+
+
+def step_row(dataset: ImageDataset, args: argparse.Namespace, batch_size: int) -> list[str]:
+    """Batch, ms of a step, of it EGA's, images per second, MiB at its peak."""
+    opt = student_options(args, batch_size)
+    ours = Ours(dataset, args.dim, opt, warm_up=1)
+    draw = next(ours.loader.draws(1))
+    (seconds,) = median_seconds([lambda: ours.step(draw, 1)], args.seconds, opt.device)
+    f_s, f_t = torch.randn(2, batch_size, opt.feature_dim, device=opt.device)
+    f_s.requires_grad_()
+    loss = EGA()
+    (ega,) = median_seconds([lambda: torch.autograd.grad(loss(f_s, f_t), f_s)], args.seconds / 4, opt.device)
+    memory = peak_memory(lambda: ours.step(draw, 1), opt.device) / 2**20
+    return [
+        f"{batch_size}",
+        three_digits(1e3 * seconds),
+        three_digits(1e3 * ega),
+        f"{batch_size / seconds:.0f}",
+        three_digits(memory),
+    ]
+
+
+def bank_row(dataset: ImageDataset, args: argparse.Namespace, views: int, encoding: float) -> list[str]:
+    """Views, rows, MiB on disk, hours to encode, ms of looking 64 samples up; a dash where it is not tried."""
+    num_train, num_test = len(dataset.train), len(dataset.test)
+    rows = num_test + views * num_train
+    size = 2 * args.dim * rows / 2**20
+    lookup = "-"
+    if size < args.max_bank:
+        device = torch.device(resolve_device(args.device))
+        bank = EmbeddingBank(
+            torch.zeros(rows, args.dim, dtype=torch.float16, device=device).fill_(1), num_train, num_test, views, device
+        )
+        index = torch.randint(num_train, (64,), device=device)
+        view = torch.full_like(index, NUM_VIEWS // 2 - 1)
+        (seconds,) = median_seconds([lambda: bank("train", index, view)], 0.5, device.type)
+        lookup = three_digits(1e3 * seconds)
+    return [f"{views}", f"{rows}", f"{size:.0f}", f"{rows * encoding / 3600:.2f}", lookup]
+
+
+def time_job(args: argparse.Namespace, batch_size: int, processes: int) -> float:
+    """Images per second of a batch spread over so many processes, which share the cores."""
+    threads = max(1, cores() // processes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    options = {
+        name: getattr(args, name) for name in ("model_s", "dim", "dataset", "data_dir", "device", "amp", "steps")
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command += ["-m", "benchmarks.growth", "--worker", str(batch_size), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return json.loads(said.splitlines()[-1])["images_per_second"]
+
+
+def work(args: argparse.Namespace) -> None:
+    """One process of such a job."""
+    with distributed.processes():
+        dataset, _ = load_images(args.dataset, args.data_dir)
+        ours = Ours(dataset, args.dim, student_options(args, args.worker))
+        print(json.dumps({"images_per_second": args.steps * args.worker / ours.train(args.steps)}))
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    numbers = {"type": positive_int, "nargs": "*"}
+    parser.add_argument("--batches", default=[64, 128, 256, 512, 1024, 2048, 4096], help="sizes of a step", **numbers)
+    parser.add_argument("--views", default=[1, 4, 16, 64, NUM_VIEWS], help="of the bank", **numbers)
+    parser.add_argument("--processes", default=[1, 2, 4], help="of a job", **numbers)
+    parser.add_argument("--job_batches", default=[64, 256], help="sizes of a job's step, of all processes", **numbers)
+    parser.add_argument("--seconds", type=float, default=5, help="time to spend on each batch size")
+    parser.add_argument("--steps", type=positive_int, default=60, help="steps of each job")
+    parser.add_argument("--chunks", type=positive_int, default=3, help="chunks of the bank to encode")
+    parser.add_argument("--max_bank", type=float, default=4096, help="MiB of the largest bank that is looked up in")
+    parser.add_argument("--size", choices=tuple(SIZES), default="ViT-B/32", help="of the teacher, with random weights")
+    parser.add_argument("--dim", type=positive_int, default=512, help="of its embeddings")
+    parser.add_argument("--model_s", choices=tuple(model_dict), default="resnet8x4", help="student's backbone")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
+    parser.add_argument("--data_dir", default="./data", help="where it is; without it, random images serve")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="autocast")
+    parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch.compile the student")
+    parser.add_argument("--worker", type=positive_int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_options(argv)
+    if args.worker is not None:
+        work(args)
+        return
+    with exit_on_bad_input("benchmarks.growth"), tempfile.TemporaryDirectory() as folder:
+        opt = student_options(args, 64)
+        dataset, data_name = load_images(args.dataset, args.data_dir)
+        print(f"{machine(opt.device)}\n", flush=True)
+        print(f"EGA from a bank of 1 view to {args.model_s}, {data_name}, amp {opt.amp}, compile {opt.compile}\n")
+        header = ("batch", "ms per step", "of it EGA", "images/s", "peak MiB")
+        print_table(header, (step_row(dataset, args, batch) for batch in args.batches))
+
+        path = Path(folder) / "random.pt"
+        write_archive(path, SIZES[args.size])
+        encoder = load_encoder(str(path), folder, opt.device, opt.amp)
+        encoding = time_encoding(dataset, encoder, args.chunks, torch.device(opt.device))
+        print(f"{args.size}: {1e3 * encoding:.2f} ms to encode an image\n")
+        header = ("views", "rows", "MiB", "hours to encode", "look-up of 64, ms")
+        print_table(header, (bank_row(dataset, args, views, encoding) for views in args.views))
+
+    def job_row(processes: int) -> list[str]:
+        rates = [time_job(args, batch, processes) for batch in args.job_batches]
+        return [f"{processes}", f"{max(1, cores() // processes)}", *(f"{rate:.0f}" for rate in rates)]
+
+    header = ("processes", "threads each", *(f"images/s, batch {batch}" for batch in args.job_batches))
+    print_table(header, map(job_row, args.processes))
+
+
+if __name__ == "__main__":
+    main()
