@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchvision.datasets import CIFAR100
 
-from benchmarks.common import cores, machine, now, print_table
+from benchmarks.common import cores, machine, now, print_table, three_digits
 from benchmarks.random_clip import SIZES, write_archive
 from benchmarks.release_recipe import release_loader, release_steps
 from dataset import DATASETS, ImageDataset, Split, load_dataset
@@ -28,9 +28,9 @@ from dataset.views import NUM_VIEWS, view_order
 from distiller_zoo import EGA, METHODS
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
-from helper.loops import Distillation, Objective, Step, sgd, train_epoch
+from helper.loops import EVAL_BATCH_SIZE, Distillation, Objective, Step, sgd, train_epoch, validate
 from helper.options import parse_student_options, positive_int
-from helper.runtime import autocast, resolve_amp, resolve_compile, resolve_device, step_capture
+from helper.runtime import autocast, keep_freed_memory, resolve_amp, resolve_compile, resolve_device, step_capture
 from helper.teacher import ClipTeacher, load_encoder
 from helper.util import exit_on_bad_input
 from models import create_student, model_dict
@@ -93,6 +93,7 @@ class Ours:
     def __init__(self, dataset: ImageDataset, dim: int, opt, warm_up: int = _WARM_UP_OURS):
         self.dataset, self.opt = dataset, opt
         self.device = torch.device(opt.device)
+        keep_freed_memory()
         torch.manual_seed(opt.seed)
         rows = torch.randn(len(dataset.test) + opt.teacher_views * len(dataset.train), dim).half().to(self.device)
         bank = EmbeddingBank(rows, len(dataset.train), len(dataset.test), opt.teacher_views, self.device)
@@ -135,6 +136,15 @@ class Ours:
             start = now(self.opt.device)
             train_epoch(1, self.step, epochs=1, print_freq=self.opt.print_freq)
             return now(self.opt.device) - start
+
+    def time_test_pass(self) -> float:
+        """Seconds of a test pass of the student and the teacher."""
+        opt = self.opt
+        loader = Loader(self.dataset.test, "test", EVAL_BATCH_SIZE[opt.device], self.device)
+        validate(loader, self.student, self.teacher, opt)
+        start = now(opt.device)
+        validate(loader, self.student, self.teacher, opt)
+        return now(opt.device) - start
 
     def time_bare_student(self, steps: int) -> float:
         """Seconds of the forward and backward pass of the student alone, in the same mode, always on one batch."""
@@ -301,6 +311,11 @@ def main(argv: list[str] | None = None) -> None:
         ((name, f"{1 / seconds:.1f}", f"{1e3 * seconds:.3f}", f"{release / seconds:.1f}") for name, seconds in rows),
     )
 
+    training, testing = own * len(dataset.train), ours.time_test_pass()
+    print_table(
+        ("this project's epoch", "training, s", "test pass, s", f"{opt.epochs} epochs, hours"),
+        [("", f"{training:.2f}", f"{testing:.2f}", three_digits(opt.epochs * (training + testing) / 3600))],
+    )
     encoding = time_encoding(dataset, encoder, args.chunks, torch.device(opt.device))
     print_table(
         ("building the bank", "ms per image", "images to encode", "minutes", "paid back after epochs"),

@@ -74,7 +74,7 @@ class Objective:
                 logit_s, logit_t = (self._feed(name, out_s, out_t, batch) for name in ("logit_s", "logit_t"))
                 terms["kd"] = self.alpha * kd_loss(logit_s, logit_t, self.kd_T)
         # Of no samples: zero, yet not without a gradient, which DDP waits for.
-        loss = sum(terms.values()) if terms else out_s.features[-1].sum()
+        loss = batch.weight * sum(terms.values()) if terms else out_s.features[-1].sum()
         if self.feeds and self.beta and out_t is not None and (self.relational or terms):
             fed = [self._feed(name, out_s, out_t, batch) for name in self.feeds]
             # A loss that takes the shares itself knows a cheaper way than to gather.
@@ -87,10 +87,8 @@ class Objective:
             value = sum(parts.values()) if parts else self.criterion(*fed)
             value = sum(value) if isinstance(value, (list, tuple)) else value
             terms["distill"] = value if parts else beta * value
-            if self.relational:
-                return batch.weight * loss + terms["distill"], {**terms, **parts}
-            loss = loss + terms["distill"]
-        return batch.weight * loss, {**terms, **parts}
+            loss = loss + (1 if self.relational else batch.weight) * terms["distill"]
+        return loss, {**terms, **parts}
 
     def _feed(self, name: str, out_s: Outputs, out_t: Outputs, batch: Batch) -> Tensor | list[Tensor]:
         """What a method's row calls by this name, in float32; the teacher's without a gradient."""

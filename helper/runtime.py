@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,22 @@ COMPILE_PAYS_AFTER_STEPS = 2000
 AUTO_VIEWS = {"cuda": "16", "cpu": "1"}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# glibc's names of mallopt's parameters (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory that a step frees for the next one.
+
+    glibc gives large blocks back to the system, which hands them out again page by page, filled with zeros: from 512
+    samples in a step on, that takes a third of the time (docs/performance.md).
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def resolve_device(device: str) -> str:
@@ -120,6 +137,8 @@ def resolve_auto(opt: argparse.Namespace, run: Run) -> None:
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)
     torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
+    if opt.device == "cpu":
+        keep_freed_memory()
     if opt.batch_size < distributed.count():
         raise ValueError(
             f"--batch_size {opt.batch_size} is less than a sample for each of {distributed.count()} processes"

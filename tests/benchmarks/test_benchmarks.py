@@ -119,7 +119,10 @@ def test_pipeline_prints_its_tables(capsys, tiny_dataset, tiny_clip):
     pipeline.main([*argv, "--dataset", "tiny"])
     text = capsys.readouterr().out
     assert text.startswith(common.machine())
-    training, bank, parts, operations = tables(text)
+    training, ((_, train, test, hours),), bank, parts, operations = tables(text)
+    assert float(train) > 0
+    assert float(test) > 0
+    assert float(hours) == pytest.approx(240 * (float(train) + float(test)) / 3600, rel=0.1)
     assert len(training) == 3
     assert [row[:1] + row[2:3] for row in bank] == [
         ["1 view", "90"],

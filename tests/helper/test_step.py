@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import make_dataset
+from dataset.loader import Loader
 from distiller_zoo import METHODS
 from helper.loops import train_epoch
-from training import WITH_EITHER, make_training
+from helper.teacher import ClipTeacher
+from models.heads import TeacNet
+from training import CPU, WITH_EITHER, make_training
 
 # What makes the host wait for a GPU, or copies what the host has just made to it: neither can be captured.
 WAITING = {
@@ -49,6 +53,28 @@ def test_the_watch_notices():
         torch.tensor([1.0])
         x.sum().item()
     assert watch.seen == {"a mask", "lift_fresh", "_local_scalar_dense"}
+
+
+def test_a_bank_that_stays_on_the_host_is_asked_by_numbers_that_are_there():
+    asked = []
+
+    class HostBank:
+        lookup_device = torch.device("meta")  # any other than the batch's
+
+        def __call__(self, split, index, view):
+            asked.append((index, view))
+            return torch.zeros(len(index), 12)
+
+    loader = Loader(make_dataset().train, "train", 16, CPU, training=True, teacher_views=3)
+    teacher = ClipTeacher(HostBank(), TeacNet(12, 8, 5))
+    for draw in loader.draws(1):
+        batch = loader.batch(draw)
+        teacher("train", batch)
+        index, view = asked.pop()
+        assert index is batch.host[0]
+        assert view is batch.host[1]
+        assert torch.equal(index, batch.index)
+        assert torch.equal(view, batch.teacher_view)
 
 
 class Recorder:
