@@ -7,6 +7,7 @@ of random embeddings costs what a real one does.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,24 +39,26 @@ def student_options(args: argparse.Namespace, batch_size: int) -> argparse.Names
     return opt
 
 
-def step_row(dataset: ImageDataset, args: argparse.Namespace, batch_size: int) -> list[str]:
-    """Batch, ms of a step, of it EGA's, images per second, MiB at its peak."""
-    opt = student_options(args, batch_size)
+def measure_step(dataset: ImageDataset, args: argparse.Namespace) -> list[float]:
+    """Of a step on ``args.worker`` samples: seconds, EGA's of them, images per second, MiB of tensors at its peak."""
+    opt = student_options(args, args.worker)
     ours = Ours(dataset, args.dim, opt, warm_up=1)
     draw = next(ours.loader.draws(1))
     (seconds,) = median_seconds([lambda: ours.step(draw, 1)], args.seconds, opt.device)
-    f_s, f_t = torch.randn(2, batch_size, opt.feature_dim, device=opt.device)
+    f_s, f_t = torch.randn(2, args.worker, opt.feature_dim, device=opt.device)
     f_s.requires_grad_()
     loss = EGA()
     (ega,) = median_seconds([lambda: torch.autograd.grad(loss(f_s, f_t), f_s)], args.seconds / 4, opt.device)
-    memory = peak_memory(lambda: ours.step(draw, 1), opt.device) / 2**20
-    return [
-        f"{batch_size}",
-        three_digits(1e3 * seconds),
-        three_digits(1e3 * ega),
-        f"{batch_size / seconds:.0f}",
-        three_digits(memory),
-    ]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the profiler's own
+    peak = peak_memory(lambda: ours.step(draw, 1), opt.device) / 2**20
+    return [seconds, ega, args.worker / seconds, peak, resident]
+
+
+def step_row(args: argparse.Namespace, batch_size: int) -> list[str]:
+    """Batch, ms of a step, of it EGA's, images per second, MiB at its peak."""
+    seconds, ega, rate, peak, resident = start(args, batch_size, "step")
+    times = [three_digits(1e3 * value) for value in (seconds, ega)]
+    return [f"{batch_size}", *times, f"{rate:.0f}", three_digits(peak), three_digits(resident)]
 
 
 def bank_row(dataset: ImageDataset, args: argparse.Namespace, views: int, encoding: float) -> list[str]:
@@ -76,33 +79,33 @@ def bank_row(dataset: ImageDataset, args: argparse.Namespace, views: int, encodi
     return [f"{views}", f"{rows}", f"{size:.0f}", f"{rows * encoding / 3600:.2f}", lookup]
 
 
-def time_job(args: argparse.Namespace, batch_size: int, processes: int) -> float:
-    """Images per second of a batch spread over so many processes, which share the cores."""
-    threads = max(1, cores() // processes)
+def start(args: argparse.Namespace, batch_size: int, what: str, processes: int = 1) -> list[float]:
+    """Measure in so many fresh processes, which share the cores: what has run before leaves its memory behind."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    options = {
-        name: getattr(args, name) for name in ("model_s", "dim", "dataset", "data_dir", "device", "amp", "steps")
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command += ["-m", "benchmarks.growth", "--worker", str(batch_size), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    names = ("model_s", "dim", "dataset", "data_dir", "device", "amp", "compile", "steps", "seconds")
+    words = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    command += ["-m", "benchmarks.growth", "--worker", str(batch_size), "--measure", what, *words]
+    threads = str(max(1, cores() // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
-    return json.loads(said.splitlines()[-1])["images_per_second"]
+    return json.loads(said.splitlines()[-1])
 
 
 def work(args: argparse.Namespace) -> None:
-    """One process of such a job."""
-    with distributed.processes():
-        dataset, _ = load_images(args.dataset, args.data_dir)
-        ours = Ours(dataset, args.dim, student_options(args, args.worker))
-        print(json.dumps({"images_per_second": args.steps * args.worker / ours.train(args.steps)}))
+    """What such a process does."""
+    dataset, _ = load_images(args.dataset, args.data_dir)
+    if args.measure == "step":
+        print(json.dumps(measure_step(dataset, args)))
+    else:
+        seconds = Ours(dataset, args.dim, student_options(args, args.worker)).train(args.steps)
+        print(json.dumps([args.steps * args.worker / seconds]))
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    numbers = {"type": positive_int, "nargs": "*"}
+    numbers = {"type": positive_int, "nargs": "+"}
     parser.add_argument("--batches", default=[64, 128, 256, 512, 1024, 2048, 4096], help="sizes of a step", **numbers)
     parser.add_argument("--views", default=[1, 4, 16, 64, NUM_VIEWS], help="of the bank", **numbers)
     parser.add_argument("--processes", default=[1, 2, 4], help="of a job", **numbers)
@@ -112,6 +115,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=positive_int, default=3, help="chunks of the bank to encode")
     parser.add_argument("--max_bank", type=float, default=4096, help="MiB of the largest bank that is looked up in")
     parser.add_argument("--size", choices=tuple(SIZES), default="ViT-B/32", help="of the teacher, with random weights")
+    parser.add_argument("--clip_mode", metavar="PATH", help="a CLIP's checkpoint to use instead")
     parser.add_argument("--dim", type=positive_int, default=512, help="of its embeddings")
     parser.add_argument("--model_s", choices=tuple(model_dict), default="resnet8x4", help="student's backbone")
     parser.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
@@ -120,32 +124,36 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="autocast")
     parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch.compile the student")
     parser.add_argument("--worker", type=positive_int, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("step", "job"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv)
     if args.worker is not None:
-        work(args)
+        with distributed.processes():
+            work(args)
         return
     with exit_on_bad_input("benchmarks.growth"), tempfile.TemporaryDirectory() as folder:
         opt = student_options(args, 64)
         dataset, data_name = load_images(args.dataset, args.data_dir)
         print(f"{machine(opt.device)}\n", flush=True)
         print(f"EGA from a bank of 1 view to {args.model_s}, {data_name}, amp {opt.amp}, compile {opt.compile}\n")
-        header = ("batch", "ms per step", "of it EGA", "images/s", "peak MiB")
-        print_table(header, (step_row(dataset, args, batch) for batch in args.batches))
+        header = ("batch", "ms per step", "of it EGA", "images/s", "tensors, peak MiB", "process, peak MiB")
+        print_table(header, (step_row(args, batch) for batch in args.batches))
 
-        path = Path(folder) / "random.pt"
-        write_archive(path, SIZES[args.size])
-        encoder = load_encoder(str(path), folder, opt.device, opt.amp)
+        clip_mode = args.clip_mode
+        if clip_mode is None:
+            clip_mode = str(Path(folder) / "random.pt")
+            write_archive(Path(clip_mode), SIZES[args.size])
+        encoder = load_encoder(clip_mode, folder, opt.device, opt.amp)
         encoding = time_encoding(dataset, encoder, args.chunks, torch.device(opt.device))
-        print(f"{args.size}: {1e3 * encoding:.2f} ms to encode an image\n")
+        print(f"{args.size if args.clip_mode is None else encoder.name}: {1e3 * encoding:.2f} ms to encode an image\n")
         header = ("views", "rows", "MiB", "hours to encode", "look-up of 64, ms")
         print_table(header, (bank_row(dataset, args, views, encoding) for views in args.views))
 
     def job_row(processes: int) -> list[str]:
-        rates = [time_job(args, batch, processes) for batch in args.job_batches]
+        rates = [start(args, batch, "job", processes)[0] for batch in args.job_batches]
         return [f"{processes}", f"{max(1, cores() // processes)}", *(f"{rate:.0f}" for rate in rates)]
 
     header = ("processes", "threads each", *(f"images/s, batch {batch}" for batch in args.job_batches))

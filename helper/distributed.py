@@ -8,7 +8,7 @@ once, and the gradients that it sends to a process's own samples count as often 
 import contextlib
 import datetime
 import os
-import sys
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -33,8 +33,10 @@ def processes() -> Iterator[None]:
         if rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
-    # Only where all went well: after an error the others may not be there to agree.
-    sys.stdout.flush()
+    # Only where all went well: after an error the others may not be there to agree. gloo's threads need the interpreter
+    # to let go of the last tensors, and destroying the group holds it while it waits for them: let them be done first.
+    dist.barrier()
+    time.sleep(0.2)
     dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from .bank import EmbeddingBank
 from .run import Run
 
 # torch.compile takes some 45 s for resnet8x4 on two cores; with AMX that many steps earn it back. Without AMX the
-# convolutions are all that counts, and a compiled step is no faster (docs/results.md).
+# convolutions are all that counts, and a compiled step is no faster (docs/performance.md).
 COMPILE_PAYS_AFTER_STEPS = 2000
 
 # Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.

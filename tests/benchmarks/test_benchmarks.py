@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import common, ega_loss, pipeline
+from benchmarks import common, ega_loss, growth, pipeline
 from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
 from dataset.views import CLIP_NORMALIZATION, crop_flip, crop_resize_flip, normalize
 from distiller_zoo import EGA
@@ -136,6 +136,29 @@ def test_pipeline_prints_its_tables(capsys, tiny_dataset, tiny_clip):
     assert any("conv" in name for name, _, _ in operations)
     names = {name for name, _, _ in parts}
     assert {"views", "teacher: look-up and head", "student: forward", "student: backward", "optimisers"} <= names
+
+
+def test_growth_prints_its_tables(capsys, tiny_clip, tmp_path):
+    options = {
+        "--clip_mode": tiny_clip,
+        "--model_s": "resnet8",
+        "--dim": 16,
+        "--seconds": 0.01,
+        "--chunks": 1,
+        "--device": "cpu",
+        "--data_dir": tmp_path,  # where there is nothing
+        "--max_bank": 2,
+        "--steps": 1,
+    }
+    argv = [str(word) for pair in options.items() for word in pair]
+    growth.main([*argv, "--batches", "4", "--views", "1", "162", "--processes", "2", "--job_batches", "4"])
+    ((step,), banks, (job,)) = tables(capsys.readouterr().out)
+    assert step[0] == "4"
+    assert all(float(cell) > 0 for cell in step)
+    assert [row[:2] for row in banks] == [["1", "60000"], ["162", "8110000"]]
+    assert [row[-1] == "-" for row in banks] == [False, True]
+    assert job[:2] == ["2", "1"]
+    assert float(job[2]) > 0
 
 
 def test_pipeline_goes_without_the_data(tmp_path):

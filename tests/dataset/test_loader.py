@@ -199,3 +199,24 @@ def test_a_holdout_takes_the_same_fraction_of_every_class():
 def test_a_holdout_that_empties_a_class_or_itself_is_refused(fraction):
     with pytest.raises(ValueError, match="class 0"):
         holdout_rows(torch.arange(30) % 3, fraction)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("training", [True, False])
+def test_processes_share_each_batch_that_one_would_see(split, processes, training):
+    """150 rows in batches of 37, the last one of 2."""
+    options = {"training": training, "seed": 1, "teacher_views": 3}
+    whole = list(Loader(split, "train", 37, CPU, **options).epoch(2))
+    place = [{"rank": rank, "processes": processes} for rank in range(processes)]
+    loaders = [Loader(split, "train", 37, CPU, **options, **where) for where in place]
+    assert {(len(loader), loader.num_samples) for loader in loaders} == {(5, 150)}
+    for batch, *parts in zip(whole, *(loader.epoch(2) for loader in loaders), strict=True):
+        columns = zip(*(part[:4] for part in parts), strict=True)
+        assert all(torch.equal(torch.cat(column), x) for column, x in zip(columns, batch[:4], strict=True))
+        sizes = tuple(len(part.target) for part in parts)
+        assert max(sizes) - min(sizes) <= 1
+        assert sorted(sizes, reverse=True) == list(sizes)
+        assert {part.shares for part in parts} == {None if processes == 1 else sizes}
+        # A mean over processes of weighted means over shares is the mean over the batch.
+        mean = sum(part.weight * part.index.double().mean() for part in parts if len(part.target)) / processes
+        assert mean.item() == pytest.approx(batch.index.double().mean().item())
