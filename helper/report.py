@@ -1,6 +1,7 @@
 """A table of finished runs of train_student.py: ``python -m helper.report SAVE/student_model/NAME ...``."""
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,26 @@ from distiller_zoo import METHODS
 from .options import Parser
 from .run import best_record
 from .util import exit_on_bad_input
+
+# Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's are means of five runs' last epochs (Tian et al.,
+# ICLR 2020), the paper's the best epochs of one run each (Ma et al., BMVC 2022), "about" where read off its curves.
+_REPDISTILLER = {
+    ("resnet32x4", "resnet8x4"): {
+        "none": 72.50, "kd": 73.33, "hint": 73.50, "attention": 73.44, "similarity": 72.94, "correlation": 72.97,
+        "vid": 73.09, "rkd": 71.90, "pkt": 73.64, "abound": 73.17, "factor": 72.86, "fsp": 72.62, "nst": 73.30,
+        "crd": 75.51,
+    },
+}  # fmt: skip
+_REPDISTILLER_TEACHERS = {"resnet32x4": 79.42}
+_PAPER_METHODS = ("kd", "hint", "pkt", "rkd", "nce", "irg", "crd", "ccl", "ega")
+_PAPER = {
+    ("vit32", "resnet8x4"): (71.55, 73.93, 73.86, 73.34, 74.30, 75.11, 75.73, 75.91, 76.65),
+    ("vit16", "resnet8x4"): (71.99, 74.13, 73.55, 73.42, 74.41, 74.72, 75.68, 76.13, 76.30),
+    ("rn101", "resnet8x4"): (64.77, 74.14, 72.21, 73.70, 73.69, 74.17, 75.13, 75.08, 75.41),
+    ("vit32", "ShuffleV1"): (72.90, None, 75.31, 73.93, 73.99, 74.79, 75.54, 76.14, 76.24),
+    ("vit32", "vgg13"): (75.20, 75.56, 75.55, 76.41, 76.42, 75.98, 76.83, 77.68, 77.59),
+}
+_PAPER_CURVES = {"alone": "about 72.1", "edge": "about 75.0", "node": "about 74.6"}  # ViT-B/32, resnet8x4
 
 # Options that say nothing about how two runs of one method differ.
 _SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "device", "teacher_acc"}
@@ -62,8 +83,12 @@ def _title(method: str) -> str:
     return METHODS[method].citation.split(":")[0] if method in METHODS else method
 
 
-def run_labels(runs: list[StoredRun]) -> list[str]:
-    """A short name for each run: its method, and where methods are equal, the options that differ."""
+def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[str]:
+    """A short name for each run: its method, and where methods are equal, the options that differ.
+
+    Args:
+        leave_out: options that are not told.
+    """
     labels = []
     for run in runs:
         method = run.options["distill"]
@@ -71,7 +96,9 @@ def run_labels(runs: list[StoredRun]) -> list[str]:
         names = [
             name
             for name in run.options
-            if name not in _SAME and len({json.dumps(options.get(name)) for options in equals}) > 1
+            if name not in _SAME
+            and name not in leave_out
+            and len({json.dumps(options.get(name)) for options in equals}) > 1
         ]
         # A teacher's name and its path say the same.
         names = [name for name in names if name != "clip_mode" or "model_t" not in names]
@@ -82,32 +109,102 @@ def run_labels(runs: list[StoredRun]) -> list[str]:
     ]
 
 
+# What tells runs apart of which a mean is taken.
+_REPEATS = ("seed", "trial")
+
+
+def repeats(runs: list[StoredRun]) -> list[list[StoredRun]]:
+    """The runs, in order, those together that differ in seed and trial alone, each seed once."""
+    groups: dict[str, dict[int, StoredRun]] = {}
+    for run in runs:
+        options = {name: value for name, value in run.options.items() if name not in _SAME | set(_REPEATS)}
+        groups.setdefault(json.dumps(options, sort_keys=True), {})[run.options.get("seed")] = run
+    return [list(group.values()) for group in groups.values()]
+
+
+def _mean(values: list[float]) -> str:
+    """The mean, with the sample standard deviation and the number of values where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def published(options: dict) -> str:
+    """What a paper reports for such a run's accuracy, and in which epoch; empty where none does."""
+    method, pair = options["distill"], (options["model_t"], options["model_s"])
+    if options.get("dataset") != "cifar100":
+        return ""
+    if not options.get("clip_tn", 1):
+        if method == "none":  # a student alone has no teacher to look it up by
+            found = {table["none"] for (_, student), table in _REPDISTILLER.items() if student == pair[1]}
+            value = found.pop() if len(found) == 1 else None
+        else:
+            value = _REPDISTILLER.get(pair, {}).get(method)
+        return "" if value is None else f"{value:.2f} (last)"
+    if pair[1] == "resnet8x4" and method == "none":
+        return f"{_PAPER_CURVES['alone']} (best)"
+    if pair == ("vit32", "resnet8x4") and method == "ega" and not (options["node_weight"] and options["edge_weight"]):
+        return f"{_PAPER_CURVES['node' if options['node_weight'] else 'edge']} (best)"
+    value = dict(zip(_PAPER_METHODS, _PAPER.get(pair, ()), strict=False)).get(method)
+    return "" if value is None else f"{value:.2f} (best)"
+
+
 def table(runs: list[StoredRun]) -> str:
     """Markdown: test accuracy (top-1, %) in the best and the last epoch, of the last run's teacher and of each run.
 
-    Which epoch is best is decided as in training: on the test set, or on the rows that were held out.
+    Of runs that differ in their seed alone, the mean and the standard deviation; beside them what papers report, where
+    they do. Which epoch is best is decided as in training: on the test set, or on the rows that were held out.
     """
-    rows = [("", "best", "last")]
+    rows = [("", "best", "last", "published")]
     for run in reversed(runs):
         accuracies = run.curve("teacher_acc")[1]
         if accuracies:
-            rows.append((f"teacher: {run.options['model_t']}", f"{max(accuracies):.2f}", f"{accuracies[-1]:.2f}"))
+            known = _REPDISTILLER_TEACHERS.get(run.options["model_t"]) if not run.options.get("clip_tn", 1) else None
+            known = "" if known is None else f"{known:.2f} (last)"
+            name = f"teacher: {run.options['model_t']}"
+            rows.append((name, f"{max(accuracies):.2f}", f"{accuracies[-1]:.2f}", known))
             break
-    for run, label in zip(runs, run_labels(runs), strict=True):
-        best, last = best_record(run.history)["test_acc"], run.curve("test_acc")[1][-1]
-        rows.append((f"{run.options['model_s']}: {label}", f"{best:.2f}", f"{last:.2f}"))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"| {name:{width}} | {best:>6} | {last:>6} |" for name, best, last in rows]
-    return "\n".join([lines[0], f"|{'-' * (width + 2)}|-------:|-------:|", *lines[1:]])
+    groups = repeats(runs)
+    for group, label in zip(groups, run_labels([group[0] for group in groups], _REPEATS), strict=True):
+        best = _mean([best_record(run.history)["test_acc"] for run in group])
+        last = _mean([run.curve("test_acc")[1][-1] for run in group])
+        options = group[0].options
+        rows.append((f"{options['model_s']}: {label}", best, last, published(options)))
+    if not any(row[-1] for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
+    widths = [max(6, *map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = widths
+    lines = [
+        f"| {row[0]:{first}} | " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], others, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = f"|{'-' * (first + 2)}|" + "|".join("-" * (width + 1) + ":" for width in others) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def choose(option: str, runs: list[StoredRun]) -> object:
+    """An option's value in the run that is best on the rows that were held out.
+
+    Raises:
+        ValueError: a run held none out, or has no such option.
+    """
+    for run in runs:
+        if option not in run.options:
+            raise ValueError(f"--choose {option}: {run.folder} has no such option")
+        if "val_acc" not in (best_record(run.history) or {}):
+            raise ValueError(f"{run.folder} held nothing out: choose among runs with --holdout, not on the test set")
+    return max(runs, key=lambda run: best_record(run.history)["val_acc"]).options[option]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Print a table of runs.")
     parser.prog = "helper.report"
+    parser.add_argument("--choose", metavar="OPTION", help="print this option's value in the run best on its hold-out")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run: SAVE/student_model/NAME")
     args = parser.parse_args(argv)
     with exit_on_bad_input(parser.prog):
-        print(table([read_run(folder) for folder in args.runs]))
+        runs = [read_run(folder) for folder in args.runs]
+        print(table(runs) if args.choose is None else choose(args.choose, runs))
 
 
 if __name__ == "__main__":

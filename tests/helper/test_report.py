@@ -1,6 +1,8 @@
 """The table of runs."""
 
-from helper.report import StoredRun, run_labels, table
+import pytest
+
+from helper.report import StoredRun, choose, published, run_labels, table
 
 
 def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
@@ -36,3 +38,56 @@ def test_table_gives_the_teacher_and_each_run(tmp_path):
         ["resnet8: student alone", "30.00", "20.00"],
         ["resnet8: EGA", "40.00", "30.00"],
     ]
+
+
+CNN = {"clip_tn": 0, "model_t": "resnet32x4", "model_s": "resnet8x4", "dataset": "cifar100"}
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if not line.startswith("|-")]
+
+
+def test_seeds_are_averaged_and_stand_beside_what_is_published(tmp_path):
+    def run(distill, seed, last, **options):
+        records = [{"epoch": 1, "test_acc": 75.0, "teacher_acc": 79.0}, {"epoch": 2, "test_acc": last}]
+        return StoredRun(tmp_path, CNN | {"distill": distill, "seed": seed, "trial": str(seed)} | options, records)
+
+    runs = [run("kd", 0, 73.0), run("crd", 2, 74.0), run("kd", 1, 74.0), run("kd", 2, 72.0), run("kd", 0, 71, alpha=1)]
+    assert cells(table(runs)) == [
+        ["", "best", "last", "published"],
+        ["teacher: resnet32x4", "79.00", "79.00", "79.42 (last)"],
+        ["resnet8x4: KD", "75.00 ± 0.00 (3)", "73.00 ± 1.00 (3)", "73.33 (last)"],
+        ["resnet8x4: CRD", "75.00", "74.00", "75.51 (last)"],
+        ["resnet8x4: KD, alpha 1", "75.00", "71.00", "73.33 (last)"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"distill": "none", "model_t": "none"}, "72.50 (last)"),
+        ({"distill": "ega"}, ""),
+        ({"distill": "kd", "model_s": "vgg8"}, ""),
+        ({"distill": "kd", "dataset": "shapes"}, ""),
+        ({"clip_tn": 1, "model_t": "vit32", "distill": "ccl"}, "75.91 (best)"),
+        ({"clip_tn": 1, "model_t": "vit32", "distill": "ega", "node_weight": 0.8, "edge_weight": 0.24}, "76.65 (best)"),
+        ({"clip_tn": 1, "model_t": "vit32", "distill": "ega", "node_weight": 0, "edge_weight": 1}, "about 75.0 (best)"),
+        ({"clip_tn": 1, "model_t": "vit32", "distill": "ega", "node_weight": 1, "edge_weight": 0}, "about 74.6 (best)"),
+        ({"clip_tn": 1, "model_t": "none", "distill": "none"}, "about 72.1 (best)"),
+        ({"clip_tn": 1, "model_t": "vit32", "model_s": "ShuffleV1", "distill": "hint"}, ""),
+        ({"clip_tn": 1, "model_t": "clip", "distill": "kd"}, ""),
+    ],
+)
+def test_what_is_published(options, expected):
+    assert published(CNN | options) == expected
+
+
+def test_the_hold_out_chooses(tmp_path):
+    def run(beta, val, test=50.0):
+        return StoredRun(tmp_path, {"beta": beta}, [{"epoch": 1, "test_acc": test, "val_acc": val}])
+
+    assert choose("beta", [run(0.5, 40.0), run(1, 42.0, test=10.0), run(2, 41.0, test=90.0)]) == 1
+    with pytest.raises(ValueError, match="no such option"):
+        choose("gamma", [run(1, 1.0)])
+    with pytest.raises(ValueError, match="held nothing out"):
+        choose("beta", [StoredRun(tmp_path, {"beta": 1}, [{"epoch": 1, "test_acc": 1.0}])])
