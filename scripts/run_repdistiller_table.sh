@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# RepDistiller's column resnet32x4 -> resnet8x4 on CIFAR-100: the teacher, the student alone, its methods, and EGA with
+# weights that a hold-out set chooses. Runs what is missing, goes on with what was cut off, skips what is done; then
+# prints the table beside the published numbers. About 31 runs of 240 epochs with three seeds.
+# Anything after the script's name goes to every run, for trials: bash scripts/run_repdistiller_table.sh --epochs 2
+set -euo pipefail
+
+model_t=resnet32x4
+model_s=resnet8x4
+methods='kd crd ega pkt rkd hint attention similarity'
+seeds='0 1 2'            # the first is run for every method before the next begins
+ega_weights='0.25 0.5 1 2 4'    # of EGA (-b), compared on a tenth of the training set with seed 0
+select_epochs=60         # of each of those runs, the schedule a quarter of the whole one's
+select_decay=38,45,53
+trial=1
+save_dir=./save
+
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+train() { "$PYTHON" train_student.py --model_s "$model_s" --trial "$trial" --save_dir "$save_dir" "$@"; }
+
+"$PYTHON" train_teacher.py --model "$model_t" --save_dir "$save_dir" "$@"
+path_t=$(ls -t "$save_dir"/models/"$model_t"_cifar100_*/"$model_t"_last.pth | head -1)
+
+b=
+choose_ega_weight() {
+    [[ -n $b ]] && return
+    for weight in $ega_weights; do
+        train --distill ega --path_t "$path_t" -b "$weight" --holdout 0.1 --trial select \
+            --epochs "$select_epochs" --lr_decay_epochs "$select_decay" "$@"
+    done
+    b=$("$PYTHON" -m helper.report --choose beta \
+        "$save_dir"/student_model/S"$model_s"_T"$model_t"_*_ega_*_trialselect)
+    echo "EGA's weight, chosen on the hold-out set: $b"
+}
+
+for seed in $seeds; do
+    train --distill none --clip_tn 0 --seed "$seed" "$@"
+    for method in $methods; do
+        weights=()
+        if [[ $method == ega ]]; then
+            choose_ega_weight "$@"
+            weights=(-b "$b")
+        fi
+        train --distill "$method" --path_t "$path_t" --seed "$seed" "${weights[@]}" "$@"
+    done
+    "$PYTHON" -m helper.report "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_trial"$trial"
+done
