@@ -83,6 +83,11 @@ def _title(method: str) -> str:
     return METHODS[method].citation.split(":")[0] if method in METHODS else method
 
 
+def _told(value: object) -> str:
+    """An option's value in words; a number is the same whether it was given as 1 or as 1.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[str]:
     """A short name for each run: its method, and where methods are equal, the options that differ.
 
@@ -96,13 +101,11 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
         names = [
             name
             for name in run.options
-            if name not in _SAME
-            and name not in leave_out
-            and len({json.dumps(options.get(name)) for options in equals}) > 1
+            if name not in _SAME and name not in leave_out and len({_told(options.get(name)) for options in equals}) > 1
         ]
         # A teacher's name and its path say the same.
         names = [name for name in names if name != "clip_mode" or "model_t" not in names]
-        labels.append(", ".join([_title(method)] + [f"{name} {run.options[name]}" for name in names]))
+        labels.append(", ".join([_title(method)] + [f"{name} {_told(run.options[name])}" for name in names]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
         for place, label in enumerate(labels)
@@ -117,7 +120,7 @@ def repeats(runs: list[StoredRun]) -> list[list[StoredRun]]:
     """The runs, in order, those together that differ in seed and trial alone, each seed once."""
     groups: dict[str, dict[int, StoredRun]] = {}
     for run in runs:
-        options = {name: value for name, value in run.options.items() if name not in _SAME | set(_REPEATS)}
+        options = {name: _told(value) for name, value in run.options.items() if name not in _SAME | set(_REPEATS)}
         groups.setdefault(json.dumps(options, sort_keys=True), {})[run.options.get("seed")] = run
     return [list(group.values()) for group in groups.values()]
 

@@ -19,6 +19,10 @@ def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
         "EGA, seed 1",
         "student alone",
     ]
+    assert run_labels([run(distill="kd", alpha=0.5, beta=1), run(distill="kd", alpha=1, beta=1.0)]) == [
+        "KD, alpha 0.5",
+        "KD, alpha 1",
+    ]
     assert run_labels([run(distill="ega"), run(distill="ega", save_dir="b")]) == ["EGA (1)", "EGA (2)"]
 
 
