@@ -12,6 +12,10 @@ from .logger import Logger
 _FREE = {"epochs", "data_dir", "clip_root", "save_dir", "clip_mode", "model", "path_t", "print_freq", "resume"}
 
 
+# What runs that began before these were recorded had.
+_BEFORE = {"processes": 1, "sync_bn": False}
+
+
 class Run:
     """A run of so many epochs that can be killed at any moment and resumed.
 
@@ -85,9 +89,10 @@ class Run:
             ValueError: one that may not change differs from the resumed run's.
         """
         for key, value in values.items():
-            if self.recorded is not None and key not in _FREE and self.recorded.get(key) != value:
+            recorded = None if self.recorded is None else self.recorded.get(key, _BEFORE.get(key))
+            if self.recorded is not None and key not in _FREE and recorded != value:
                 raise ValueError(
-                    f"{self.folder} holds a run with {key} {self.recorded.get(key)}, not {value}: "
+                    f"{self.folder} holds a run with {key} {recorded}, not {value}: "
                     "use the same options to resume it, or another --trial for a new run"
                 )
             self.options[key] = value

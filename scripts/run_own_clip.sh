@@ -14,8 +14,10 @@ clip_epochs=60
 clip_batch_size=512
 
 model_s=resnet8x4
+views='1 16 all'         # banks to compare, under EGA
 methods='none kd nce ccl crd irg ega'
 seeds='0'
+trial=1
 save_dir=./save
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
@@ -26,11 +28,13 @@ layers=${vision_layers//,/-}
 clip=$(ls -t "$save_dir"/clip/rn"$layers"_w"$vision_width"_*_cifar100_*/clip.pt | head -1)
 "$PYTHON" train_teacher.py --model "$clip" --save_dir "$save_dir" "$@"
 
-train() { "$PYTHON" train_student.py --clip_mode "$clip" --model_s "$model_s" --save_dir "$save_dir" "$@"; }
+train() {
+    "$PYTHON" train_student.py --clip_mode "$clip" --model_s "$model_s" --trial "$trial" --save_dir "$save_dir" "$@"
+}
 
 for seed in $seeds; do
-    for views in 1 16 all; do
-        train --distill ega --teacher_views "$views" --trial "views$views" --seed "$seed" "$@"
+    for n in $views; do
+        train --distill ega --teacher_views "$n" --trial "views$n" --seed "$seed" "$@"
     done
     for method in $methods; do
         train --distill "$method" --seed "$seed" "$@"
@@ -38,8 +42,8 @@ for seed in $seeds; do
     train --distill ega -node 0 --seed "$seed" "$@"    # edges alone
     train --distill ega -edge 0 --seed "$seed" "$@"    # nodes alone
 done
-runs=("$save_dir"/student_model/S"$model_s"_Tnone_f256_cifar100_none_*_trial1)
-runs+=("$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_*_trial1)
+runs=("$save_dir"/student_model/S"$model_s"_Tnone_f256_cifar100_none_*_trial"$trial")
+runs+=("$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_*_trial"$trial")
 "$PYTHON" -m helper.report "$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_ega_*_trialviews*
 "$PYTHON" -m helper.report "${runs[@]}"
 "$PYTHON" -m helper.plots "${runs[@]}" --out "$save_dir/own_clip.png"

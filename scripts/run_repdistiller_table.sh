@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # RepDistiller's column resnet32x4 -> resnet8x4 on CIFAR-100: the teacher, the student alone, its methods, and EGA with
-# weights that a hold-out set chooses. Runs what is missing, goes on with what was cut off, skips what is done; then
-# prints the table beside the published numbers. About 31 runs of 240 epochs with three seeds.
+# weights that a hold-out set chooses. Runs what is missing, goes on with what was cut off, skips what is done;
+# prints the table beside the published numbers, and draws the curves. About 31 runs of 240 epochs with three seeds.
 # Anything after the script's name goes to every run, for trials: bash scripts/run_repdistiller_table.sh --epochs 2
 set -euo pipefail
 
@@ -45,3 +45,6 @@ for seed in $seeds; do
     done
     "$PYTHON" -m helper.report "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_trial"$trial"
 done
+first=${seeds%% *}
+"$PYTHON" -m helper.plots --out "$save_dir/repdistiller_table.png" \
+    "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_seed"$first"_trial"$trial"

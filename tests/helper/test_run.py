@@ -228,6 +228,15 @@ def test_other_options_are_refused_with_both_values(tmp_path, changed):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_that_knew_nothing_of_processes_had_one(tmp_path):
+    run = start(tmp_path)
+    train(run, 1)
+    close(run)
+    close(start(tmp_path, processes=1, sync_bn=False))
+    with pytest.raises(ValueError, match="processes 1, not 2"):
+        start(tmp_path, processes=2, sync_bn=False)
+
+
 def test_epochs_paths_and_printing_may_change(tmp_path):
     run = start(tmp_path)
     train(run, 1)
