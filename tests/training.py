@@ -8,7 +8,7 @@ from dataset.loader import Loader
 from distiller_zoo import METHODS
 from helper import distributed
 from helper.bank import EmbeddingBank
-from helper.loops import Distillation, Objective, Step
+from helper.loops import Distillation, Objective, Step, sgd
 from helper.options import student_parser
 from helper.teacher import ClipTeacher, CnnTeacher, describe
 from models import create_classifier, create_model, create_student
@@ -65,7 +65,7 @@ def make_training(
         student, seen, objective, loader, opt, trains_head=seen is not None and (clip or joint)
     ).eval()
     parameters = [p for p in losses.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=lr)
+    optimizer = sgd(parameters, lr, opt)
     steps = []
     optimizer.register_step_pre_hook(
         lambda *_: steps.append([None if p.grad is None else p.grad.clone() for p in parameters])
