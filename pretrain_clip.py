@@ -85,7 +85,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--vision_width {opt.vision_width}: a ViT's is a multiple of 64, the width of a head")
     if opt.text_width % 64:
         parser.error(f"--text_width {opt.text_width}: it is a multiple of 64, the width of a head")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("it runs in one process; start it with python, not with torchrun")
     if opt.batch_size < 2:
         parser.error("--batch_size 1: a contrastive loss needs at least two images to tell apart")

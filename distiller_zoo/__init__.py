@@ -99,7 +99,7 @@ class Method:
     - maps: the maps of the stages, a list of (B, C, H, W); feat: stem, stages and pooled features, a list;
     - logit: (B, classes);
 
-    target and index, (B,); shares, see ``ega_terms``. It gives a scalar, or a list of them to be added up.
+    and target and index, (B,), and shares (``ega_terms``). It gives a scalar, or a list of them to be added up.
 
     Attributes:
         build: options and networks to the module of the loss that ``--beta`` weighs; None for a method without one.

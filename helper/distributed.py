@@ -23,11 +23,12 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Join the job that torchrun's environment variables describe, if they do; only its first process prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    local = os.environ.get("LOCAL_RANK")  # other launchers' WORLD_SIZE may mean other things
+    if local is None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
-        torch.cuda.set_device(local)
+    if int(local) < torch.cuda.device_count():
+        torch.cuda.set_device(int(local))
     dist.init_process_group(timeout=_TIMEOUT)  # gloo for tensors on the CPU, NCCL for those on a GPU
     with contextlib.ExitStack() as stack:
         if rank() > 0:
