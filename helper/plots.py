@@ -114,6 +114,10 @@ def _cnn_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: st
     return CnnTeacher(backbone, head, amp="off"), student
 
 
+def _best_model(run: StoredRun) -> Path:
+    return run.folder / f"{run.options['model_s']}_best.pth"
+
+
 @torch.no_grad()
 def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12) -> Graphs:
     """The teacher's and the best student's edge matrices of some test samples.
@@ -122,7 +126,7 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     embeddings come from the run's bank.
 
     Raises:
-        ValueError: the run has no teacher, or its teacher or data set are others by now.
+        ValueError: the run has no teacher or no weights, or its teacher or data set are others by now.
         OSError: data set or teacher are missing.
     """
     options = run.options
@@ -130,7 +134,9 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
         raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
     device = options["device"] if torch.cuda.is_available() else "cpu"
     dataset = load_dataset(options["dataset"], options["data_dir"])
-    state = checkpoint.load(run.folder / f"{options['model_s']}_best.pth")
+    if not _best_model(run).is_file():
+        raise ValueError(f"{run.folder} holds no weights, of which graphs are drawn: {_best_model(run).name} is missing")
+    state = checkpoint.load(_best_model(run))
     _check_same(run, "dataset_sha256", dataset.fingerprint())
     networks, normalization = _clip_networks, CLIP_NORMALIZATION
     if not options["clip_tn"]:
@@ -160,7 +166,8 @@ def plot_runs(
         folders: of the runs.
         out: the picture's file; by default SAVE/plots/NAME.png, of the run whose graphs it shows.
         graph_of: the run whose graphs it shows; by default the first that was trained with EGA, else the first
-            that has a teacher. Where none has, the picture holds the curves alone.
+            that has a teacher. Where none has, or its weights are not in its folder, the picture holds the curves
+            alone.
 
     Returns:
         The picture's path.
@@ -176,7 +183,8 @@ def plot_runs(
     else:
         taught = [run for run in runs if run.options["distill"] != "none"]
         shown = next((run for run in taught if run.options["distill"] == "ega"), taught[0] if taught else None)
-    graphs = None if shown is None else embedding_graphs(shown)
+    with_weights = shown is not None and (graph_of is not None or _best_model(shown).is_file())
+    graphs = embedding_graphs(shown) if with_weights else None
 
     named = shown or runs[0]
     path = named.folder.parents[1] / "plots" / f"{named.folder.name}.png" if out is None else Path(out)

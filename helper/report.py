@@ -38,10 +38,10 @@ _SAME |= {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A finished run, as its folder tells it.
+    """A finished run, as options.json and metrics.jsonl in its folder tell it; its weights need not be there.
 
     Attributes:
-        folder: SAVE/student_model/NAME.
+        folder: SAVE/student_model/NAME, or a copy of it.
         options: of options.json.
         history: the lines of metrics.jsonl.
     """
@@ -73,7 +73,7 @@ def read_run(folder: str | Path) -> StoredRun:
         raise ValueError(f"{folder}: its options.json or metrics.jsonl is missing or corrupt") from error
     if "distill" not in options:
         raise ValueError(f"{folder} is not the folder of a run of train_student.py")
-    if not all((folder / f"{options['model_s']}_{which}.pth").is_file() for which in ("best", "last")):
+    if len(history) < options["epochs"]:
         raise ValueError(f"the run in {folder} is not finished: resume it, with the command that began it")
     return StoredRun(folder, options, history)
 

@@ -13,7 +13,7 @@ from conftest import make_dataset
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
 from helper import plots
 from helper.plots import embedding_graphs, graph_rows, plot_runs
-from helper.report import read_run
+from helper.report import read_run, table
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
@@ -122,6 +122,22 @@ def test_picture_of_a_student_alone_has_curves_only(save, tiny_dataset, tmp_path
     assert alone[1] < other[1]
 
 
+def test_a_run_is_read_from_its_two_small_files(save, tiny_dataset, tmp_path, capsys):
+    """As kept for the record, without weights: the same table, and the curves, of its terms too."""
+    kept = []
+    for folder in save.values():
+        kept.append(tmp_path / "runs" / folder.name)
+        kept[-1].mkdir(parents=True)
+        for name in ("options.json", "metrics.jsonl"):
+            shutil.copy(folder / name, kept[-1])
+    assert table([read_run(folder) for folder in kept]) == table([read_run(folder) for folder in save.values()])
+    whole = assert_is_picture(plot_runs(list(save.values()), tmp_path / "whole.png"))
+    curves = assert_is_picture(plot_runs(kept, tmp_path / "curves.png"))
+    assert curves[0] == whole[0]
+    assert curves[1] < whole[1]
+    assert_refused(capsys, "holds no weights", *kept, "--graph_of", kept[-1], "--out", tmp_path / "refused.png")
+
+
 def assert_refused(capsys, words: str, *argv):
     with pytest.raises(SystemExit) as exit_:
         plots.main([str(word) for word in argv])
@@ -137,8 +153,11 @@ def test_bad_input(save, tiny_dataset, tmp_path, capsys):
 
     broken = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(save["ega"], broken)
-    (broken / "resnet8_last.pth").unlink()
+    first, second = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text(first)
     assert_refused(capsys, "not finished", broken, "--out", out)
+    (broken / "metrics.jsonl").write_text(first + second[:20])
+    assert_refused(capsys, "corrupt", broken, "--out", out)
 
     (broken / "options.json").write_text("{")
     assert_refused(capsys, "corrupt", broken, "--out", out)
