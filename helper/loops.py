@@ -182,7 +182,7 @@ class Step:
     """A training step: a batch, its losses, the backward pass, the optimisers; ``totals`` is what it measured.
 
     Nothing in it waits for the device. A step on a full batch can be captured and replayed, as a CUDA graph: all of
-    it, the making of the batch included, from the numbers that the loader draws.
+    it, the making of the batch included, from the numbers that the loader draws. Where that fails, steps go on without.
 
     Args:
         losses: a batch and the epoch to what the gradients are of, the losses and what else is measured, by name.
@@ -220,7 +220,14 @@ class Step:
             if constants != self._captured_with:
                 self._numbers, self._replay = draw.numbers.clone(), None
                 still = Draw(self._numbers, draw.shares)
-                self._replay = self._capture(lambda: self._run(still, epoch))
+                try:
+                    self._replay = self._capture(lambda: self._run(still, epoch))
+                except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
+                    reason = str(error).partition("\n")[0]
+                    print(f"steps are not captured, which makes them slower: {reason}", flush=True)
+                    self._capture = None
+                    self._run(draw, epoch)
+                    return
                 self._captured_with = constants
             self._numbers.copy_(draw.numbers)
             self._replay()

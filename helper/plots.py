@@ -135,7 +135,7 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     device = options["device"] if torch.cuda.is_available() else "cpu"
     dataset = load_dataset(options["dataset"], options["data_dir"])
     if not _best_model(run).is_file():
-        raise ValueError(f"{run.folder} holds no weights, of which graphs are drawn: {_best_model(run).name} is missing")
+        raise ValueError(f"{run.folder} holds no weights to draw the graphs of: {_best_model(run).name} is missing")
     state = checkpoint.load(_best_model(run))
     _check_same(run, "dataset_sha256", dataset.fingerprint())
     networks, normalization = _clip_networks, CLIP_NORMALIZATION

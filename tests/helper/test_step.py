@@ -140,6 +140,25 @@ def test_captured_steps_train_as_others_do(name):
     assert tape.captures == (4 if name == "dkd" else 2)
 
 
+def test_where_a_step_cannot_be_captured_training_goes_on_without(capsys):
+    attempts = []
+
+    def cannot(function):
+        attempts.append(function)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with ...")
+
+    results = []
+    for capture in (None, cannot):
+        step, _ = make_training("ega", True, 8, 43, lr=0.01, capture=capture)
+        records = [train_epoch(epoch, step, epochs=2, print_freq=9) for epoch in (1, 2)]
+        results.append(([r | {"images_per_second": 0} for r in records], step.losses.state_dict()))
+    (records, weights), (again, weights_again) = results
+    assert records == again
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+    assert len(attempts) == 1
+    assert capsys.readouterr().out.count("not captured") == 1
+
+
 def test_the_tape_keeps_the_numbers_that_it_recorded():
     """So that a step which should have been captured anew, and was not, is noticed."""
     x, factor = torch.ones(2), [3.0]
