@@ -4,6 +4,7 @@
 """
 
 import itertools
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,12 @@ from .util import exit_on_bad_input
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES = ("-", "--", ":", "-.")
 _TEACHER = "#555555"
+
+# Up to so many runs, each panel has a legend; of more, one stands above all panels.
+_FEW = 6
+
+# Letters to a line of a label, of a title, and of the legend above all panels.
+_LABEL_WIDTH, _TITLE_WIDTH, _LEGEND_WIDTH = 40, 50, 170
 
 _TERMS = {"cls": "classification", "kd": "KD", "node": "EGA: nodes", "edge": "EGA: edges", "distill": "distillation"}
 
@@ -195,18 +202,25 @@ def plot_runs(
 
 
 def _figure(runs: list[StoredRun], shown: StoredRun | None, graphs: Graphs | None) -> Figure:
-    figure = Figure(figsize=(13, 3.4 if graphs is None else 8), layout="constrained")
+    labels = [textwrap.fill(label, _LABEL_WIDTH) for label in run_labels(runs)]
+    lines = -(-len(labels) // _legend_columns(labels)) * max(label.count("\n") + 1 for label in labels)
+    height = 3.4 + (0.2 * lines if len(runs) > _FEW else 0)
+    figure = Figure(figsize=(13, height if graphs is None else height + 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     if graphs is None:
         curves = figure
     else:
-        curves, below = figure.subfigures(2, 1, height_ratios=(3.3, 4.7))
-    labels = run_labels(runs)
+        curves, below = figure.subfigures(2, 1, height_ratios=(height, 4.6))
     _draw_curves(curves.subplots(1, 2 if shown is None else 3), runs, labels, shown)
     if graphs is not None:
         label = labels[next(place for place, run in enumerate(runs) if run is shown)]
         _draw_graphs(below.subplots(1, 3), graphs, label)
     return figure
+
+
+def _legend_columns(labels: list[str]) -> int:
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    return _LEGEND_WIDTH // (longest + 9)  # a line's sample and a space
 
 
 def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], shown: StoredRun | None) -> None:
@@ -228,13 +242,25 @@ def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], sho
         for name, line in zip(drawn, _LINES, strict=False):
             # A colour stands for a run in every panel.
             _line(axes[2], *terms[name], label=_TERMS[name], color=_COLOURS[place % len(_COLOURS)], ls=line)
-        axes[2].set(title=f"Weighted terms of the training loss: {labels[place]}", xlabel="epoch")
+        title = f"Weighted terms of the training loss: {labels[place]}"
+        axes[2].set(title=textwrap.fill(title, _TITLE_WIDTH), xlabel="epoch")
     for axis in axes[1:]:
-        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
+        low, high = axis.dataLim.intervaly
+        if 0 < low < high / 30:  # as methods' weights make it
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(1.05 * min(low, 0), 1.05 * high)
     for axis in axes:
         axis.spines["right"].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)
+    few = len(runs) <= _FEW
+    for axis in axes if few else axes[2:]:
         axis.legend(frameon=False, fontsize=8)
+    if not few:  # all of the figure's lines but the terms', which the third panel explains
+        columns = _legend_columns(labels)
+        accuracy.figure.legend(
+            handles=list(accuracy.lines), loc="outside upper left", ncols=columns, frameon=False, fontsize=8
+        )
 
 
 def _line(axis: Axes, epochs: list[int], values: list[float], **style) -> None:
@@ -256,7 +282,7 @@ def _draw_graphs(axes: np.ndarray, graphs: Graphs, label: str) -> None:
     for axis, (matrix, title, cmap, limit, unit) in zip(axes, pictures, strict=True):
         norm = colors.Normalize(-limit, limit)
         image = axis.imshow(matrix.numpy(), cmap=cmap, norm=norm, interpolation="nearest")
-        axis.set_title(title)
+        axis.set_title(textwrap.fill(title, _TITLE_WIDTH))
         axis.set_xticks(middles, [])
         axis.set_yticks(middles, graphs.classes if axis is axes[0] else [], fontsize=8)
         axis.tick_params(length=0)

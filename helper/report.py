@@ -103,8 +103,8 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
             for name in run.options
             if name not in _SAME and name not in leave_out and len({_told(options.get(name)) for options in equals}) > 1
         ]
-        # A teacher's name and its path say the same.
-        names = [name for name in names if name != "clip_mode" or "model_t" not in names]
+        if "model_t" in names:  # which says more than the options that it comes from
+            names = [name for name in names if name not in ("clip_mode", "clip_tn", "path_t")]
         labels.append(", ".join([_title(method)] + [f"{name} {_told(run.options[name])}" for name in names]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label

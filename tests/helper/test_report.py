@@ -24,6 +24,10 @@ def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
         "KD, alpha 1",
     ]
     assert run_labels([run(distill="ega"), run(distill="ega", save_dir="b")]) == ["EGA (1)", "EGA (2)"]
+    # What the teacher is called stands for where it is from.
+    teachers = {"model_t": "clip", "clip_tn": 1, "path_t": None}, {"model_t": "vgg13", "clip_tn": 0, "path_t": "a.pth"}
+    labels = run_labels([run(distill="kd", **teacher) for teacher in teachers])
+    assert labels == ["KD, model_t clip", "KD, model_t vgg13"]
 
 
 def test_table_gives_the_teacher_and_each_run(tmp_path):
