@@ -246,7 +246,7 @@ def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], sho
         axes[2].set(title=textwrap.fill(title, _TITLE_WIDTH), xlabel="epoch")
     for axis in axes[1:]:
         low, high = axis.dataLim.intervaly
-        if 0 < low < high / 30:  # as methods' weights make it
+        if axis is loss and 0 < low < high / 30:  # as methods' weights make it
             axis.set_yscale("log")
         else:
             axis.set_ylim(1.05 * min(low, 0), 1.05 * high)
