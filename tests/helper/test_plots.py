@@ -13,7 +13,7 @@ from conftest import make_dataset
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
 from helper import plots
 from helper.plots import embedding_graphs, graph_rows, plot_runs
-from helper.report import read_run, table
+from helper.report import StoredRun, read_run, table
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
@@ -120,6 +120,30 @@ def test_picture_of_a_student_alone_has_curves_only(save, tiny_dataset, tmp_path
     alone = assert_is_picture(plot_runs([save["none"]], tmp_path / "deep" / "alone.png"))
     other = assert_is_picture(plot_runs([save["none"], save["kd"]], tmp_path / "kd.png", graph_of=save["kd"]))
     assert alone[1] < other[1]
+
+
+@pytest.mark.parametrize(("count", "largest", "scale"), [(2, 20.0, "linear"), (2, 40.0, "log"), (9, -1.0, "linear")])
+def test_curves_of_few_and_of_many_runs(tmp_path, count, largest, scale):
+    """Few are named in each panel, many once, above them; losses of different size share a logarithmic axis."""
+    losses = [1.0, largest] * 5
+    runs = [
+        StoredRun(
+            tmp_path, {"distill": "kd", "beta": beta}, [{"epoch": 1, "test_acc": 50.0, "train_loss": losses[beta]}]
+        )
+        for beta in range(count)
+    ]
+    figure = plots._figure(runs, None, None)
+    accuracy, loss = figure.axes
+    legends = [axis.get_legend() for axis in figure.axes] if count < 7 else figure.legends
+    assert len(legends) == (2 if count < 7 else 1)
+    for legend in legends:
+        assert [text.get_text() for text in legend.get_texts()] == [f"KD, beta {beta}" for beta in range(count)]
+    assert count < 7 or not any(axis.get_legend() for axis in figure.axes)
+    assert loss.get_yscale() == scale
+    low, high = loss.get_ylim()
+    assert low <= min(losses[:count])
+    assert high >= max(losses[:count])
+    assert accuracy.get_yscale() == "linear"
 
 
 def test_a_run_is_read_from_its_two_small_files(save, tiny_dataset, tmp_path, capsys):
