@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from distiller_zoo import METHODS, method_table
 from models import model_dict
 from models.clip_teacher import PUBLISHED, short_name
 
+from . import distributed
 from .runtime import AUTO_VIEWS
 from .teacher import architecture
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str):
-        if os.environ.get("RANK", "0") == "0":  # of many processes, all are given the same
+        if distributed.rank() == 0:  # of many processes, all are given the same
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -1,12 +1,13 @@
 """Two and three processes on gloo: what they compute together is what one computes alone."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
@@ -308,6 +309,21 @@ def test_a_resumed_run_ends_bit_identical(job, runs, tiny_clip, tmp_path):
     assert distil(*argv, "--epochs", "3") == 2
 
 
+def refused() -> str:
+    """What a wrong option prints."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert distil("--no_such_option") == 2
+    return said.getvalue()
+
+
+def test_a_wrong_option_is_told_once(job, monkeypatch):
+    first, *others = job(refused)
+    assert first.count("\n") == 1
+    assert set(others) == {""}
+    monkeypatch.setenv("RANK", "1")  # another launcher's, of a job that torchrun did not start
+    assert refused() == first
+
+
 def test_fewer_samples_than_processes_are_refused(job, tmp_path):
     argv = ["--distill", "none", "--batch_size", str(job.count - 1), "--save_dir", str(tmp_path)]
     assert set(job(distil, *argv)) == {2}
@@ -387,6 +403,4 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
                 break
         victim = children(process.pid)[-1]
         os.kill(victim, 9)
-        killed = time.monotonic()
         assert process.wait(timeout=60) != 0
-        assert time.monotonic() - killed < 60
