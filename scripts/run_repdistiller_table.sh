@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # RepDistiller's column resnet32x4 -> resnet8x4 on CIFAR-100: the teacher, the student alone, its methods, and EGA with
 # weights that a hold-out set chooses. Runs what is missing, goes on with what was cut off, skips what is done;
-# prints the table beside the published numbers, and draws the curves. About 31 runs of 240 epochs with three seeds.
+# prints the table beside the published numbers, and draws the curves. 33 runs with three seeds: the teacher, 27 of
+# 240 epochs each, and five shorter ones that choose.
 # Anything after the script's name goes to every run, for trials: bash scripts/run_repdistiller_table.sh --epochs 2
 set -euo pipefail
 
