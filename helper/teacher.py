@@ -10,8 +10,9 @@ from dataset import ImageDataset
 from dataset.loader import Batch
 from distiller_zoo import Networks
 from models import create_model, model_dict
-from models.clip_teacher import ImageEncoder, sha256_of
+from models.clip_teacher import ImageEncoder
 from models.heads import Classifier, Outputs, Student, TeacNet
+from models.weights import sha256_of
 
 from . import checkpoint
 from .bank import OnTheFly, open_bank

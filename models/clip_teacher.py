@@ -1,6 +1,5 @@
 """The frozen CLIP image encoder (Radford et al., ICML 2021), by published name or from a checkpoint."""
 
-import hashlib
 import os
 import warnings
 import zipfile
@@ -10,6 +9,8 @@ import clip
 import torch
 from clip.model import CLIP, build_model
 from torch import Tensor, nn
+
+from .weights import sha256_of
 
 PUBLISHED = tuple(clip.available_models())
 
@@ -22,15 +23,6 @@ def short_name(clip_mode: str) -> str:
     if clip_mode in PUBLISHED:
         return _SHORT_NAMES.get(clip_mode, clip_mode.replace("/", "-"))
     return Path(clip_mode).stem
-
-
-def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:

@@ -1,0 +1,59 @@
+"""The grammar of networks' names: where a network comes from, and which file has its weights.
+
+``resnet8x4`` and ``ViT-B/32`` are the house's and OpenAI's names; ``timm:NAME``, ``torchvision:NAME`` and
+``open_clip:ARCH/TAG`` are those libraries' own; ``=PATH`` after one of them takes the weights from a local file in
+place of the library's download.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+LIBRARIES = ("open_clip", "timm", "torchvision")
+
+
+class Name(NamedTuple):
+    """A network's name in its parts.
+
+    library: one of ``LIBRARIES``; None for a name of the house, of OpenAI, or a bare path.
+    name: what the library calls it.
+    path: the file of its weights; None where the library has them.
+    """
+
+    library: str | None
+    name: str
+    path: str | None
+
+    @property
+    def short(self) -> str:
+        """As in names of runs: 'timm-resnet18'."""
+        return "-".join([self.library or "", *self.name.split("/")]).lstrip("-").replace(":", "-")
+
+
+def parse_name(text: str) -> Name:
+    """'timm:resnet18=FILE' to Name('timm', 'resnet18', 'FILE').
+
+    Raises:
+        ValueError: a library, and no name after it; or a '=' and no path after it.
+    """
+    library, colon, rest = text.partition(":")
+    if not colon or library not in LIBRARIES:
+        return Name(None, text, None)
+    name, equals, path = rest.partition("=")
+    if not name or (equals and not path):
+        raise ValueError(f"{text!r} is no network: write {library}:NAME, or {library}:NAME=PATH for local weights")
+    return Name(library, name, path or None)
+
+
+def check_file(name: Name) -> None:
+    """Raise a ValueError where a name's file of weights is not there."""
+    if name.path is not None and not Path(name.path).is_file():
+        raise ValueError(f"{name.library}:{name.name}={name.path}: no such file of weights")
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """An error that names what comes close to an unknown name."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return ValueError(f"unknown {what} {name!r}{hint}")
