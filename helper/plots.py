@@ -22,8 +22,8 @@ from dataset.loader import Loader
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
 from distiller_zoo.EGA import standardize
 from models import create_classifier, create_student
-from models.weights import sha256_of
 from models.heads import Classifier, Student, TeacNet
+from models.weights import sha256_of
 
 from . import checkpoint
 from .options import Parser
