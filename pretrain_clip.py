@@ -16,19 +16,12 @@ from dataset import load_dataset
 from dataset.loader import Loader, epoch_seed
 from helper import checkpoint
 from helper.contrastive import Images, caption_tokens, train_contrastive, zero_shot_accuracy
-from helper.loops import EVAL_BATCH_SIZE
+from helper.data import EVAL_BATCH_SIZE
 from helper.meters import print_record
-from helper.options import (
-    Parser,
-    add_data_options,
-    add_run_options,
-    number,
-    positive,
-    positive_int,
-    weight,
-)
+from helper.options import add_data_options, add_run_options, recorded_options
+from helper.parser import Parser, number, positive, positive_int, weight
 from helper.run import Run
-from helper.runtime import resolve_auto
+from helper.runtime import resolve
 from helper.util import exit_on_bad_input, exit_on_non_finite_loss
 
 # CLIP's text encoder reads captions of up to 77 of these byte pairs.
@@ -146,13 +139,13 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_bad_input("pretrain_clip.py"):
         run = Run(opt, "clip", "clip_tensorboards", run_name(opt), "clip")
         path = run.folder / "clip.pt"
-        resolve_auto(opt, run)
         if run.finished:
             print_result(run)
             return
         dataset = load_dataset(opt.dataset, opt.data_dir)
         captioned = dataset.captioned()
-        run.record(dataset_sha256=dataset.fingerprint())
+        opt = resolve(opt, run.recorded, len(captioned))
+        run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint())
         device = torch.device(opt.device)
         # The views for a teacher are the ones that are resized to its resolution.
         loader = Loader(

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.common import available_memory, machine, median_seconds, peak_memory, print_table, three_digits
 from benchmarks.release_recipe import direct_ega
 from distiller_zoo import EGA, ega_terms
-from helper.options import number, positive, positive_int
+from helper.parser import number, positive, positive_int
 from helper.runtime import resolve_device
 from helper.util import exit_on_bad_input
 

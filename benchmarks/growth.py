@@ -23,7 +23,8 @@ from dataset.views import NUM_VIEWS
 from distiller_zoo import EGA
 from helper import distributed
 from helper.bank import EmbeddingBank
-from helper.options import parse_student_options, positive_int
+from helper.options import parse_student_options
+from helper.parser import positive_int
 from helper.runtime import resolve_amp, resolve_compile, resolve_device
 from helper.teacher import load_encoder
 from helper.util import exit_on_bad_input

@@ -28,8 +28,11 @@ from dataset.views import NUM_VIEWS, view_order
 from distiller_zoo import EGA, METHODS
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
-from helper.loops import EVAL_BATCH_SIZE, Distillation, Objective, Step, sgd, train_epoch, validate
-from helper.options import parse_student_options, positive_int
+from helper.data import EVAL_BATCH_SIZE
+from helper.loops import Distillation, Objective, Step, train_epoch, validate
+from helper.optim import sgd
+from helper.options import parse_student_options
+from helper.parser import positive_int
 from helper.runtime import autocast, keep_freed_memory, resolve_amp, resolve_compile, resolve_device, step_capture
 from helper.teacher import ClipTeacher, load_encoder
 from helper.util import exit_on_bad_input

@@ -139,7 +139,9 @@ def resize(images: Tensor, size: int) -> Tensor:
         return _round_to_8_bits(x).to(torch.uint8)
 
 
-def crop_resize_flip(images: Tensor, view: Tensor, size: int) -> Tensor:
+def crop_resize_flip(
+    images: Tensor, view: Tensor, size: int, interpolation: str = "bicubic", antialias: bool = True
+) -> Tensor:
     """The teacher's view of each image: zero-padded crop, bicubic resize, then flip.
 
     Args:

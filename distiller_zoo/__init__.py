@@ -54,6 +54,7 @@ __all__ = [
     "Method",
     "NCELoss",
     "NSTLoss",
+    "Needs",
     "Networks",
     "RKDLoss",
     "Similarity",
@@ -83,6 +84,22 @@ class Networks:
     t_dim: int
     targets: Tensor
     model_t: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the two networks, so that they are built to give it.
+
+    Attributes:
+        joint: embeddings in the joint space.
+        maps: the stages' maps.
+        preact_s, preact_t: these as they are before their last ReLU.
+    """
+
+    joint: bool = True
+    maps: bool = False
+    preact_s: bool = False
+    preact_t: bool = False
 
 
 Build = Callable[[Namespace, Networks], nn.Module]
@@ -127,8 +144,14 @@ class Method:
     @property
     def needs_maps(self) -> bool:
         """Whether it works with CNN teachers alone."""
-        fed_maps = any(name.startswith(("maps", "feat")) for name in self.feeds)
-        return self.clip is None and (fed_maps or (self.build is not None and not self.feeds))
+        return self.clip is None and self.needs(clip=False).maps
+
+    def needs(self, clip: bool) -> Needs:
+        """What it asks of the networks, with a CLIP or a CNN as the teacher."""
+        build, feeds = self.with_teacher(clip)
+        first_stage_only = build is not None and not feeds
+        maps = first_stage_only or not {"maps_s", "feat_s"}.isdisjoint(feeds)
+        return Needs(clip or "joint_s" in feeds, maps, "s" in self.preact, "t" in self.preact)
 
     def with_teacher(self, clip: bool) -> tuple[Build | None, tuple[str, ...]]:
         """``build`` and ``feeds`` with a CLIP or a CNN as the teacher."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset import ImageDataset, Split
-from dataset.views import CLIP_NORMALIZATION, NUM_VIEWS, TEST_VIEW, crop_resize_flip, normalize, view_order
+from dataset.views import NUM_VIEWS, TEST_VIEW, crop_resize_flip, normalize, view_order
+from models.encoders import FrozenEncoder
 
 from . import checkpoint, distributed
 
@@ -22,15 +23,16 @@ from . import checkpoint, distributed
 CHUNK = 128
 
 
-def encode_view(encoder: nn.Module, images: Tensor, view: Tensor) -> Tensor:
+def encode_view(encoder: FrozenEncoder, images: Tensor, view: Tensor) -> Tensor:
     """The frozen encoder's embeddings (B, dim) of one view of each image (B, 3, H, W) uint8."""
-    return encoder(normalize(crop_resize_flip(images, view, encoder.resolution), CLIP_NORMALIZATION))
+    pixels = crop_resize_flip(images, view, encoder.resolution, encoder.interpolation, encoder.antialias)
+    return encoder(normalize(pixels, encoder.normalization))
 
 
 class OnTheFly:
     """Encodes each view when it is asked for, as the paper's release does."""
 
-    def __init__(self, dataset: ImageDataset, encoder: nn.Module, device: torch.device):
+    def __init__(self, dataset: ImageDataset, encoder: FrozenEncoder, device: torch.device):
         self.encoder = encoder
         self.images = {"train": dataset.train.images.to(device), "test": dataset.test.images.to(device)}
 
@@ -76,7 +78,7 @@ class EmbeddingBank:
 
 
 def open_bank(
-    root: Path, dataset: ImageDataset, encoder: nn.Module, num_views: int, precision: str, device: torch.device
+    root: Path, dataset: ImageDataset, encoder: FrozenEncoder, num_views: int, precision: str, device: torch.device
 ) -> EmbeddingBank:
     """Open the bank of a teacher on a data set, first encoding what it lacks.
 
@@ -86,7 +88,7 @@ def open_bank(
 
     Args:
         root: the folder of all banks.
-        encoder: the frozen encoder, on ``device``; see ``models.clip_teacher.ImageEncoder``.
+        encoder: the frozen encoder, on ``device``; see ``models.encoders.FrozenEncoder``.
         num_views: views per training image, 1 to 162.
         precision: the encoder's, part of the key.
 
@@ -94,17 +96,8 @@ def open_bank(
         ValueError: the folder holds another bank, or the encoder gives embeddings that fp16 cannot hold.
         OSError: the folder cannot be written.
     """
-    key = {
-        "clip": encoder.name,
-        "clip_sha256": encoder.sha256,
-        "dataset": dataset.name,
-        "dataset_sha256": dataset.fingerprint(),
-        "resolution": encoder.resolution,
-        "normalization": [list(values) for values in CLIP_NORMALIZATION],
-        "precision": precision,
-        "chunk": CHUNK,
-        "dim": encoder.dim,
-    }
+    key = {"clip": encoder.name, "dataset": dataset.name, "dataset_sha256": dataset.fingerprint()}
+    key |= encoder.facts | {"precision": precision, "chunk": CHUNK}
     # The CLIP's name is for people: the same weights under another name or path share the bank.
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -229,7 +222,7 @@ def _build(
     files: _BankFiles,
     missing: list[int],
     dataset: ImageDataset,
-    encoder: nn.Module,
+    encoder: FrozenEncoder,
     num_views: int,
     device: torch.device,
 ) -> None:

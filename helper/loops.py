@@ -1,112 +1,24 @@
 """The training step and the test pass."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.loader import Batch, Draw, Loader, deal
-from distiller_zoo import kd_loss, standardize_logits
 from models.heads import Classifier, Outputs, Student
 
 from . import distributed
+from .data import Loaders
 from .meters import EpochLog, Totals
+from .objective import Objective
 from .runtime import autocast
 from .teacher import ClipTeacher, CnnTeacher
 from .util import AverageMeter, accuracy
 
-# Samples per batch of the test pass, by device: any number gives the same result, a large one is fast.
-EVAL_BATCH_SIZE = {"cpu": 500, "cuda": 2500}
-
 # Steps before one is captured, so that all that is made in a first step is there: buffers, algorithms, compiled code.
 _STEPS_BEFORE_CAPTURE = 3
-
-
-@dataclass
-class Objective:
-    """The student's loss: ``r * cls + a * kd + b * distill``.
-
-    Attributes:
-        criterion: the method's loss, or None.
-        feeds: what it is fed, in order (see ``Method``).
-        gamma, alpha, beta: the weights r, a and b.
-        kd_T: temperature of the kd term.
-        clip: whether f_s and f_t are projected embeddings (a CLIP teacher's protocol) or pooled features.
-        warmup: epochs over which beta grows to its value.
-        logit_standard: standardise the logits that kd and the method see.
-        relational: the criterion compares samples, so that it has to see those of all processes.
-    """
-
-    criterion: nn.Module | None
-    feeds: tuple[str, ...]
-    gamma: float
-    alpha: float
-    beta: float
-    kd_T: float
-    clip: bool = True
-    warmup: int = 0
-    logit_standard: bool = False
-    relational: bool = False
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a term looks at the teacher at all; a method's first stage alone does not make one."""
-        return bool(self.alpha or (self.feeds and self.beta))
-
-    def beta_in(self, epoch: int) -> float:
-        """The weight b in an epoch, counted from 1."""
-        return self.beta * min(epoch / self.warmup, 1) if self.warmup else self.beta
-
-    def __call__(
-        self, out_s: Outputs, out_t: Outputs | None, batch: Batch, epoch: int = 1
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its weighted terms by name; no gradient reaches the teacher.
-
-        Of a batch spread over many processes: the loss whose mean over processes is that of the whole batch, and the
-        terms, of this process's share where they are means over samples; without any, zero and no such terms.
-        """
-        terms, parts = {}, {}
-        if len(batch.target):
-            terms["cls"] = self.gamma * F.cross_entropy(out_s.logits.float(), batch.target)
-            if self.alpha and out_t is not None:
-                logit_s, logit_t = (self._feed(name, out_s, out_t, batch) for name in ("logit_s", "logit_t"))
-                terms["kd"] = self.alpha * kd_loss(logit_s, logit_t, self.kd_T)
-        # Of no samples: zero, yet not without a gradient, which DDP waits for.
-        loss = batch.weight * sum(terms.values()) if terms else out_s.features[-1].sum()
-        if self.feeds and self.beta and out_t is not None and (self.relational or terms):
-            fed = [self._feed(name, out_s, out_t, batch) for name in self.feeds]
-            # A loss that takes the shares itself knows a cheaper way than to gather.
-            if self.relational and "shares" not in self.feeds:
-                fed = [distributed.gather(x, batch.shares) for x in fed]
-            # A loss of several terms names them, so that each is logged.
-            named = self.criterion.terms(*fed) if hasattr(self.criterion, "terms") else {}
-            beta = self.beta_in(epoch)
-            parts = {name: beta * value for name, value in named.items()}
-            value = sum(parts.values()) if parts else self.criterion(*fed)
-            value = sum(value) if isinstance(value, (list, tuple)) else value
-            terms["distill"] = value if parts else beta * value
-            loss = loss + (1 if self.relational else batch.weight) * terms["distill"]
-        return loss, {**terms, **parts}
-
-    def _feed(self, name: str, out_s: Outputs, out_t: Outputs, batch: Batch) -> Tensor | list[Tensor]:
-        """What a method's row calls by this name, in float32; the teacher's without a gradient."""
-        if name in ("target", "index", "shares"):
-            return getattr(batch, name)
-        what, whose = name.split("_")
-        out = out_s if whose == "s" else out_t
-
-        def ready(x: Tensor) -> Tensor:
-            return (x if whose == "s" else x.detach()).float()
-
-        if what == "logit":
-            return standardize_logits(ready(out.logits)) if self.logit_standard else ready(out.logits)
-        if what == "joint" or (what == "f" and self.clip):
-            return ready(out.embedding)
-        if what == "f":
-            return ready(out.features[-1])
-        return [ready(x) for x in (out.features[1:-1] if what == "maps" else out.features)]
 
 
 class Distillation(nn.Module):
@@ -302,6 +214,31 @@ def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:
         return student(batch.image)
 
 
-def sgd(parameters: Iterable[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
-    """SGD as the paper uses it, its step fused into one kernel."""
-    return torch.optim.SGD(parameters, lr, momentum=opt.momentum, weight_decay=opt.weight_decay, fused=True)
+class Evaluation:
+    """The test pass after an epoch: of student and teacher on the test set, of the student on what is held out.
+
+    Args:
+        loaders: the run's.
+        student: whose accuracy decides; None to test a teacher alone.
+        teacher: None where there is none. A frozen CNN, which gives the same in every epoch, is tested once, here.
+        opt: ``device``, ``amp``, ``epochs`` and ``eval_freq``.
+    """
+
+    def __init__(
+        self, loaders: Loaders, student: Student | Classifier | None, teacher: ClipTeacher | CnnTeacher | None, opt
+    ):
+        self.loaders, self.student, self.teacher, self.opt = loaders, student, teacher, opt
+        self.fixed = {}
+        if isinstance(teacher, CnnTeacher):
+            accuracy = validate(loaders.test, None, teacher, opt, "teacher")["teacher_acc"]
+            print(f"teacher accuracy: {accuracy:.2f}")
+            self.teacher, self.fixed = None, {"teacher_acc": accuracy}
+
+    def __call__(self, epoch: int) -> dict[str, float]:
+        """What ``validate`` finds, after every so many epochs and the last; nothing after the others."""
+        if epoch % self.opt.eval_freq and epoch != self.opt.epochs:
+            return {}
+        record = validate(self.loaders.test, self.student, self.teacher, self.opt) | self.fixed
+        if self.loaders.val is not None:
+            record |= validate(self.loaders.val, self.student, None, self.opt, prefix="val")
+        return record

@@ -1,17 +1,26 @@
 """The command line: groups of flags that the scripts share, their checks, and the runs' names."""
 
 import argparse
-import math
-import sys
-from collections.abc import Callable
 
 from dataset import DATASETS
 from dataset.views import NUM_VIEWS
-from distiller_zoo import METHODS, method_table
+from distiller_zoo import METHODS
 from models import model_dict
 from models.clip_teacher import PUBLISHED, short_name
+from models.names import parse_name
 
-from . import distributed
+from .parser import (
+    ListMethods,
+    Parser,
+    epoch_list,
+    network,
+    number,
+    positive,
+    positive_int,
+    teacher_views,
+    trial_name,
+    weight,
+)
 from .runtime import AUTO_VIEWS
 from .teacher import architecture
 
@@ -19,75 +28,13 @@ from .teacher import architecture
 _LEARNING_RATE = 0.05
 _LEARNING_RATES = dict.fromkeys(("MobileNetV2", "ShuffleV1", "ShuffleV2"), 0.01)
 
+# AdamW's of a network from scratch (Loshchilov and Hutter, ICLR 2019; DeiT's for small batches).
+_ADAMW = {"learning_rate": 1e-3, "weight_decay": 0.05}
+_WEIGHT_DECAY = 5e-4
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Gives each flag's default, where it has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, exit code 2; shows each flag's default in ``--help``."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
-
-    def error(self, message: str):
-        if distributed.rank() == 0:  # of many processes, all are given the same
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """A parser of finite numbers from ``low`` (or strictly above it) to ``high``."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value > high or value < low or (above and value == low):
-            bound = f"{'above' if above else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
-        return value
-
-    return parse
-
-
-positive_int = number(int, 1)
-positive = number(float, 0, above=True)
-weight = number(float, 0)
-
-
-def epoch_list(text: str) -> list[int]:
-    """'150,180,210' to [150, 180, 210]; the empty string to no decay at all."""
-    try:
-        epochs = [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        epochs = [-1]
-    if any(epoch < 1 for epoch in epochs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs such as 150,180,210")
-    return epochs
-
-
-def teacher_views(text: str) -> str:
-    """auto, all, or 0 to 162."""
-    if text == "all":
-        return str(NUM_VIEWS)
-    if text != "auto" and not (text.isdigit() and int(text) <= NUM_VIEWS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 to {NUM_VIEWS}")
-    return text
-
-
-def trial_name(text: str) -> str:
-    """A word that can be part of a folder's name."""
-    if not text or not all(c.isalnum() or c in "-_." for c in text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.'")
-    return text
+_ENCODERS = f"OpenAI's {', '.join(PUBLISHED)}, or a checkpoint in its format; open_clip:ARCH/TAG, timm:NAME or "
+_ENCODERS += "torchvision:NAME, each with =PATH for local weights"
+_NETWORKS = f"{', '.join(model_dict)}; timm:NAME or torchvision:NAME, any classifier of theirs"
 
 
 def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> argparse._ArgumentGroup:
@@ -126,24 +73,41 @@ def add_data_options(parser: Parser) -> None:
     group.add_argument("--data_dir", default="./data", help="folder of the data sets")
 
 
-def add_sgd_options(parser: Parser, learning_rate: str) -> argparse._ArgumentGroup:
-    """The paper's optimiser and schedule.
+def add_optimizer_options(parser: Parser, learning_rate: str) -> argparse._ArgumentGroup:
+    """The optimiser and its schedule; the defaults are the paper's.
 
     Args:
         learning_rate: whose it is, and what it becomes when it is unset.
     """
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--learning_rate", type=positive, help=f"of the {learning_rate}")
-    group.add_argument("--lr_decay_epochs", type=epoch_list, default="150,180,210", help="decay after these epochs")
-    group.add_argument("--lr_decay_rate", type=positive, default=0.1, help="factor of each decay")
-    group.add_argument("--weight_decay", type=weight, default=5e-4, help="weight decay")
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="momentum")
+    add = group.add_argument
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd, with momentum, is the paper's")
+    add("--learning_rate", type=positive, help=f"of the {learning_rate}; adamw {_ADAMW['learning_rate']}")
+    add("--schedule", choices=("step", "cosine"), default="step", help="cosine: from the learning rate to zero")
+    add("--lr_decay_epochs", type=epoch_list, default="150,180,210", help="step: decay after these epochs")
+    add("--lr_decay_rate", type=positive, default=0.1, help="step: factor of each decay")
+    add("--warmup_epochs", type=number(int, 0), default=0, help="the learning rate first grows over so many epochs")
+    add("--weight_decay", type=weight, help=f"if unset, {_WEIGHT_DECAY}; adamw {_ADAMW['weight_decay']}")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
     return group
 
 
+def _resolve_optimizer(parser: Parser, opt: argparse.Namespace, learning_rate: float) -> None:
+    """The learning rate and the weight decay, where they are unset."""
+    defaults = {"learning_rate": learning_rate, "weight_decay": _WEIGHT_DECAY}
+    for name, default in (_ADAMW if opt.optimizer == "adamw" else defaults).items():
+        if getattr(opt, name) is None:
+            setattr(opt, name, default)
+    if opt.warmup_epochs >= opt.epochs and opt.warmup_epochs:
+        parser.error(f"--warmup_epochs {opt.warmup_epochs} leaves none of --epochs {opt.epochs} at the learning rate")
+
+
 def add_bank_options(group: argparse._ArgumentGroup) -> None:
-    """The frozen CLIP's weights and the bank of its embeddings."""
-    group.add_argument("--clip_root", default="./CLIP", help="folder of CLIP's published weights")
+    """The frozen encoder's weights and input, and the bank of its embeddings."""
+    group.add_argument("--clip_root", default="./CLIP", help="folder of OpenAI's published weights")
+    group.add_argument(
+        "--teacher_resolution", type=positive_int, metavar="R", help="input of the teacher in pixels; if unset, its own"
+    )
     group.add_argument(
         "--teacher_views",
         type=teacher_views,
@@ -169,23 +133,12 @@ def add_training_speed_options(speed: argparse._ArgumentGroup, what: str) -> Non
     )
 
 
-class _ListMethods(argparse.Action):
-    """Prints the table of methods and exits."""
-
-    def __init__(self, option_strings, dest, help):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        print(method_table())
-        parser.exit()
-
-
 def student_parser() -> Parser:
     """The command line of train_student.py."""
     parser = Parser("Distil a frozen teacher, CLIP or a CNN, into a small student.")
     group = parser.add_argument_group("method")
     group.add_argument("--distill", choices=tuple(METHODS), default="ega", help="distillation method")
-    group.add_argument("--list", action=_ListMethods, help="print the table of methods and exit")
+    group.add_argument("--list", action=ListMethods, help="print the table of methods and exit")
     for short, name, what in (
         ("-r", "gamma", "classification"),
         ("-a", "alpha", "KD on the logits"),
@@ -216,27 +169,36 @@ def student_parser() -> Parser:
     group.add_argument("--dkd_beta", type=weight, default=8, help="dkd: weight of the other classes")
 
     group = parser.add_argument_group("student")
-    group.add_argument("--model_s", choices=tuple(model_dict), default="resnet8x4", help="student's backbone")
+    group.add_argument(
+        "--model_s", type=network, default="resnet8x4", metavar="NAME", help=f"student's backbone: {_NETWORKS}"
+    )
+    group.add_argument("--pretrained_s", action="store_true", help="start from its library's weights")
+    group.add_argument("--init_s", metavar="PATH", help="start from these weights, of this backbone")
+    group.add_argument(
+        "--student_resolution", type=positive_int, metavar="R", help="enlarge the student's images to so many pixels"
+    )
     group.add_argument("--feature_dim", type=positive_int, default=256, help="dimension of the joint space")
 
     group = parser.add_argument_group("teacher")
+    group.add_argument("--clip_mode", default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}")
     group.add_argument(
-        "--clip_mode", default="ViT-B/32", metavar="NAME|PATH", help=f"CLIP: {', '.join(PUBLISHED)}, or a checkpoint"
-    )
-    group.add_argument(
-        "--clip_tn", type=int, choices=(0, 1), default=1, help="1: a CLIP, unless --path_t is a CNN; 0: insist on a CNN"
+        "--clip_tn",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="1: a frozen encoder, unless --path_t is a CNN; 0: insist on a CNN",
     )
     group.add_argument(
         "--path_t",
-        help="checkpoint of a CNN, the teacher; or a CLIP's head that train_teacher.py trained, frozen. If unset, the "
-        "CLIP's head is trained jointly",
+        help="checkpoint of a CNN, the teacher; or an encoder's head that train_teacher.py trained, frozen. If unset, "
+        "the head is trained jointly",
     )
     add_bank_options(group)
     group.add_argument(
         "--views",
         choices=("independent", "shared"),
         default="independent",
-        help="shared: the CLIP sees the student's view (needs --teacher_views all or 0), as a CNN always does",
+        help="shared: the encoder sees the student's view (needs --teacher_views all or 0), as a CNN always does",
     )
 
     add_data_options(parser)
@@ -246,7 +208,7 @@ def student_parser() -> Parser:
         metavar="F",
         help="hold out this fraction of the training set and choose the best epoch on it, not on the test set",
     )
-    group = add_sgd_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
+    group = add_optimizer_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
     group.add_argument("--learning_rate_t", type=positive, default=0.01, help="of the teacher's head; never decayed")
     add_training_speed_options(add_run_options(parser), "the student")
     return parser
@@ -269,8 +231,11 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(opt, name, default)
     if opt.warmup is None:
         opt.warmup = method.warmup
-    if opt.learning_rate is None:
-        opt.learning_rate = _LEARNING_RATES.get(opt.model_s, _LEARNING_RATE)
+    _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model_s, _LEARNING_RATE))
+    if opt.pretrained_s and opt.init_s is not None:
+        parser.error("--pretrained_s and --init_s both say what the student starts from; leave one of them out")
+    if opt.pretrained_s and parse_name(opt.model_s).library is None:
+        parser.error(f"--pretrained_s: {opt.model_s} is no timm:NAME or torchvision:NAME; use --init_s PATH")
 
     if not opt.gamma and not opt.alpha and not opt.beta:
         parser.error("-r, -a and -b are all 0: nothing would be trained")
@@ -302,46 +267,79 @@ def _resolve_teacher(parser: Parser, opt: argparse.Namespace) -> None:
         parser.error(f"--clip_tn 0 asks for a CNN, but --path_t {opt.path_t} is the head of a CLIP")
     if arch is not None:
         opt.clip_tn = 0
-    if opt.clip_tn == 0 and (opt.teacher_views != "auto" or opt.views == "shared"):
-        parser.error("--teacher_views and --views are a CLIP's: a CNN teacher always sees the student's own view")
-    if opt.views == "shared" and opt.teacher_views not in ("0", str(NUM_VIEWS)):
+    if opt.clip_tn == 0 and (opt.teacher_views != "auto" or opt.views == "shared" or opt.teacher_resolution):
+        parser.error(
+            "--teacher_views, --views and --teacher_resolution are a frozen encoder's: a CNN teacher always sees the "
+            "student's own view, as it was trained"
+        )
+    if opt.views == "shared" and opt.teacher_views not in (0, NUM_VIEWS):
         parser.error("--views shared shows the teacher any of the 162 views: it needs --teacher_views all or 0")
     if opt.clip_tn == 0:
         opt.teacher_views = None
-    opt.model_t = "none" if opt.distill == "none" else arch or short_name(opt.clip_mode)
+    opt.model_t = "none" if opt.distill == "none" else arch and parse_name(arch).short
+    if opt.model_t is None:
+        opt.model_t = short_name(opt.clip_mode, opt.teacher_resolution)
 
 
 def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse train_teacher.py's options."""
-    parser = Parser("Train a teacher: a head (projection and classifier) on a frozen CLIP, or a CNN from scratch.")
+    parser = Parser("Train a teacher: a head (projection and classifier) on a frozen encoder, or a CNN from scratch.")
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--model",
         default="ViT-B/32",
         metavar="NAME|PATH",
-        help=f"CLIP: {', '.join(PUBLISHED)}, or a checkpoint; CNN: {', '.join(model_dict)}",
+        help=f"frozen encoder: {_ENCODERS}; CNN: {_NETWORKS}",
     )
-    group.add_argument("--feature_dim", type=positive_int, default=256, help="CLIP: dimension of the joint space")
+    group.add_argument(
+        "--clip_tn",
+        type=int,
+        choices=(0, 1),
+        help="1: a head on the frozen encoder; 0: a CNN from scratch; if unset, 0 for the house's own networks alone",
+    )
+    group.add_argument("--feature_dim", type=positive_int, default=256, help="head: dimension of the joint space")
     add_bank_options(group)
     add_data_options(parser)
-    add_sgd_options(parser, f"head; if unset, 0.01; of a CNN {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
+    slow = " and ".join(_LEARNING_RATES)
+    add_optimizer_options(parser, f"head; if unset, 0.01; of a CNN {_LEARNING_RATE}, {slow} 0.01")
     add_training_speed_options(add_run_options(parser), "a CNN")
     opt = parser.parse_args(argv)
     opt.path_t = None  # the teacher is trained here
-    opt.clip_tn = int(opt.model not in model_dict)
+    if opt.clip_tn is None:
+        opt.clip_tn = int(opt.model not in model_dict)
     if opt.clip_tn:
-        opt.clip_mode, opt.model_t = opt.model, short_name(opt.model)
-        opt.learning_rate = opt.learning_rate or 0.01
-    else:
-        opt.model_t = opt.model
-        opt.learning_rate = opt.learning_rate or _LEARNING_RATES.get(opt.model, _LEARNING_RATE)
-    if opt.clip_tn and opt.compile == "on":
-        parser.error("--compile on: a head is two linear layers, which compiling makes no faster; leave it at auto")
-    if not opt.clip_tn and opt.teacher_views != "auto":
-        parser.error("--teacher_views is a CLIP's: a CNN sees every view")
-    if not opt.clip_tn:
-        opt.teacher_views = None
+        opt.clip_mode, opt.model_t = opt.model, short_name(opt.model, opt.teacher_resolution)
+        if opt.compile == "on":
+            parser.error("--compile on: a head is two linear layers, which compiling makes no faster; leave it at auto")
+        opt.compile = "off"
+        _resolve_optimizer(parser, opt, 0.01)
+        return opt
+    try:
+        opt.model_t = sized_name(network(opt.model), opt.teacher_resolution)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--model {error}")
+    if opt.teacher_views != "auto":
+        parser.error("--teacher_views is a frozen encoder's: a CNN sees every view")
+    opt.teacher_views = None
+    _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model, _LEARNING_RATE))
     return opt
+
+
+def sized_name(model: str, resolution: int | None) -> str:
+    """A student's or a CNN's name in names of runs and files, with the size of its input where it is enlarged."""
+    short = parse_name(model).short
+    return short if resolution is None else f"{short}@{resolution}px"
+
+
+def recorded_options(opt: argparse.Namespace) -> dict:
+    """What a run keeps of the options: all but whether and from where it was resumed."""
+    return {name: value for name, value in vars(opt).items() if name != "resume"}
+
+
+def _optimizer_name(opt: argparse.Namespace) -> str:
+    """The part of a run's name that tells another optimiser or schedule than the paper's."""
+    parts = [opt.optimizer] * (opt.optimizer != "sgd") + [opt.schedule] * (opt.schedule != "step")
+    return "".join(f"_{part}" for part in parts)
 
 
 def teacher_run_name(opt: argparse.Namespace) -> str:
@@ -350,7 +348,7 @@ def teacher_run_name(opt: argparse.Namespace) -> str:
         name = f"{opt.model_t}_f{opt.feature_dim}_{opt.dataset}_lr_{opt.learning_rate:g}"
     else:
         name = f"{opt.model_t}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}"
-    return f"{name}_seed{opt.seed}_trial{opt.trial}"
+    return f"{name}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
 
 
 def student_run_name(opt: argparse.Namespace) -> str:
@@ -362,8 +360,10 @@ def student_run_name(opt: argparse.Namespace) -> str:
     ega = f"_node{opt.node_weight:g}_edge{opt.edge_weight:g}" if opt.clip_tn or opt.distill == "ega" else ""
     standard = "_logitstandard" if opt.logit_standard else ""
     protocol = "" if opt.clip_tn or opt.distill != "none" else "_cnn"
+    start = "_pretrained" if opt.pretrained_s else "" if opt.init_s is None else "_init"
+    student = sized_name(opt.model_s, opt.student_resolution) + start
     return (
-        f"S{opt.model_s}_T{opt.model_t}{space}_{opt.dataset}_{opt.distill}{protocol}{standard}"
+        f"S{student}_T{opt.model_t}{space}_{opt.dataset}_{opt.distill}{protocol}{standard}"
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
-        f"_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
+        f"_batchsize{opt.batch_size}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
     )

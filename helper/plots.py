@@ -20,14 +20,16 @@ from torch import Tensor
 from dataset import ImageDataset, load_dataset
 from dataset.loader import Loader
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
+from distiller_zoo import Needs
 from distiller_zoo.EGA import standardize
-from models import create_classifier, create_student
 from models.heads import Classifier, Student, TeacNet
 from models.weights import sha256_of
 
 from . import checkpoint
-from .options import Parser
+from .options import sized_name
+from .parser import Parser
 from .report import StoredRun, read_run, run_labels
+from .student import restore_student
 from .teacher import ClipTeacher, CnnTeacher, load_cnn, load_encoder, open_embeddings
 from .util import exit_on_bad_input
 
@@ -94,35 +96,29 @@ def _clip_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: s
     options, num_classes = run.options, len(dataset.classes)
     same_device = device == options["device"]
     amp = options["amp"] if same_device else "off"
-    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp)
+    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution"))
     _check_same(run, "clip_sha256", encoder.sha256)
     # The bank's test split is enough; one that was built on another device is of another precision.
     views = min(options["teacher_views"], 1) if same_device else 0
     embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
     head = TeacNet(encoder.dim, options["feature_dim"], num_classes)
     head.load_state_dict(state["teacher_layer"])
-    student = create_student(options["model_s"], options["feature_dim"], num_classes)
-    student.backbone.load_state_dict(state["model"])
-    student.head.load_state_dict(state["layer"])
-    return ClipTeacher(embed, head), student
+    return ClipTeacher(embed, head), restore_student(options, state, num_classes)
 
 
 def _cnn_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[CnnTeacher, Classifier]:
     """A run's CNN teacher and its best student, with their projections where the run had them."""
     options, num_classes = run.options, len(dataset.classes)
     _check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
-    backbone, head = load_cnn(options["path_t"], num_classes), None
+    (backbone, resolution), head = load_cnn(options["path_t"], num_classes, Needs()), None
     if "teacher_layer" in state:
         head = TeacNet(backbone.num_features, options["feature_dim"], num_classes)
         head.load_state_dict(state["teacher_layer"])
-    student = create_classifier(options["model_s"], num_classes, options["feature_dim"] if state["layer"] else None)
-    student.backbone.load_state_dict(state["model"])
-    student.head.load_state_dict(state["layer"])
-    return CnnTeacher(backbone, head, amp="off"), student
+    return CnnTeacher(backbone, head, amp="off", resolution=resolution), restore_student(options, state, num_classes)
 
 
 def _best_model(run: StoredRun) -> Path:
-    return run.folder / f"{run.options['model_s']}_best.pth"
+    return run.folder / f"{sized_name(run.options['model_s'], run.options.get('student_resolution'))}_best.pth"
 
 
 @torch.no_grad()

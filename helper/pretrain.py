@@ -11,25 +11,33 @@ from distiller_zoo import TwoStage
 from models.heads import Classifier
 
 from . import distributed
-from .loops import Step, sgd, train_epoch
+from .loops import Step, train_epoch
 from .meters import print_record
+from .objective import Objective
+from .optim import sgd
 from .run import Run
 from .runtime import autocast
 from .teacher import CnnTeacher
 
 
-def open_first_stage(run: Run, opt) -> Run:
-    """The first stage's run of ``--init_epochs`` epochs, in the folder ``init`` of the second's.
+def open_first_stage(opt, objective: Objective, name: str, options: dict) -> Run | None:
+    """The first stage's run of ``--init_epochs`` epochs, in the folder ``init`` of the second's; None without one.
 
     It resumes as every run does.
+
+    Args:
+        name: of the second stage's run.
+        options: what that run records; this one records the same.
 
     Raises:
         ValueError: the folder holds another run's first stage.
     """
+    if not (isinstance(objective.criterion, TwoStage) and opt.beta):
+        return None
     init_opt = copy.copy(opt)
     init_opt.epochs = opt.init_epochs
-    stage = Run(init_opt, "student_model", "student_tensorboards", f"{run.folder.name}/init", opt.model_s)
-    stage.record(**run.options)
+    stage = Run(init_opt, "student_model", "student_tensorboards", f"{name}/init", opt.model_s)
+    stage.record(**options)
     return stage
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distiller_zoo import METHODS
 
-from .options import Parser
+from .parser import Parser
 from .run import best_record
 from .util import exit_on_bad_input
 

@@ -9,11 +9,29 @@ from .logger import Logger
 
 # What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
 # weights are recognised by their hashes instead of their paths.
-_FREE = {"epochs", "data_dir", "clip_root", "save_dir", "clip_mode", "model", "path_t", "print_freq", "resume"}
+_FREE = {
+    "epochs",
+    "data_dir",
+    "clip_root",
+    "save_dir",
+    "clip_mode",
+    "model",
+    "path_t",
+    "init_s",
+    "print_freq",
+    "resume",
+}
 
-
-# What runs that began before these were recorded had.
-_BEFORE = {"processes": 1, "sync_bn": False}
+# What runs that began before these were recorded had; of others, nothing.
+BEFORE = {
+    "processes": 1,
+    "sync_bn": False,
+    "compile": "off",
+    "optimizer": "sgd",
+    "schedule": "step",
+    "warmup_epochs": 0,
+    "pretrained_s": False,
+}
 
 
 class Run:
@@ -29,14 +47,16 @@ class Run:
         state: what the last ``end_epoch`` was given, when the run was resumed; else None.
 
     Args:
-        opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here.
+        opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here, and all are compared with those
+            of the run that is resumed, but for what is still ``auto``.
         kind: 'student_model', say: the folder in SAVE of such runs.
         tb_kind: likewise of TensorBoard's events.
         name: of the run.
         stem: of the files of the best model, {stem}_best.pth, and of the last, {stem}_last.pth.
 
     Raises:
-        ValueError: the folder holds a run that is not to be resumed, or in use; or ``--resume`` names no run.
+        ValueError: the folder holds a run that is not to be resumed, in use, or of other options; or ``--resume`` names
+            no run.
         OSError: the folder cannot be written.
     """
 
@@ -58,6 +78,7 @@ class Run:
             self._claim()
         distributed.wait()
         self._load(opt.resume)
+        self._check({name: value for name, value in vars(opt).items() if value != "auto"})
 
     def _claim(self) -> None:
         try:
@@ -88,14 +109,19 @@ class Run:
         Raises:
             ValueError: one that may not change differs from the resumed run's.
         """
+        self._check(values)
+        self.options |= values
+
+    def _check(self, values: dict) -> None:
+        if self.recorded is None:
+            return
         for key, value in values.items():
-            recorded = None if self.recorded is None else self.recorded.get(key, _BEFORE.get(key))
-            if self.recorded is not None and key not in _FREE and recorded != value:
+            recorded = self.recorded.get(key, BEFORE.get(key))
+            if key not in _FREE and recorded != value:
                 raise ValueError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
                     "use the same options to resume it, or another --trial for a new run"
                 )
-            self.options[key] = value
 
     @property
     def first_epoch(self) -> int:

@@ -1,8 +1,10 @@
-"""Where and how a run computes: device, precision, compilation; every ``auto`` is resolved here."""
+"""Where and how a run computes: device, precision, compilation; every ``auto`` is resolved here, once."""
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,14 +14,13 @@ from torch import nn
 
 from . import distributed
 from .bank import EmbeddingBank
-from .run import Run
 
 # torch.compile takes some 45 s for resnet8x4 on two cores; with AMX that many steps earn it back. Without AMX the
 # convolutions are all that counts, and a compiled step is no faster (docs/performance.md).
 COMPILE_PAYS_AFTER_STEPS = 2000
 
 # Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.
-AUTO_VIEWS = {"cuda": "16", "cpu": "1"}
+AUTO_VIEWS = {"cuda": 16, "cpu": 1}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,11 +90,15 @@ def resolve_compile(compile_: str, device: str, steps: int) -> str:
     return compile_
 
 
-def teacher_precision(device: str, amp: str) -> str:
-    """The frozen teacher's: fp16 on CUDA, as published; bf16 on a CPU that computes in it; else fp32."""
-    if device == "cuda":
+def teacher_precision(device: str, amp: str, published: bool = True) -> str:
+    """The frozen teacher's: on CUDA fp16 for OpenAI's, as published; otherwise what ``--amp`` resolved to, or fp32.
+
+    Args:
+        published: the weights are in OpenAI's format.
+    """
+    if device == "cuda" and published:
         return "fp16"
-    return "bf16" if amp == "bf16" else "fp32"
+    return "fp32" if amp == "off" else amp
 
 
 def step_capture(opt: argparse.Namespace, teacher: nn.Module | None, waits: bool = False) -> Callable | None:
@@ -121,45 +126,44 @@ def autocast(device: str, amp: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, dtype=DTYPES.get(amp), enabled=amp != "off")
 
 
-def resolve_auto(opt: argparse.Namespace, run: Run) -> None:
-    """Replace every ``auto`` that stands for a value, print what it became, and note all options in the run.
+def resolve(opt: argparse.Namespace, recorded: dict | None, images: int) -> argparse.Namespace:
+    """The options with every ``auto`` that stands for a value replaced by it, and the number of processes.
 
-    A resumed run keeps what was resolved when it began.
+    Prints what each became. A resumed run keeps what was resolved when it began.
+
+    Args:
+        opt: as parsed; not changed.
+        recorded: the options of the run that is resumed, or None.
+        images: training images of the data set, which tell whether compiling pays.
 
     Raises:
-        ValueError: the machine lacks what is asked for, or an option differs from the resumed run's.
+        ValueError: the machine lacks what is asked for, or a cosine that is under way would get another end.
     """
-    views = getattr(opt, "teacher_views", None)  # None: there is no bank
-    auto = [name for name in ("device", "amp", "teacher_views") if getattr(opt, name, None) == "auto"]
-    for name in auto:
-        if run.recorded is not None:
-            setattr(opt, name, str(run.recorded[name]))
+    if recorded and recorded.get("schedule") == "cosine" and recorded["epochs"] != opt.epochs:
+        raise ValueError(
+            f"--schedule cosine of {recorded['epochs']} epochs cannot go on with --epochs {opt.epochs}: use the "
+            "same, or another --trial for a new run"
+        )
+    names = [name for name in ("device", "amp", "teacher_views", "compile") if getattr(opt, name, None) == "auto"]
+    opt = copy.copy(opt)
+    for name in names:
+        setattr(opt, name, (recorded or {}).get(name, "auto"))
+    opt.processes = distributed.count()  # each of which has batch norm's statistics of its own share
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)
+    if opt.batch_size < opt.processes:
+        raise ValueError(f"--batch_size {opt.batch_size} is less than a sample for each of {opt.processes} processes")
+    if getattr(opt, "sync_bn", False) and opt.device != "cuda":
+        raise ValueError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
+    if getattr(opt, "teacher_views", None) == "auto":
+        opt.teacher_views = AUTO_VIEWS[opt.device]
+    if hasattr(opt, "compile"):
+        used = images - round(images * (getattr(opt, "holdout", None) or 0))
+        steps = min(-(-used // opt.batch_size), opt.max_steps or math.inf)
+        opt.compile = resolve_compile(opt.compile, opt.device, opt.epochs * steps)
+    if names:
+        print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in names))
     torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
     if opt.device == "cpu":
         keep_freed_memory()
-    if opt.batch_size < distributed.count():
-        raise ValueError(
-            f"--batch_size {opt.batch_size} is less than a sample for each of {distributed.count()} processes"
-        )
-    if getattr(opt, "sync_bn", False) and opt.device != "cuda":
-        raise ValueError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
-    if views is not None:
-        opt.teacher_views = int(AUTO_VIEWS[opt.device] if opt.teacher_views == "auto" else opt.teacher_views)
-    if auto:
-        print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in auto))
-    # How many steps there are, and so whether compiling pays, is known once the data set is loaded.
-    run.record(**{name: value for name, value in vars(opt).items() if name not in ("resume", "compile")})
-    run.record(processes=distributed.count())  # each of which has batch norm's statistics of its own share
-
-
-def resolve_auto_compile(opt: argparse.Namespace, run: Run, steps: int) -> None:
-    """The same for ``--compile``, in a run of so many training steps."""
-    if opt.compile == "auto" and run.recorded is not None:
-        opt.compile = run.recorded["compile"]
-    auto = opt.compile == "auto"
-    opt.compile = resolve_compile(opt.compile, opt.device, steps)
-    if auto:
-        print(f"auto: compile {opt.compile}")
-    run.record(compile=opt.compile)
+    return opt

@@ -1,4 +1,4 @@
-"""The teacher: a frozen CLIP's embeddings and the head on them, or a frozen CNN."""
+"""The teacher: a frozen encoder's embeddings and the head on them, or a frozen CNN."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,31 +8,40 @@ from torch import Tensor, nn
 
 from dataset import ImageDataset
 from dataset.loader import Batch
-from distiller_zoo import Networks
-from models import create_model, model_dict
-from models.clip_teacher import ImageEncoder
-from models.heads import Classifier, Outputs, Student, TeacNet
+from distiller_zoo import Needs, Networks
+from models import check_model_name, create_classifier, create_encoder, create_model, model_dict
+from models.encoders import FrozenEncoder
+from models.heads import Classifier, Outputs, Student, TeacNet, enlarge
+from models.names import parse_name
 from models.weights import sha256_of
 
 from . import checkpoint
 from .bank import OnTheFly, open_bank
-from .run import Run
 from .runtime import DTYPES, autocast, teacher_precision
 
 
 class ClipTeacher(nn.Module):
-    """Turns a batch into the teacher's outputs.
+    """A frozen encoder, CLIP's or another, and a head: turns a batch into the teacher's outputs.
 
     Args:
         embed: (split, index, view) to embeddings; a bank, or a fresh encoding. One with a ``lookup_device`` is given
             index and view there.
         head: the projection and the classifier; frozen when its parameters need no gradient.
+        identity: the hashes of what it is made of, by name.
     """
 
-    def __init__(self, embed: Callable[[str, Tensor, Tensor], Tensor], head: TeacNet):
+    def __init__(
+        self, embed: Callable[[str, Tensor, Tensor], Tensor], head: TeacNet, identity: dict[str, str] | None = None
+    ):
         super().__init__()
         self.embed = embed
         self.head = head
+        self.identity = identity or {}
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether its head is trained beside the student, by its own cross-entropy."""
+        return self.head.fit_dim_Net.weight.requires_grad
 
     def forward(self, split: str, batch: Batch) -> Outputs:
         on_host = getattr(self.embed, "lookup_device", batch.index.device) != batch.index.device
@@ -51,94 +60,133 @@ class CnnTeacher(nn.Module):
             classifier's cross-entropy, as a CLIP's. None where no method asks for it.
         amp: see ``autocast``.
         preact: give the maps as they are before their last ReLU.
+        resolution: what its input is enlarged to; None for the images' own.
+        identity: the hash of its file, by name.
     """
 
-    def __init__(self, backbone: nn.Module, head: TeacNet | None, amp: str, preact: bool = False):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: TeacNet | None,
+        amp: str,
+        preact: bool = False,
+        resolution: int | None = None,
+        identity: dict[str, str] | None = None,
+    ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.head = head
         self.amp = amp
         self.preact = preact
+        self.resolution = resolution
+        self.identity = identity or {}
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether it has a head, which is then trained beside the student, by its own cross-entropy."""
+        return self.head is not None
+
+    def features(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Maps and pooled features, and logits, of normalised images."""
+        return self.backbone(enlarge(image, self.resolution), is_feat=True, preact=self.preact)
 
     def forward(self, split: str, batch: Batch) -> Outputs:
         with torch.no_grad(), autocast(batch.image.device.type, self.amp):
-            features, logits = self.backbone(batch.image, is_feat=True, preact=self.preact)
+            features, logits = self.features(batch.image)
         pooled = features[-1].float()
         embedding, head_logits = (pooled, None) if self.head is None else self.head(pooled)
         return Outputs(embedding, logits.float(), features, head_logits)
 
 
-def load_encoder(clip_mode: str, clip_root: str, device: str, amp: str) -> ImageEncoder:
-    """The frozen encoder in the precision that ``teacher_precision`` gives."""
-    dtype = DTYPES[teacher_precision(device, amp)]
-    return ImageEncoder(clip_mode, clip_root, dtype).to(device)
+def load_encoder(clip_mode: str, clip_root: str, device: str, amp: str, resolution: int | None = None) -> FrozenEncoder:
+    """The frozen encoder on the device, in the precision that ``teacher_precision`` gives."""
+    precision = teacher_precision(device, amp, published=parse_name(clip_mode).library is None)
+    return create_encoder(clip_mode, clip_root, DTYPES[precision], resolution).to(device)
 
 
 def open_embeddings(
-    dataset: ImageDataset, encoder: ImageEncoder, teacher_views: int, save_dir: str, device: str, amp: str
+    dataset: ImageDataset, encoder: FrozenEncoder, teacher_views: int, save_dir: str, device: str, amp: str
 ) -> Callable[[str, Tensor, Tensor], Tensor]:
     """A bank of ``teacher_views`` views, built where it is missing, or for 0 the encoder itself."""
     if teacher_views == 0:
         return OnTheFly(dataset, encoder, torch.device(device))
     root = Path(save_dir) / "teacher_bank"
-    return open_bank(root, dataset, encoder, teacher_views, teacher_precision(device, amp), torch.device(device))
+    precision = teacher_precision(device, amp, encoder.published)
+    return open_bank(root, dataset, encoder, teacher_views, precision, torch.device(device))
 
 
-def build_teacher(opt, dataset: ImageDataset, run: Run, joint: bool = True, preact: bool = False):
-    """The teacher that the options describe, a ``ClipTeacher`` or a ``CnnTeacher``, on the device.
+def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> ClipTeacher | CnnTeacher:
+    """The teacher that the options describe, on the device.
 
-    Frozen but for a head that is trained jointly; a CLIP's bank is built where it is missing. Notes in the run what
-    the teacher's weights are.
+    Frozen but for a head that is trained jointly; an encoder's bank is built where it is missing.
 
     Args:
-        joint: whether the method needs a CNN's pooled features projected to the joint space.
-        preact: whether it needs a CNN's maps as they are before their last ReLU.
+        needs: what the method asks of a CNN; a head alone asks nothing.
 
     Raises:
         ValueError, OSError: what loading the weights and opening the bank raise.
     """
     num_classes = len(dataset.classes)
     if not opt.clip_tn:
-        run.record(teacher_sha256=sha256_of(opt.path_t))
-        backbone = load_cnn(opt.path_t, num_classes)
+        backbone, resolution = load_cnn(opt.path_t, num_classes, needs)
         torch.manual_seed(opt.seed)
-        head = TeacNet(backbone.num_features, opt.feature_dim, num_classes) if joint else None
-        teacher = CnnTeacher(backbone, head, opt.amp, preact)
+        head = TeacNet(backbone.num_features, opt.feature_dim, num_classes) if needs.joint else None
+        identity = {"teacher_sha256": sha256_of(opt.path_t)}
+        teacher = CnnTeacher(backbone, head, opt.amp, needs.preact_t, resolution, identity)
         return teacher.to(opt.device, memory_format=torch.channels_last)
-    encoder = load_encoder(opt.clip_mode, opt.clip_root, opt.device, opt.amp)
-    run.record(clip_sha256=encoder.sha256)
+    encoder = load_encoder(opt.clip_mode, opt.clip_root, opt.device, opt.amp, opt.teacher_resolution)
+    identity = {"clip_sha256": encoder.sha256}
     if opt.path_t is None:
         torch.manual_seed(opt.seed)
         head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
     else:
         head = load_head(opt.path_t, encoder, opt.feature_dim, num_classes)
-        run.record(head_sha256=sha256_of(opt.path_t))
+        identity["head_sha256"] = sha256_of(opt.path_t)
     embed = open_embeddings(dataset, encoder, opt.teacher_views, opt.save_dir, opt.device, opt.amp)
-    return ClipTeacher(embed, head.to(opt.device))
+    return ClipTeacher(embed, head.to(opt.device), identity)
+
+
+def build_cnn(opt, num_classes: int) -> Classifier:
+    """The CNN that train_teacher.py trains from scratch, on the device.
+
+    Raises:
+        ValueError: a network that cannot take the images.
+    """
+    torch.manual_seed(opt.seed)
+    cnn = create_classifier(opt.model, num_classes, resolution=opt.teacher_resolution)
+    cnn.to(opt.device, memory_format=torch.channels_last)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(cnn) if opt.sync_bn else cnn
+
+
+def teacher_file(teacher: ClipTeacher | Classifier, options: dict) -> dict:
+    """The content of a teacher's file: a head with the SHA-256 of its encoder, a CNN with its architecture.
+
+    Args:
+        options: what the run recorded.
+    """
+    if isinstance(teacher, ClipTeacher):
+        return {"model": teacher.head.state_dict(), "clip_sha256": options["clip_sha256"], "options": options}
+    about = {"arch": options["model"], "resolution": options["teacher_resolution"], "options": options}
+    return {"model": teacher.backbone.state_dict()} | about
 
 
 @torch.no_grad()
 def describe(
-    student: Student | Classifier, teacher: ClipTeacher | CnnTeacher, dataset: ImageDataset, rows: Tensor | None
+    student: Student | Classifier, teacher: ClipTeacher | CnnTeacher, image_size: int, targets: Tensor
 ) -> Networks:
     """What the methods may ask about the two networks.
 
     Args:
-        rows: the training rows that are used; None for all.
+        image_size: height and width of the student's images.
+        targets: (N,) class of every training row, -1 for the rows that the loss will not see.
     """
-    targets = dataset.train.targets
-    if rows is not None:
-        used = torch.zeros(len(targets), dtype=torch.bool)
-        used[rows] = True
-        targets = torch.where(used, targets, -1)
-    weight = next(student.parameters())
-    images = torch.zeros(2, *dataset.train.images.shape[1:], device=weight.device)
+    images = torch.zeros(2, 3, image_size, image_size, device=next(student.parameters()).device)
     out_s = student.eval()(images)
     shapes_s = [tuple(x.shape) for x in out_s.features]
     if isinstance(teacher, ClipTeacher):
         dim, width = out_s.embedding.shape[1], teacher.head.fit_dim_Net.in_features
         return Networks(shapes_s, [(2, width)], dim, dim, targets)
-    features, _ = teacher.backbone(images, is_feat=True)
+    features, _ = teacher.features(images)
     shapes_t = [tuple(x.shape) for x in features]
     return Networks(shapes_s, shapes_t, shapes_s[-1][1], shapes_t[-1][1], targets, teacher.backbone)
 
@@ -156,9 +204,10 @@ def _read(path: str) -> dict:
 
 
 def architecture(path: str) -> str | None:
-    """Which CNN a checkpoint holds; None for the head of a CLIP.
+    """Which CNN a checkpoint holds; None for the head of a frozen encoder.
 
-    Our own files say so. RepDistiller's are in a folder that begins with the name: resnet32x4_vanilla.
+    Our own files say so, in the grammar of ``models.names``. RepDistiller's are in a folder that begins with the
+    name: resnet32x4_vanilla.
 
     Raises:
         ValueError: the file is neither, or does not tell.
@@ -169,11 +218,13 @@ def architecture(path: str) -> str | None:
     folder = Path(path).absolute().parent.name
     named = [name for name in model_dict if folder == name or folder.startswith(f"{name}_")]
     arch = state.get("arch") or max(named, key=len, default=None)
-    if arch not in model_dict:
+    try:
+        check_model_name(arch or "")
+    except ValueError:
         raise ValueError(
             f"--path_t {path}: which CNN it holds is told neither by the file nor by its folder's name, which has to "
             "begin with it, as RepDistiller's resnet32x4_vanilla does"
-        )
+        ) from None
     return arch
 
 
@@ -189,20 +240,22 @@ def _check_shapes(path: str, state: dict, model: nn.Module, check: str) -> None:
         )
 
 
-def load_cnn(path: str, num_classes: int) -> nn.Module:
-    """A CNN with its classifier, from a checkpoint of ``train_teacher.py``'s or RepDistiller's.
+def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int | None]:
+    """A CNN with its classifier, and what its input is enlarged to, from a checkpoint of ours or of RepDistiller's.
 
     Raises:
-        ValueError: not such a checkpoint, or of another number of classes.
+        ValueError: not such a checkpoint, of another number of classes, or a CNN without the maps that are asked for.
     """
-    model = create_model(architecture(path), num_classes)
-    state = _read(path)["model"]
-    _check_shapes(path, state, model, "--dataset; a student under the paper's protocol has no classifier of its own")
-    model.load_state_dict(state)
-    return model
+    state = _read(path)
+    resolution = state.get("resolution")
+    model = create_model(architecture(path), num_classes, maps=needs.maps, preact=needs.preact_t, resolution=resolution)
+    weights = state["model"]
+    _check_shapes(path, weights, model, "--dataset; a student under the paper's protocol has no classifier of its own")
+    model.load_state_dict(weights)
+    return model, resolution
 
 
-def load_head(path: str, encoder: ImageEncoder, feature_dim: int, num_classes: int) -> TeacNet:
+def load_head(path: str, encoder: FrozenEncoder, feature_dim: int, num_classes: int) -> TeacNet:
     """A head that ``train_teacher.py`` trained, frozen.
 
     Raises:

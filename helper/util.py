@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 
@@ -64,15 +63,6 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
     highest = output.topk(min(max(topk), output.shape[1]), dim=1).indices
     correct = highest == target[:, None]
     return [100.0 * correct[:, :k].any(dim=1).float().mean() for k in topk]
-
-
-def adjust_learning_rate(epoch: int, opt, optimizer: torch.optim.Optimizer) -> float:
-    """Set the learning rate of an epoch (counted from 1): times ``lr_decay_rate`` after each decay epoch."""
-    decays = sum(epoch > decay for decay in opt.lr_decay_epochs)
-    lr = opt.learning_rate * opt.lr_decay_rate**decays
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def format_seconds(seconds: float) -> str:

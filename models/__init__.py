@@ -1,9 +1,13 @@
 """Backbones by name, and students made of them."""
 
+import torch
 from torch import nn
 
+from .encoders import FrozenEncoder, LibraryEncoder
 from .heads import Classifier, Projection, Student, StudNet
+from .library import check_library_model, create_library_model
 from .mobilenetv2 import mobile_half
+from .names import parse_name, unknown
 from .resnet import resnet8, resnet8x4, resnet14, resnet20, resnet32, resnet32x4, resnet44, resnet56, resnet110
 from .resnetv2 import ResNet50
 from .ShuffleNetv1 import ShuffleV1
@@ -37,29 +41,58 @@ model_dict = {
 }
 
 
-def create_model(name: str, num_classes: int) -> nn.Module:
+def check_model_name(model: str) -> None:
+    """Raise a ValueError that names what comes close, unless it is the house's, timm:NAME or torchvision:NAME."""
+    name = parse_name(model)
+    if name.library in ("timm", "torchvision"):
+        check_library_model(name)
+    elif model not in model_dict:
+        raise unknown("network", model, [*model_dict, "timm:NAME", "torchvision:NAME"])
+
+
+def create_model(name: str, num_classes: int, **options) -> nn.Module:
     """A backbone; one of 0 classes has no classifier.
 
+    Args:
+        name: one of ``model_dict``, timm:NAME or torchvision:NAME.
+        num_classes: number of classes.
+        options: of a library's network; see ``create_library_model``. The house's own give all maps at any size.
+
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a network that cannot give what is asked for.
     """
-    if name not in model_dict:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(model_dict)}")
-    return model_dict[name](num_classes=num_classes)
+    check_model_name(name)
+    if name in model_dict:
+        return model_dict[name](num_classes=num_classes)
+    return create_library_model(parse_name(name), num_classes, **options)
 
 
-def create_student(model_s: str, feature_dim: int, num_classes: int) -> Student:
+def create_student(
+    model_s: str, feature_dim: int, num_classes: int, resolution: int | None = None, **options
+) -> Student:
     """A backbone without a classifier of its own, under a head that projects to the joint space (the paper's).
 
+    Args:
+        model_s: its name.
+        feature_dim: width of the joint space.
+        num_classes: number of classes.
+        resolution: what images are enlarged to; None for their own.
+        options: see ``create_model``.
+
     Raises:
-        ValueError: for an unknown name.
+        ValueError: as ``create_model``.
     """
-    backbone = create_model(model_s, 0)
-    return Student(backbone, StudNet(backbone.num_features, feature_dim, num_classes))
+    backbone = create_model(model_s, 0, resolution=resolution, **options)
+    return Student(backbone, StudNet(backbone.num_features, feature_dim, num_classes), resolution)
 
 
 def create_classifier(
-    model_s: str, num_classes: int, feature_dim: int | None = None, preact: bool = False
+    model_s: str,
+    num_classes: int,
+    feature_dim: int | None = None,
+    preact: bool = False,
+    resolution: int | None = None,
+    **options,
 ) -> Classifier:
     """A backbone with its own classifier (RepDistiller's protocol).
 
@@ -68,10 +101,35 @@ def create_classifier(
         num_classes: number of classes.
         feature_dim: width of the joint space, where a loss needs the pooled features projected to it.
         preact: give the maps as they are before their last ReLU.
+        resolution: what images are enlarged to; None for their own.
+        options: see ``create_model``.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: as ``create_model``.
     """
-    backbone = create_model(model_s, num_classes)
+    backbone = create_model(model_s, num_classes, preact=preact, resolution=resolution, **options)
     head = None if feature_dim is None else Projection(backbone.num_features, feature_dim)
-    return Classifier(backbone, head, preact)
+    return Classifier(backbone, head, preact, resolution)
+
+
+def create_encoder(
+    clip_mode: str, clip_root: str, dtype: torch.dtype = torch.float32, resolution: int | None = None
+) -> FrozenEncoder:
+    """The frozen encoder of a name (see ``models.names``), on the CPU.
+
+    Args:
+        clip_mode: its name, or the path of a checkpoint in OpenAI's format.
+        clip_root: the folder of CLIP's published weights.
+        dtype: what it computes in.
+        resolution: of its input in pixels; its own if None.
+
+    Raises:
+        ValueError: an unknown name, weights that do not fit, a resolution that it cannot take.
+        OSError: weights that are missing and not to be downloaded.
+    """
+    name = parse_name(clip_mode)
+    if name.library is None:
+        from .clip_teacher import ImageEncoder  # here, so that losses and students do without clip
+
+        return ImageEncoder(clip_mode, clip_root, dtype, resolution)
+    return LibraryEncoder(name, dtype, resolution)

@@ -8,18 +8,28 @@ from pathlib import Path
 import clip
 import torch
 from clip.model import CLIP, build_model
-from torch import Tensor, nn
+from torch import Tensor
 
+from .encoders import FrozenEncoder
+from .names import LIBRARIES, parse_name
 from .weights import sha256_of
 
 PUBLISHED = tuple(clip.available_models())
+
+_NORMALIZE = clip.clip._transform(224).transforms[-1]
 
 # What the release's run names call the models that it accepts.
 _SHORT_NAMES = {"ViT-B/32": "vit32", "ViT-B/16": "vit16"}
 
 
-def short_name(clip_mode: str) -> str:
-    """The teacher's name in names of runs and files: the release's, or the stem of a path."""
+def short_name(clip_mode: str, resolution: int | None = None) -> str:
+    """The teacher's name in names of runs and files: the release's, the library's, or the stem of a path.
+
+    Args:
+        resolution: of its input, where that is not the network's own.
+    """
+    if (name := parse_name(clip_mode)).library is not None:
+        return name.short if resolution is None else f"{name.short}@{resolution}px"
     if clip_mode in PUBLISHED:
         return _SHORT_NAMES.get(clip_mode, clip_mode.replace("/", "-"))
     return Path(clip_mode).stem
@@ -40,7 +50,8 @@ def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
         path = Path(clip_mode)
         if not path.is_file():
             raise ValueError(
-                f"--clip_mode {clip_mode}: neither a file nor a published CLIP; known: {', '.join(PUBLISHED)}"
+                f"--clip_mode {clip_mode}: neither a file nor a published CLIP; known: {', '.join(PUBLISHED)}, "
+                f"and {', '.join(f'{library}:NAME' for library in LIBRARIES)}"
             )
         return path, sha256_of(path)
 
@@ -105,23 +116,23 @@ def _is_torchscript(path: str | os.PathLike) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-class ImageEncoder(nn.Module):
-    """A frozen CLIP's image encoder.
+class ImageEncoder(FrozenEncoder):
+    """A CLIP's image encoder in OpenAI's format, whose views are bicubic as OpenAI's own transform makes them."""
 
-    Attributes:
-        name: as in names of runs.
-        sha256: of the checkpoint's file.
-        resolution: input height and width in pixels.
-        dim: width of the embedding.
-    """
+    published = True
+    normalization = (tuple(_NORMALIZE.mean), tuple(_NORMALIZE.std))
 
-    def __init__(self, clip_mode: str, root: str, dtype: torch.dtype = torch.float32):
-        """Load a published CLIP or a checkpoint; see ``fetch_clip`` and ``load_clip`` for what is raised.
+    def __init__(self, clip_mode: str, root: str, dtype: torch.dtype = torch.float32, resolution: int | None = None):
+        """Load a published CLIP or a checkpoint; see ``fetch_clip`` and ``load_clip`` for what else is raised.
 
         Args:
             clip_mode: a published name or a path.
             root: the folder of the published weights.
             dtype: of the weights that the published files hold in fp16; the others stay float32.
+            resolution: its own, or None.
+
+        Raises:
+            ValueError: another resolution than its own.
         """
         super().__init__()
         path, self.sha256 = fetch_clip(clip_mode, root)
@@ -132,12 +143,12 @@ class ImageEncoder(nn.Module):
                 parameter.data = parameter.data.to(dtype)
         self.resolution: int = self.visual.input_resolution
         self.dim: int = self.visual.output_dim
+        if resolution not in (None, self.resolution):
+            raise ValueError(
+                f"--teacher_resolution {resolution}: {clip_mode} takes {self.resolution} pixels alone; "
+                "open_clip:ARCH/openai has the same weights and takes others"
+            )
 
-    def train(self, mode: bool = True) -> "ImageEncoder":
-        return super().train(False)  # frozen: no call of train() may move its batch norms' statistics
-
-    @torch.no_grad()
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised images (B, 3, resolution, resolution) to embeddings (B, dim), float32."""
+    def embed(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
-            return self.visual(image.to(self.visual.conv1.weight.dtype)).float()
+            return self.visual(image.to(self.visual.conv1.weight.dtype))

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -10,8 +11,8 @@ class Outputs(NamedTuple):
 
     embedding: (B, D), projected to the joint space; the pooled features where nothing projects them.
     logits: (B, classes).
-    features: the backbone's maps and pooled features, in order; for CLIP its embedding alone.
-    head_logits: (B, classes) of a teacher's head, which they train; for CLIP they are ``logits``.
+    features: the backbone's maps and pooled features, in order; of a frozen encoder its embedding alone.
+    head_logits: (B, classes) of a teacher's head, which they train; of a frozen encoder they are ``logits``.
     """
 
     embedding: Tensor
@@ -65,16 +66,30 @@ class TeacNet(_Head):
     """The teacher's head, on the frozen CLIP's image embedding or the frozen CNN's pooled features."""
 
 
-class Student(nn.Module):
-    """A backbone and its head, which classifies: the paper's protocol."""
+def enlarge(image: Tensor, resolution: int | None) -> Tensor:
+    """Images (B, C, H, W) at ``resolution`` pixels, bilinear; None, or their own size, leaves them as they are."""
+    if resolution in (None, image.shape[-1]):
+        return image
+    return F.interpolate(image, (resolution, resolution), mode="bilinear", align_corners=False)
 
-    def __init__(self, backbone: nn.Module, head: StudNet):
+
+class Student(nn.Module):
+    """A backbone and its head, which classifies: the paper's protocol.
+
+    Args:
+        backbone: without a classifier of its own.
+        head: on its pooled features.
+        resolution: what images are enlarged to; None for their own.
+    """
+
+    def __init__(self, backbone: nn.Module, head: StudNet, resolution: int | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.resolution = resolution
 
     def forward(self, image: Tensor) -> Outputs:
-        features, _ = self.backbone(image, is_feat=True)
+        features, _ = self.backbone(enlarge(image, self.resolution), is_feat=True)
         embedding, logits = self.head(features[-1])
         return Outputs(embedding, logits, features)
 
@@ -86,14 +101,22 @@ class Classifier(nn.Module):
         backbone: with a classifier of its own.
         head: what a loss alone sees of the pooled features; by default the features themselves.
         preact: give the maps as they are before their last ReLU.
+        resolution: what images are enlarged to; None for their own.
     """
 
-    def __init__(self, backbone: nn.Module, head: Projection | None = None, preact: bool = False):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: Projection | None = None,
+        preact: bool = False,
+        resolution: int | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Identity() if head is None else head
         self.preact = preact
+        self.resolution = resolution
 
     def forward(self, image: Tensor) -> Outputs:
-        features, logits = self.backbone(image, is_feat=True, preact=self.preact)
+        features, logits = self.backbone(enlarge(image, self.resolution), is_feat=True, preact=self.preact)
         return Outputs(self.head(features[-1]), logits, features)

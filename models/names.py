@@ -52,8 +52,15 @@ def check_file(name: Name) -> None:
         raise ValueError(f"{name.library}:{name.name}={name.path}: no such file of weights")
 
 
+# So many names can be listed where none comes close.
+_FEW = 40
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
-    """An error that names what comes close to an unknown name."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    """An error that names what comes close to an unknown name, or the known ones where they are few."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    if not close and len(known) <= _FEW:
+        hint = f"; known: {', '.join(known)}"
     return ValueError(f"unknown {what} {name!r}{hint}")

@@ -8,7 +8,8 @@ from dataset.loader import Loader
 from distiller_zoo import METHODS
 from helper import distributed
 from helper.bank import EmbeddingBank
-from helper.loops import Distillation, Objective, Step, sgd
+from helper.loops import Distillation, Objective, Step
+from helper.optim import sgd
 from helper.options import student_parser
 from helper.teacher import ClipTeacher, CnnTeacher, describe
 from models import create_classifier, create_model, create_student
@@ -39,7 +40,7 @@ def make_training(
     data = make_dataset(num_train=num_train)
     argv = ["--distill", name, "--model_s", "resnet8", "--feature_dim", "8", "--feat_dim", "8", "--nce_k", "20"]
     opt = student_parser().parse_args(argv)
-    opt.device, opt.amp, opt.compile = "cpu", "off", "off"
+    opt.device, opt.amp, opt.compile, opt.weight_decay = "cpu", "off", "off", 5e-4
     method = METHODS[name]
     build, feeds = method.with_teacher(clip)
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def make_training(
             create_model("resnet14", 5), TeacNet(64, 8, 5) if joint else None, "off", "t" in method.preact
         )
         student = create_classifier("resnet8", 5, 8 if joint else None, "s" in method.preact)
-    criterion = build(opt, describe(student, teacher, data, None)) if build else None
+    criterion = build(opt, describe(student, teacher, 32, data.train.targets)) if build else None
     place = {"rank": distributed.rank(), "processes": distributed.count()}
     loader = Loader(
         data.train, "train", batch_size, CPU, training=True, teacher_views=2 if clip else 162, shared=not clip, **place

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conftest import noise_dataset, snapshot
 from dataset import ImageDataset, Split
@@ -19,12 +19,13 @@ from dataset.loader import Loader
 from dataset.views import CLIP_NORMALIZATION, NUM_VIEWS, TEST_VIEW, crop_resize_flip, normalize, view_order
 from helper.bank import CHUNK, EmbeddingBank, OnTheFly, open_bank
 from models.clip_teacher import ImageEncoder
+from models.encoders import FrozenEncoder
 
 CPU = torch.device("cpu")
 FILES = ["embeddings.fp16", "crc32.u32", "bank.json"]
 
 
-class Encoder(nn.Module):
+class Encoder(FrozenEncoder):
     """A random projection of the pixels in a frozen encoder's place; counts what it encodes.
 
     Args:
@@ -33,6 +34,7 @@ class Encoder(nn.Module):
     """
 
     name, sha256, resolution, dim = "linear", "0" * 64, 16, 6
+    normalization = CLIP_NORMALIZATION
 
     def __init__(self, die_after: int | None = None, gain: float = 1.0):
         super().__init__()

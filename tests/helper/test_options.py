@@ -14,7 +14,7 @@ from helper.options import (
     student_run_name,
     teacher_run_name,
 )
-from helper.runtime import resolve_auto, resolve_auto_compile
+from helper.runtime import resolve
 from models import model_dict
 from models.clip_teacher import PUBLISHED
 
@@ -181,7 +181,7 @@ def test_abbreviations_are_refused(capsys, argv):
 
 def test_what_makes_sense_is_taken():
     opt = parse_student_options(["--views", "shared", "--teacher_views", "all", "--lr_decay_epochs", ""])
-    assert (opt.teacher_views, opt.lr_decay_epochs) == ("162", [])
+    assert (opt.teacher_views, opt.lr_decay_epochs) == (162, [])
     assert parse_student_options(["--views", "shared", "--teacher_views", "0"]).teacher_views == "0"
     assert parse_student_options(["--lr_decay_epochs", "3,1"]).lr_decay_epochs == [3, 1]
     assert parse_student_options(["--momentum", "0", "--weight_decay", "0", "-node", "0"]).momentum == 0
@@ -220,17 +220,6 @@ def test_the_name_of_a_run_carries_what_tells_runs_apart():
         assert not set(student_run_name(parse_student_options(["--clip_mode", clip]))) & set("/:\\ ")
 
 
-class Recorded:
-    """A run as ``resolve_auto`` sees it."""
-
-    def __init__(self, recorded: dict | None = None):
-        self.recorded = recorded
-        self.noted = {}
-
-    def record(self, **values) -> None:
-        self.noted |= values
-
-
 @pytest.fixture
 def machine(monkeypatch) -> SimpleNamespace:
     """What PyTorch finds: nothing, until a test changes it."""
@@ -253,64 +242,65 @@ def machine(monkeypatch) -> SimpleNamespace:
         ({"cuda": True, "cuda_bf16": True}, ("cuda", "bf16", 16)),
     ],
 )
-def test_auto_becomes_what_the_machine_has_and_is_printed_and_recorded(machine, capsys, has, expected):
+def test_auto_becomes_what_the_machine_has_and_is_printed(machine, capsys, has, expected):
     vars(machine).update(has)
-    opt, run = parse_student_options([]), Recorded()
-    resolve_auto(opt, run)
+    parsed = parse_student_options(["--compile", "off"])
+    before = dict(vars(parsed))
+    opt = resolve(parsed, None, images=50_000)
     assert (opt.device, opt.amp, opt.teacher_views) == expected
-    assert {name: run.noted[name] for name in ("device", "amp", "teacher_views")} == dict(
-        zip(("device", "amp", "teacher_views"), expected, strict=True)
-    )
+    assert opt.processes == 1
+    assert vars(parsed) == before
     device, amp, views = expected
     assert capsys.readouterr().out == f"auto: device {device}, amp {amp}, teacher_views {views}\n"
-    json.dumps(run.noted)
+    json.dumps(vars(opt))
 
 
 def test_what_is_given_is_not_resolved_nor_printed(machine, capsys):
-    opt = parse_student_options(["--device", "cpu", "--amp", "bf16", "--teacher_views", "5"])
-    resolve_auto(opt, Recorded())
-    assert (opt.device, opt.amp, opt.teacher_views) == ("cpu", "bf16", 5)
+    argv = ["--device", "cpu", "--amp", "bf16", "--teacher_views", "5", "--compile", "off"]
+    opt = resolve(parse_student_options(argv), None, images=50_000)
+    assert (opt.device, opt.amp, opt.teacher_views, opt.compile) == ("cpu", "bf16", 5, "off")
     assert capsys.readouterr().out == ""
 
 
 def test_a_resumed_run_keeps_what_auto_became(machine):
-    opt = parse_student_options([])
-    resolve_auto(opt, Recorded({"device": "cpu", "amp": "bf16", "teacher_views": 7}))
-    assert (opt.device, opt.amp, opt.teacher_views) == ("cpu", "bf16", 7)
+    machine.compiler, machine.amx = "g++", True
+    recorded = {"device": "cpu", "amp": "bf16", "teacher_views": 7, "compile": "off"}
+    opt = resolve(parse_student_options([]), recorded, images=10**9)
+    assert (opt.device, opt.amp, opt.teacher_views, opt.compile) == ("cpu", "bf16", 7, "off")
 
 
 @pytest.mark.parametrize("argv", ["--device cuda", "--amp fp16", "--device cpu --amp fp16"])
 def test_what_the_machine_lacks_is_refused(machine, argv):
     with pytest.raises(ValueError, match=r"--device cpu|--device cuda"):
-        resolve_auto(parse_student_options(argv.split()), Recorded())
+        resolve(parse_student_options(argv.split()), None, images=50_000)
 
 
 @pytest.mark.parametrize(
     ("compiler", "amx", "given", "steps", "expected"),
     [
         ("/usr/bin/g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
-        ("/usr/bin/g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS - 1, "off"),
+        ("/usr/bin/g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS - 2, "off"),
         ("/usr/bin/g++", False, "auto", 10**9, "off"),
         (None, True, "auto", 10**9, "off"),
-        ("/usr/bin/g++", False, "on", 1, "on"),
+        ("/usr/bin/g++", False, "on", 2, "on"),
         (None, True, "off", 10**9, "off"),
     ],
 )
 def test_compilation_is_on_where_it_pays_and_is_possible(machine, compiler, amx, given, steps, expected):
     machine.compiler, machine.amx = compiler, amx
-    opt, run = parse_student_options(["--device", "cpu", "--compile", given]), Recorded()
-    resolve_auto_compile(opt, run, steps)
-    assert (opt.compile, run.noted) == (expected, {"compile": expected})
+    argv = ["--device", "cpu", "--compile", given, "--epochs", "2", "--batch_size", "10"]
+    assert resolve(parse_student_options(argv), None, images=steps // 2 * 10).compile == expected
+    limited = parse_student_options([*argv, "--max_steps", "3"])
+    assert resolve(limited, None, images=10**9).compile == ("off" if given == "auto" else expected)
 
 
 def test_compilation_without_a_compiler_is_refused(machine):
     opt = parse_student_options(["--device", "cpu", "--compile", "on"])
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
-        resolve_auto_compile(opt, Recorded(), 1)
+        resolve(opt, None, images=50_000)
 
 
-def test_a_resumed_run_keeps_what_compile_became(machine):
-    opt = parse_student_options(["--device", "cpu"])
-    machine.compiler, machine.amx = "g++", True
-    resolve_auto_compile(opt, Recorded({"compile": "off"}), 10**9)
-    assert opt.compile == "off"
+def test_a_cosine_under_way_keeps_its_end(machine):
+    opt = parse_student_options(["--schedule", "cosine", "--epochs", "9"])
+    with pytest.raises(ValueError, match="cosine of 10 epochs cannot go on with --epochs 9"):
+        resolve(opt, vars(opt) | {"epochs": 10, "compile": "off", "device": "cpu", "amp": "off"}, images=100)

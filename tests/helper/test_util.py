@@ -1,15 +1,11 @@
-from argparse import Namespace
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from helper.util import (
     AverageMeter,
     NonFiniteLoss,
     accuracy,
-    adjust_learning_rate,
     exit_on_bad_input,
     exit_on_non_finite_loss,
     format_seconds,
@@ -63,15 +59,6 @@ def test_accuracy_counts_targets_among_the_highest():
 
 def test_fewer_classes_than_k_count_all():
     assert accuracy(torch.eye(3), torch.tensor([1, 2, 0]), topk=(1, 5)) == [0, 100]
-
-
-def test_the_learning_rate_decays_after_its_epochs():
-    """Paper: lr 0.05, times 0.1 from epochs 151, 181 and 211 on."""
-    opt = Namespace(learning_rate=0.05, lr_decay_rate=0.1, lr_decay_epochs=[150, 180, 210])
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
-    for epoch, expected in ((1, 0.05), (150, 0.05), (151, 5e-3), (180, 5e-3), (181, 5e-4), (211, 5e-5), (240, 5e-5)):
-        assert adjust_learning_rate(epoch, opt, optimizer) == pytest.approx(expected)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""The student's loss, of one batch."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataset.loader import Batch
+from distiller_zoo import METHODS, kd_loss, standardize_logits
+from models.heads import Classifier, Outputs, Student
+
+from . import distributed
+from .data import Loaders
+from .teacher import ClipTeacher, CnnTeacher, describe
+
+
+@dataclass
+class Objective:
+    """The student's loss: ``r * cls + a * kd + b * distill``.
+
+    Attributes:
+        criterion: the method's loss, or None.
+        feeds: what it is fed, in order (see ``Method``).
+        gamma, alpha, beta: the weights r, a and b.
+        kd_T: temperature of the kd term.
+        clip: whether f_s and f_t are projected embeddings (a frozen encoder's protocol) or pooled features.
+        warmup: epochs over which beta grows to its value.
+        logit_standard: standardise the logits that kd and the method see.
+        relational: the criterion compares samples, so that it has to see those of all processes.
+    """
+
+    criterion: nn.Module | None
+    feeds: tuple[str, ...]
+    gamma: float
+    alpha: float
+    beta: float
+    kd_T: float
+    clip: bool = True
+    warmup: int = 0
+    logit_standard: bool = False
+    relational: bool = False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term looks at the teacher at all; a method's first stage alone does not make one."""
+        return bool(self.alpha or (self.feeds and self.beta))
+
+    def beta_in(self, epoch: int) -> float:
+        """The weight b in an epoch, counted from 1."""
+        return self.beta * min(epoch / self.warmup, 1) if self.warmup else self.beta
+
+    def __call__(
+        self, out_s: Outputs, out_t: Outputs | None, batch: Batch, epoch: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its weighted terms by name; no gradient reaches the teacher.
+
+        Of a batch spread over many processes: the loss whose mean over processes is that of the whole batch, and the
+        terms, of this process's share where they are means over samples; without any, zero and no such terms.
+        """
+        terms, parts = {}, {}
+        if len(batch.target):
+            terms["cls"] = self.gamma * F.cross_entropy(out_s.logits.float(), batch.target)
+            if self.alpha and out_t is not None:
+                terms["kd"] = self.alpha * kd_loss(*self._fed(("logit_s", "logit_t"), out_s, out_t, batch), self.kd_T)
+        # Of no samples: zero, yet not without a gradient, which DDP waits for.
+        loss = batch.weight * sum(terms.values()) if terms else out_s.features[-1].sum()
+        if self.feeds and self.beta and out_t is not None and (self.relational or terms):
+            fed = self._fed(self.feeds, out_s, out_t, batch)
+            # A loss that takes the shares itself knows a cheaper way than to gather.
+            if self.relational and "shares" not in self.feeds:
+                fed = [distributed.gather(x, batch.shares) for x in fed]
+            # A loss of several terms names them, so that each is logged.
+            named = self.criterion.terms(*fed) if hasattr(self.criterion, "terms") else {}
+            beta = self.beta_in(epoch)
+            parts = {name: beta * value for name, value in named.items()}
+            value = sum(parts.values()) if parts else self.criterion(*fed)
+            value = sum(value) if isinstance(value, (list, tuple)) else value
+            terms["distill"] = value if parts else beta * value
+            loss = loss + (1 if self.relational else batch.weight) * terms["distill"]
+        return loss, {**terms, **parts}
+
+    def _fed(self, names: tuple[str, ...], out_s: Outputs, out_t: Outputs, batch: Batch) -> list:
+        """What a method's row calls by these names, in float32; the teacher's without a gradient."""
+
+        def s(x: Tensor) -> Tensor:
+            return x.float()
+
+        def t(x: Tensor) -> Tensor:
+            return x.detach().float()
+
+        def logit(x: Tensor) -> Tensor:
+            return standardize_logits(x) if self.logit_standard else x
+
+        table = {
+            "joint_s": lambda: s(out_s.embedding),
+            "joint_t": lambda: t(out_t.embedding),
+            "f_s": lambda: s(out_s.embedding if self.clip else out_s.features[-1]),
+            "f_t": lambda: t(out_t.embedding if self.clip else out_t.features[-1]),
+            "logit_s": lambda: logit(s(out_s.logits)),
+            "logit_t": lambda: logit(t(out_t.logits)),
+            "maps_s": lambda: [s(x) for x in out_s.features[1:-1]],
+            "maps_t": lambda: [t(x) for x in out_t.features[1:-1]],
+            "feat_s": lambda: [s(x) for x in out_s.features],
+            "feat_t": lambda: [t(x) for x in out_t.features],
+            "target": lambda: batch.target,
+            "index": lambda: batch.index,
+            "shares": lambda: batch.shares,
+        }
+        return [table[name]() for name in names]
+
+
+def build_objective(
+    opt, student: Student | Classifier, teacher: ClipTeacher | CnnTeacher | None, loaders: Loaders
+) -> Objective:
+    """The loss that the options describe, for these two networks and the images that they see, on the device.
+
+    Raises:
+        ValueError: the method does not fit the networks.
+    """
+    method, clip = METHODS[opt.distill], bool(opt.clip_tn)
+    build, feeds = method.with_teacher(clip)
+    criterion = None
+    if build is not None:
+        criterion = build(opt, describe(student, teacher, loaders.image_size, loaders.targets)).to(opt.device)
+        if opt.sync_bn:
+            criterion = nn.SyncBatchNorm.convert_sync_batchnorm(criterion)
+    weights = (opt.gamma, opt.alpha, opt.beta)
+    return Objective(criterion, feeds, *weights, opt.kd_T, clip, opt.warmup, opt.logit_standard, method.relational)

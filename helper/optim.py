@@ -1,0 +1,54 @@
+"""Optimisers and learning rates."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+# The paper's weight decay of the teacher's head, which its SGD keeps whatever the student is trained with.
+_HEAD_WEIGHT_DECAY = 5e-4
+
+
+def sgd(parameters: Iterable[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
+    """SGD as the paper uses it, its step fused into one kernel."""
+    decay = opt.weight_decay if opt.optimizer == "sgd" else _HEAD_WEIGHT_DECAY
+    return torch.optim.SGD(parameters, lr, momentum=opt.momentum, weight_decay=decay, fused=True)
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], opt) -> torch.optim.Optimizer:
+    """The optimiser that the options describe, at ``opt.learning_rate``.
+
+    AdamW (Loshchilov and Hutter, ICLR 2019) decays matrices and kernels; gains and biases are left alone.
+    """
+    if opt.optimizer == "sgd":
+        return sgd(parameters, opt.learning_rate, opt)
+    parameters = list(parameters)
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=opt.learning_rate, fused=True)
+
+
+def learning_rate(epoch: int, opt) -> float:
+    """Of an epoch, counted from 1.
+
+    step: times ``lr_decay_rate`` after each decay epoch. cosine: half a period from the learning rate to zero
+    (Loshchilov and Hutter, ICLR 2017). Over the first ``warmup_epochs`` it grows in equal steps.
+    """
+    warmup = opt.warmup_epochs
+    if epoch <= warmup:
+        return opt.learning_rate * epoch / (warmup + 1)
+    if opt.schedule == "cosine":
+        done = (epoch - 1 - warmup) / (opt.epochs - warmup)
+        return opt.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    decays = sum(epoch > decay for decay in opt.lr_decay_epochs)
+    return opt.learning_rate * opt.lr_decay_rate**decays
+
+
+def adjust_learning_rate(epoch: int, opt, optimizer: torch.optim.Optimizer) -> float:
+    """Set the learning rate of an epoch; see ``learning_rate``."""
+    lr = learning_rate(epoch, opt)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -1,0 +1,102 @@
+"""A parser that says what is wrong in one line, and the types of its arguments."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+from dataset.views import NUM_VIEWS
+from distiller_zoo import method_table
+from models import check_model_name
+
+from . import distributed
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Gives each flag's default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, exit code 2; shows each flag's default in ``--help``."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+
+    def error(self, message: str):
+        if distributed.rank() == 0:  # of many processes, all are given the same
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` (or strictly above it) to ``high``."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            bound = f"{'above' if above else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < math.inf else ""
+            )
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+positive = number(float, 0, above=True)
+weight = number(float, 0)
+
+
+def epoch_list(text: str) -> list[int]:
+    """'150,180,210' to [150, 180, 210]; the empty string to no decay at all."""
+    try:
+        epochs = [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        epochs = [-1]
+    if any(epoch < 1 for epoch in epochs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs such as 150,180,210")
+    return epochs
+
+
+def teacher_views(text: str) -> str | int:
+    """auto, all, or 0 to 162."""
+    if text == "all":
+        return NUM_VIEWS
+    if text != "auto" and not (text.isdigit() and int(text) <= NUM_VIEWS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 to {NUM_VIEWS}")
+    return text if text == "auto" else int(text)
+
+
+def network(text: str) -> str:
+    """A student or a CNN: one of the house's, ``timm:NAME`` or ``torchvision:NAME``."""
+    try:
+        check_model_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def trial_name(text: str) -> str:
+    """A word that can be part of a folder's name."""
+    if not text or not all(c.isalnum() or c in "-_." for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.'")
+    return text
+
+
+class ListMethods(argparse.Action):
+    """Prints the table of methods and exits."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(method_table())
+        parser.exit()

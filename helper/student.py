@@ -1,0 +1,76 @@
+"""The student: a backbone and its head."""
+
+import torch
+from torch import nn
+
+from distiller_zoo import Needs
+from models import create_classifier, create_student
+from models.heads import Classifier, Student
+from models.library import load_into
+from models.weights import read_state, sha256_of
+
+from .teacher import ClipTeacher, CnnTeacher
+
+
+def build_student(opt, num_classes: int, needs: Needs) -> Student | Classifier:
+    """The student that the options describe, on the device; the same weights for a seed, whatever the teacher.
+
+    Args:
+        num_classes: number of classes.
+        needs: what the method asks of it.
+
+    Raises:
+        ValueError: a network that cannot give what is asked for, or weights that do not fit.
+        OSError: weights that are not there, nor to be downloaded.
+    """
+    torch.manual_seed(opt.seed)
+    options = {"resolution": opt.student_resolution, "maps": needs.maps, "pretrained": opt.pretrained_s}
+    if opt.clip_tn:
+        student = create_student(opt.model_s, opt.feature_dim, num_classes, **options)
+    else:
+        joint = opt.feature_dim if needs.joint else None
+        student = create_classifier(opt.model_s, num_classes, joint, needs.preact_s, **options)
+    if opt.init_s is not None:
+        left_out = load_into(student.backbone, read_state(opt.init_s))
+        print(f"{opt.init_s}: " + (f"left out {', '.join(left_out)}" if left_out else "every tensor is used"))
+    student.to(opt.device, memory_format=torch.channels_last)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(student) if opt.sync_bn else student
+
+
+def restore_student(options: dict, state: dict, num_classes: int) -> Student | Classifier:
+    """The student of a run, with the weights of one of its files, on the CPU, in evaluation mode.
+
+    Args:
+        options: of the run's options.json; older ones lack some.
+        state: what ``model_file`` gave.
+        num_classes: number of classes.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: the file does not fit the options.
+    """
+    sized = {"resolution": options.get("student_resolution")}
+    if options.get("clip_tn", 1):
+        student = create_student(options["model_s"], options["feature_dim"], num_classes, **sized)
+    else:
+        joint = options["feature_dim"] if state["layer"] else None
+        student = create_classifier(options["model_s"], num_classes, joint, **sized)
+    student.backbone.load_state_dict(state["model"])
+    student.head.load_state_dict(state["layer"])
+    return student.eval()
+
+
+def student_identity(opt) -> dict[str, str]:
+    """The hash of the weights that it starts from, by name, where a file was given."""
+    return {} if opt.init_s is None else {"init_sha256": sha256_of(opt.init_s)}
+
+
+def model_file(student: Student | Classifier, teacher: ClipTeacher | CnnTeacher | None, options: dict) -> dict:
+    """The content of a student's file: its backbone, its head, and the teacher's head where there is one.
+
+    Args:
+        options: what the run recorded.
+    """
+    layers = {"model": student.backbone.state_dict(), "layer": student.head.state_dict()}
+    if teacher is not None and teacher.head is not None:
+        layers["teacher_layer"] = teacher.head.state_dict()
+    return layers | {"arch": options["model_s"], "options": options}

@@ -1,0 +1,96 @@
+"""What a run trains: a step, and the state that it goes on from."""
+
+import torch
+from torch import nn
+
+from dataset.loader import epoch_seed
+from distiller_zoo import METHODS
+from models.heads import Classifier, Student
+
+from . import distributed
+from .data import Loaders
+from .loops import Distillation, HeadTraining, Step, train_epoch
+from .objective import Objective
+from .optim import adjust_learning_rate, build_optimizer, sgd
+from .runtime import step_capture
+from .teacher import ClipTeacher, CnnTeacher
+
+
+class Training:
+    """A step, repeated for an epoch at a time.
+
+    Args:
+        opt: ``seed``, ``epochs``, ``print_freq`` and the learning rate's schedule.
+        step: what is repeated; the schedule is that of its first optimiser.
+        trained: the network whose training mode is on in an epoch.
+        stateful: all that the next epoch depends on, by name.
+    """
+
+    def __init__(self, opt, step: Step, trained: nn.Module, stateful: dict):
+        self.opt, self.step, self.trained = opt, step, trained
+        self.stateful = stateful | {"scaler": step.scaler}
+
+    def epoch(self, epoch: int) -> dict:
+        """Train for one epoch, counted from 1; what it measured, for metrics.jsonl.
+
+        Raises:
+            NonFiniteLoss: a loss is not finite; seen at the next print.
+        """
+        torch.manual_seed(epoch_seed(self.opt.seed, epoch))
+        lr = adjust_learning_rate(epoch, self.opt, self.step.optimizers[0])
+        self.trained.train()
+        measured = train_epoch(epoch, self.step, self.opt.epochs, self.opt.print_freq)
+        distributed.share_buffers(self.trained)
+        return {"epoch": epoch, "lr": lr} | measured
+
+    def state_dict(self) -> dict:
+        """What a resumed run goes on from."""
+        return {name: module.state_dict() for name, module in self.stateful.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, module in self.stateful.items():
+            module.load_state_dict(state[name])
+
+
+def _scaler(opt) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
+
+
+def train_student(
+    opt,
+    student: Student | Classifier,
+    teacher: ClipTeacher | CnnTeacher | None,
+    objective: Objective,
+    loaders: Loaders,
+) -> Training:
+    """Distillation: the student and the loss's own layers, and beside them the teacher's head where it is trained."""
+    stateful = {"student": student} | ({} if objective.criterion is None else {"criterion": objective.criterion})
+    optimizers = [build_optimizer((p for module in stateful.values() for p in module.parameters()), opt)]
+    stateful["optimizer"] = optimizers[0]
+    trains_head = teacher is not None and teacher.trains_head
+    if teacher is not None and teacher.head is not None:
+        stateful["teacher_head"] = teacher.head
+    if trains_head:
+        optimizers.append(sgd(teacher.head.parameters(), opt.learning_rate_t, opt))
+        stateful["optimizer_t"] = optimizers[1]
+    seen = teacher if objective.needs_teacher or trains_head else None
+    losses = Distillation(student, seen, objective, loaders.train, opt, trains_head)
+    capture = step_capture(opt, seen, METHODS[opt.distill].waits)
+    return Training(opt, Step(losses, optimizers, _scaler(opt), loaders.train, capture), student, stateful)
+
+
+def train_head(opt, teacher: ClipTeacher, loaders: Loaders) -> Training:
+    """A head on the frozen embeddings, which needs no scaled gradients."""
+    optimizer = build_optimizer(teacher.head.parameters(), opt)
+    scaler = torch.amp.GradScaler(opt.device, enabled=False)
+    step = Step(HeadTraining(teacher, loaders.train), [optimizer], scaler, loaders.train)
+    return Training(opt, step, teacher.head, {"teacher_head": teacher.head, "optimizer": optimizer})
+
+
+def train_cnn(opt, cnn: Classifier, loaders: Loaders) -> Training:
+    """A CNN from scratch, by cross-entropy alone."""
+    optimizer = build_optimizer(cnn.parameters(), opt)
+    objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
+    losses = Distillation(cnn, None, objective, loaders.train, opt)
+    step = Step(losses, [optimizer], _scaler(opt), loaders.train, step_capture(opt, None))
+    return Training(opt, step, cnn, {"model": cnn, "optimizer": optimizer})

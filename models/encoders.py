@@ -1,0 +1,213 @@
+"""Frozen image encoders of timm, open_clip and torchvision, and what the house sees of any frozen encoder."""
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .names import Name, check_file, unknown
+from .weights import read_state, sha256_of, sha256_of_state
+
+
+class FrozenEncoder(nn.Module):
+    """A frozen encoder: normalised pixels to embeddings, and what has to be known of it.
+
+    Attributes:
+        name: as in names of runs.
+        sha256: of its weights.
+        resolution: input height and width in pixels.
+        normalization: (mean, std) per channel of pixels in [0, 1].
+        interpolation: how pictures are brought to that resolution: 'bicubic', 'bilinear', ...
+        antialias: whether shrinking them averages, as Pillow does.
+        dim: width of the embedding.
+        channels_last: whether its convolutions are faster in that memory format.
+        published: whether its weights are in OpenAI's format, which on CUDA computes in fp16.
+    """
+
+    name: str
+    sha256: str
+    resolution: int
+    normalization: tuple[tuple[float, ...], tuple[float, ...]]
+    interpolation: str = "bicubic"
+    antialias: bool = True
+    dim: int
+    channels_last: bool = False
+    published: bool = False
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        return super().train(False)  # frozen: no call of train() may move its batch norms' statistics
+
+    @property
+    def facts(self) -> dict:
+        """All that its embeddings of an image depend on, but for the precision."""
+        return {
+            "clip_sha256": self.sha256,
+            "resolution": self.resolution,
+            "normalization": [list(values) for values in self.normalization],
+            "dim": self.dim,
+        }
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, resolution, resolution) to embeddings (B, dim)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, resolution, resolution) to embeddings (B, dim), float32."""
+        return self.embed(image).float()
+
+
+class LibraryEncoder(FrozenEncoder):
+    """An image encoder of timm, open_clip or torchvision.
+
+    Args:
+        name: with one of these libraries; its ``path`` names a local file of weights, otherwise the library downloads.
+        dtype: what it computes in, under autocast: its norms stay in float32.
+        resolution: its own if None.
+
+    Raises:
+        ValueError: an unknown name, weights of another network, a resolution that the network cannot take, or a
+            library that is not installed.
+        OSError: the weights are neither there nor to be downloaded.
+    """
+
+    def __init__(self, name: Name, dtype: torch.dtype = torch.float32, resolution: int | None = None):
+        super().__init__()
+        check_file(name)
+        self.name = name.short
+        self.dtype = dtype
+        with _library_errors(name):
+            self.net, facts = _MAKERS[name.library](name, resolution)
+        self.resolution, mean, std, self.interpolation, self.antialias = facts
+        self.normalization = (tuple(mean), tuple(std))
+        self.net.eval().requires_grad_(False)
+        self.sha256 = sha256_of_state(self.net.state_dict()) if name.path is None else sha256_of(name.path)
+        # More than the one that cuts a picture into a transformer's patches.
+        self.channels_last = sum(isinstance(module, nn.Conv2d) for module in self.net.modules()) > 1
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        self.dim = self._measure()
+
+    @property
+    def facts(self) -> dict:
+        seen = {"interpolation": self.interpolation, "antialias": self.antialias}
+        return super().facts | {"network": self.name} | seen
+
+    def _measure(self) -> int:
+        """The width of the embedding; finds out whether the network takes the resolution."""
+        try:
+            embedding = self(torch.zeros(1, 3, self.resolution, self.resolution))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{self.name} cannot take images of {self.resolution} pixels ({reason})") from error
+        if embedding.dim() != 2:
+            raise ValueError(f"{self.name} gives no pooled features, but {tuple(embedding.shape)}")
+        return embedding.shape[1]
+
+    def embed(self, image: Tensor) -> Tensor:
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            x = self.net(image)
+        return x[0] if isinstance(x, tuple) else x  # open_clip's CoCa gives its tokens too
+
+
+_Facts = tuple[int, tuple[float, ...], tuple[float, ...], str, bool]
+
+
+@contextlib.contextmanager
+def _library_errors(name: Name) -> Iterator[None]:
+    """What a library raises over its weights, in one line that says what to do."""
+    logger = logging.getLogger()
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)  # open_clip warns of what is meant: random weights before the given ones
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # downloads and strict loading raise whatever they meet
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        asked = f"{name.library}:{name.name}"
+        if name.path is None:
+            raise OSError(
+                f"{asked} could not be downloaded ({reason}); with no network, give {asked.partition('/')[0]}=PATH, "
+                "a local file of its weights"
+            ) from error
+        raise ValueError(f"{name.path} does not fit {asked} ({reason})") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _imported(library: str, package: str):
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(f"{library} is not installed: pip install {package}") from error
+
+
+def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+    timm = _imported("timm", "timm")
+    arch = name.name
+    if not arch.startswith("hf") and not timm.is_model(arch):
+        raise unknown("network of timm", arch, timm.list_models())
+    options: dict = {}
+    if name.path is not None:
+        # With as many classes as the file's classifier has, the library loads strictly: nothing may be missing.
+        state = read_state(name.path)
+        classifier = timm.get_pretrained_cfg(arch).classifier
+        classifier = classifier if isinstance(classifier, str) else next(iter(classifier or ()), "")
+        weight = state.get(f"{classifier}.weight")
+        options["num_classes"] = 0 if weight is None else len(weight)
+        options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": options["num_classes"]}
+    try:
+        sized = {} if resolution is None else {"img_size": resolution}
+        net = timm.create_model(arch, pretrained=True, **options, **sized)
+    except TypeError:  # a network of convolutions takes any size
+        net = timm.create_model(arch, pretrained=True, **options)
+    net.reset_classifier(0)
+    config = timm.data.resolve_model_data_config(net)
+    facts = (resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"], True)
+    return net, facts
+
+
+def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+    open_clip = _imported("open_clip", "open_clip_torch")
+    arch, _, tag = name.name.partition("/")
+    if arch not in open_clip.list_models():
+        raise unknown("architecture of open_clip", arch, open_clip.list_models())
+    if name.path is not None:
+        read_state(name.path)  # refuses what is no file of weights before the library sees it
+    elif tag not in (tags := open_clip.list_pretrained_tags_by_model(arch)):
+        raise ValueError(
+            f"open_clip:{name.name}: weights of {arch} are open_clip:{arch}/TAG with a TAG of {', '.join(tags)}, or "
+            f"open_clip:{arch}=PATH"
+        )
+    model = open_clip.create_model(arch, pretrained=name.path or tag, force_image_size=resolution)
+    config = model.visual.preprocess_cfg
+    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
+    return model.visual, (size, config["mean"], config["std"], config["interpolation"], True)
+
+
+def _torchvision_network(name: str, state: dict[str, Tensor], resolution: int) -> nn.Module:
+    raise NotImplementedError
+
+
+def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name.name not in known:
+        raise unknown("classifier of torchvision", name.name, known)
+    weights = models.get_model_weights(name.name).DEFAULT
+    state = weights.get_state_dict(check_hash=True) if name.path is None else read_state(name.path)
+    config = weights.transforms()
+    size = resolution or config.crop_size[0]
+    net = _torchvision_network(name.name, state, size)
+    facts = (size, config.mean, config.std, config.interpolation.value, bool(config.antialias))
+    return net, facts
+
+
+_MAKERS = {"timm": _make_timm, "open_clip": _make_open_clip, "torchvision": _make_torchvision}

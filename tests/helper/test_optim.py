@@ -1,0 +1,52 @@
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from helper.optim import adjust_learning_rate, build_optimizer, learning_rate, sgd
+
+
+def test_the_learning_rate_decays_after_its_epochs():
+    """Paper: lr 0.05, times 0.1 from epochs 151, 181 and 211 on."""
+    opt = Namespace(learning_rate=0.05, lr_decay_rate=0.1, lr_decay_epochs=[150, 180, 210], warmup_epochs=0)
+    opt.schedule = "step"
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
+    for epoch, expected in ((1, 0.05), (150, 0.05), (151, 5e-3), (180, 5e-3), (181, 5e-4), (211, 5e-5), (240, 5e-5)):
+        assert adjust_learning_rate(epoch, opt, optimizer) == pytest.approx(expected)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_a_cosine_falls_from_the_learning_rate_towards_zero_after_a_linear_warmup():
+    """Against torch's own schedulers."""
+    opt = Namespace(learning_rate=0.4, schedule="cosine", warmup_epochs=3, epochs=13)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    found = [learning_rate(epoch, opt) for epoch in range(1, 14)]
+    assert found[:3] == pytest.approx([0.1, 0.2, 0.3])
+    for lr in found[3:]:
+        assert lr == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    assert found[-1] == pytest.approx(0.4 * (1 + math.cos(0.9 * math.pi)) / 2)
+
+
+def test_adamw_decays_matrices_and_leaves_gains_and_biases_alone():
+    """A step without gradients' pull: only what is decayed shrinks."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before = {name: x.clone() for name, x in net.named_parameters()}
+    opt = Namespace(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(net.parameters(), opt)
+    for x in net.parameters():
+        x.grad = torch.zeros_like(x)
+    optimizer.step()
+    for name, x in net.named_parameters():
+        factor = 1 - 0.1 * 0.5 if x.dim() > 1 else 1
+        torch.testing.assert_close(x.detach(), before[name] * factor)
+
+
+def test_the_teachers_head_keeps_the_papers_sgd():
+    opt = Namespace(optimizer="adamw", momentum=0.9, weight_decay=0.05)
+    (group,) = sgd(nn.Linear(2, 2).parameters(), 0.01, opt).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
