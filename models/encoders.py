@@ -121,10 +121,8 @@ _Facts = tuple[int, tuple[float, ...], tuple[float, ...], str, bool]
 @contextlib.contextmanager
 def _library_errors(name: Name) -> Iterator[None]:
     """What a library raises over its weights, in one line that says what to do."""
-    logger = logging.getLogger()
-    level = logger.level
+    logging.disable(logging.ERROR)  # each retry of a download, and that weights are random before they are loaded
     try:
-        logger.setLevel(logging.ERROR)  # open_clip warns of what is meant: random weights before the given ones
         yield
     except ValueError:
         raise
@@ -138,7 +136,7 @@ def _library_errors(name: Name) -> Iterator[None]:
             ) from error
         raise ValueError(f"{name.path} does not fit {asked} ({reason})") from error
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def _imported(library: str, package: str):
