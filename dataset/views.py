@@ -6,6 +6,7 @@ A view of an image padded by 4 pixels is a crop offset (9 x 9) and a flip (2):
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -84,6 +85,10 @@ def crop_flip(images: Tensor, view: Tensor) -> Tensor:
     return _crop(images, view, view % 2)
 
 
+def _sinc(x: float) -> float:
+    return math.sin(math.pi * x) / (math.pi * x) if x else 1.0
+
+
 def _cubic(x: float) -> float:
     """Keys' bicubic kernel with a = -0.5."""
     x = abs(x)
@@ -94,17 +99,29 @@ def _cubic(x: float) -> float:
     return 0.0
 
 
+# Pillow's kernels and how far they reach, in pixels of the larger picture.
+_KERNELS: dict[str, tuple[Callable[[float], float], float]] = {
+    "box": (lambda x: float(-0.5 < x <= 0.5), 0.5),
+    "bilinear": (lambda x: max(1 - abs(x), 0.0), 1.0),
+    "hamming": (lambda x: _sinc(x) * (0.54 + 0.46 * math.cos(math.pi * x)) if abs(x) < 1 else 0.0, 1.0),
+    "bicubic": (_cubic, 2.0),
+    "lanczos": (lambda x: _sinc(x) * _sinc(x / 3) if -3 <= x < 3 else 0.0, 3.0),
+}
+INTERPOLATIONS = tuple(_KERNELS)
+
+
 @functools.lru_cache(maxsize=16)
-def _bicubic_weights(size_in: int, size_out: int) -> Tensor:
+def _weights(size_in: int, size_out: int, interpolation: str) -> Tensor:
     """Pillow's fixed-point weights of one axis as a dense (size_out, size_in) float64 matrix of integers."""
+    kernel, reach = _KERNELS[interpolation]
     scale = size_in / size_out
     stretch = max(scale, 1.0)
     weights = torch.zeros(size_out, size_in, dtype=torch.float64)
     for out in range(size_out):
         centre = (out + 0.5) * scale
-        first = max(int(centre - 2 * stretch + 0.5), 0)
-        last = min(int(centre + 2 * stretch + 0.5), size_in)
-        taps = [_cubic((i - centre + 0.5) / stretch) for i in range(first, last)]
+        first = max(int(centre - reach * stretch + 0.5), 0)
+        last = min(int(centre + reach * stretch + 0.5), size_in)
+        taps = [kernel((i - centre + 0.5) / stretch) for i in range(first, last)]
         total = sum(taps)
         for i, tap in enumerate(taps, start=first):
             # Pillow rounds halves away from zero, as C's cast of x +- 0.5 does.
@@ -117,42 +134,63 @@ def _round_to_8_bits(x: Tensor) -> Tensor:
     return x.add_(2 ** (_FRACTION_BITS - 1)).mul_(2.0**-_FRACTION_BITS).floor_().clamp_(0, 255)
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Bicubic resize, bit for bit Pillow's ``Image.resize((size, size), BICUBIC)``.
+def resize(images: Tensor, size: int, interpolation: str = "bicubic", antialias: bool = True) -> Tensor:
+    """Resize to a square, bit for bit as Pillow's ``Image.resize((size, size), interpolation)`` does a square.
 
     Pillow sums integers, horizontally first, and rounds to 8 bits after each pass. Products and sums of
-    those integers stay below 2**53, so float64 matrix products give them exactly, on any device.
+    those integers stay below 2**53, so float64 matrix products give them exactly, on any device. Pictures that are
+    narrower than ``size`` and higher, newer releases of Pillow resize vertically first.
 
     Args:
         images: (B, C, H, W) uint8.
         size: height and width of the result.
+        interpolation: one of ``INTERPOLATIONS``.
+        antialias: average when shrinking, as Pillow always does. Without it, bilinear and bicubic are those of
+            torchvision's transforms of tensors, which differ from Pillow's when enlarging too.
 
     Returns:
         (B, C, size, size) uint8.
+
+    Raises:
+        ValueError: an unknown interpolation, or one that torch has without antialiasing alone.
     """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(INTERPOLATIONS)}")
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
         return images
     with torch.autocast(images.device.type, enabled=False):
-        x = images.double() @ _bicubic_weights(width, size).to(images.device).T
-        x = _bicubic_weights(height, size).to(images.device) @ _round_to_8_bits(x)
-        return _round_to_8_bits(x).to(torch.uint8)
+        if not antialias:
+            if interpolation not in ("bilinear", "bicubic"):
+                raise ValueError(f"{interpolation} without antialiasing: there is bilinear and bicubic alone")
+            x = F.interpolate(images.float(), (size, size), mode=interpolation, align_corners=False)
+            return x.round_().clamp_(0, 255).to(torch.uint8)
+        x = images.double()
+        if width != size:
+            x = _round_to_8_bits(x @ _weights(width, size, interpolation).to(images.device).T)
+        if height != size:
+            x = _round_to_8_bits(_weights(height, size, interpolation).to(images.device) @ x)
+        return x.to(torch.uint8)
 
 
 def crop_resize_flip(
     images: Tensor, view: Tensor, size: int, interpolation: str = "bicubic", antialias: bool = True
 ) -> Tensor:
-    """The teacher's view of each image: zero-padded crop, bicubic resize, then flip.
+    """The teacher's view of each image: zero-padded crop, resize, then flip.
+
+    The whole crop is resized. The evaluation transforms of timm and torchvision first enlarge by 1 / crop_pct and cut
+    the border off; that is not reproduced, since a view is a crop already. With crop_pct 1 theirs are the same pixels.
 
     Args:
         images: (B, C, H, W) uint8.
         view: (B,) integers in 0 ... 161.
         size: the teacher's input resolution in pixels.
+        interpolation, antialias: see ``resize``.
 
     Returns:
         (B, C, size, size) uint8.
     """
-    resized = resize(_crop(images, view, None), size)
+    resized = resize(_crop(images, view, None), size, interpolation, antialias)
     return torch.where((view % 2).bool()[:, None, None, None], resized.flip(-1), resized)
 
 
