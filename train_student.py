@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         opt = resolve(opt, run.recorded, len(dataset.train))
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
-        student = build_student(opt, len(dataset.classes), needs)
+        student = build_student(opt, len(dataset.classes), loaders.image_size, needs)
         objective = build_objective(opt, student, teacher, loaders)
         identity = {} if teacher is None else teacher.identity
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint(), **identity, **student_identity(opt))

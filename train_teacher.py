@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset = load_dataset(opt.dataset, opt.data_dir)
         opt = resolve(opt, run.recorded, len(dataset.train))
         loaders = build_loaders(opt, dataset, images=not encoder)
-        teacher = build_teacher(opt, dataset) if encoder else build_cnn(opt, len(dataset.classes))
+        teacher = build_teacher(opt, dataset) if encoder else build_cnn(opt, len(dataset.classes), loaders.image_size)
         identity = teacher.identity if encoder else {}
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint(), **identity)
         run.start()

@@ -1,26 +1,26 @@
 """The student: a backbone and its head."""
 
 import torch
-from torch import nn
 
 from distiller_zoo import Needs
 from models import create_classifier, create_student
-from models.heads import Classifier, Student
-from models.library import load_into
+from models.heads import Classifier, Student, check_image_size
+from models.library import load_into, synchronize_norms
 from models.weights import read_state, sha256_of
 
 from .teacher import ClipTeacher, CnnTeacher
 
 
-def build_student(opt, num_classes: int, needs: Needs) -> Student | Classifier:
+def build_student(opt, num_classes: int, image_size: int, needs: Needs) -> Student | Classifier:
     """The student that the options describe, on the device; the same weights for a seed, whatever the teacher.
 
     Args:
         num_classes: number of classes.
+        image_size: height and width of the images in pixels.
         needs: what the method asks of it.
 
     Raises:
-        ValueError: a network that cannot give what is asked for, or weights that do not fit.
+        ValueError: a network that cannot give what is asked for or take such images, or weights that do not fit.
         OSError: weights that are not there, nor to be downloaded.
     """
     torch.manual_seed(opt.seed)
@@ -33,8 +33,9 @@ def build_student(opt, num_classes: int, needs: Needs) -> Student | Classifier:
     if opt.init_s is not None:
         left_out = load_into(student.backbone, read_state(opt.init_s))
         print(f"{opt.init_s}: " + (f"left out {', '.join(left_out)}" if left_out else "every tensor is used"))
-    student.to(opt.device, memory_format=torch.channels_last)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(student) if opt.sync_bn else student
+    check_image_size(student, opt.model_s, image_size, "--student_resolution")
+    student = synchronize_norms(student) if opt.sync_bn else student
+    return student.to(opt.device, memory_format=torch.channels_last)
 
 
 def restore_student(options: dict, state: dict, num_classes: int) -> Student | Classifier:

@@ -11,7 +11,8 @@ from dataset.loader import Batch
 from distiller_zoo import Needs, Networks
 from models import check_model_name, create_classifier, create_encoder, create_model, model_dict
 from models.encoders import FrozenEncoder
-from models.heads import Classifier, Outputs, Student, TeacNet, enlarge
+from models.heads import Classifier, Outputs, Student, TeacNet, check_image_size, enlarge
+from models.library import synchronize_norms
 from models.names import parse_name
 from models.weights import sha256_of
 
@@ -146,16 +147,21 @@ def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> Cli
     return ClipTeacher(embed, head.to(opt.device), identity)
 
 
-def build_cnn(opt, num_classes: int) -> Classifier:
+def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
     """The CNN that train_teacher.py trains from scratch, on the device.
+
+    Args:
+        num_classes: number of classes.
+        image_size: height and width of the images in pixels.
 
     Raises:
         ValueError: a network that cannot take the images.
     """
     torch.manual_seed(opt.seed)
     cnn = create_classifier(opt.model, num_classes, resolution=opt.teacher_resolution)
-    cnn.to(opt.device, memory_format=torch.channels_last)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(cnn) if opt.sync_bn else cnn
+    check_image_size(cnn, opt.model, image_size, "--teacher_resolution")
+    cnn = synchronize_norms(cnn) if opt.sync_bn else cnn
+    return cnn.to(opt.device, memory_format=torch.channels_last)
 
 
 def teacher_file(teacher: ClipTeacher | Classifier, options: dict) -> dict:

@@ -42,12 +42,12 @@ model_dict = {
 
 
 def check_model_name(model: str) -> None:
-    """Raise a ValueError that names what comes close, unless it is the house's, timm:NAME or torchvision:NAME."""
+    """Raise a ValueError that says what is known, unless it is the house's, timm:NAME or torchvision:NAME."""
     name = parse_name(model)
     if name.library in ("timm", "torchvision"):
         check_library_model(name)
     elif model not in model_dict:
-        raise unknown("network", model, [*model_dict, "timm:NAME", "torchvision:NAME"])
+        raise unknown("model", model, [*model_dict, "timm:NAME", "torchvision:NAME"])
 
 
 def create_model(name: str, num_classes: int, **options) -> nn.Module:

@@ -1,14 +1,11 @@
 """Frozen image encoders of timm, open_clip and torchvision, and what the house sees of any frozen encoder."""
 
-import contextlib
-import importlib
-import logging
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
-from .names import Name, check_file, unknown
+from .library import check_library_model, import_library, network
+from .names import Name, check_file, library_errors, unknown
 from .weights import read_state, sha256_of, sha256_of_state
 
 
@@ -76,10 +73,12 @@ class LibraryEncoder(FrozenEncoder):
 
     def __init__(self, name: Name, dtype: torch.dtype = torch.float32, resolution: int | None = None):
         super().__init__()
+        if name.library != "open_clip":
+            check_library_model(name)
         check_file(name)
         self.name = name.short
         self.dtype = dtype
-        with _library_errors(name):
+        with library_errors(name):
             self.net, facts = _MAKERS[name.library](name, resolution)
         self.resolution, mean, std, self.interpolation, self.antialias = facts
         self.normalization = (tuple(mean), tuple(std))
@@ -118,61 +117,16 @@ class LibraryEncoder(FrozenEncoder):
 _Facts = tuple[int, tuple[float, ...], tuple[float, ...], str, bool]
 
 
-@contextlib.contextmanager
-def _library_errors(name: Name) -> Iterator[None]:
-    """What a library raises over its weights, in one line that says what to do."""
-    logging.disable(logging.ERROR)  # each retry of a download, and that weights are random before they are loaded
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:  # downloads and strict loading raise whatever they meet
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        asked = f"{name.library}:{name.name}"
-        if name.path is None:
-            raise OSError(
-                f"{asked} could not be downloaded ({reason}); with no network, give {asked.partition('/')[0]}=PATH, "
-                "a local file of its weights"
-            ) from error
-        raise ValueError(f"{name.path} does not fit {asked} ({reason})") from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _imported(library: str, package: str):
-    try:
-        return importlib.import_module(library)
-    except ImportError as error:
-        raise ValueError(f"{library} is not installed: pip install {package}") from error
-
-
 def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
-    timm = _imported("timm", "timm")
-    arch = name.name
-    if not arch.startswith("hf") and not timm.is_model(arch):
-        raise unknown("network of timm", arch, timm.list_models())
-    options: dict = {}
-    if name.path is not None:
-        # With as many classes as the file's classifier has, the library loads strictly: nothing may be missing.
-        state = read_state(name.path)
-        classifier = timm.get_pretrained_cfg(arch).classifier
-        classifier = classifier if isinstance(classifier, str) else next(iter(classifier or ()), "")
-        weight = state.get(f"{classifier}.weight")
-        options["num_classes"] = 0 if weight is None else len(weight)
-        options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": options["num_classes"]}
-    try:
-        sized = {} if resolution is None else {"img_size": resolution}
-        net = timm.create_model(arch, pretrained=True, **options, **sized)
-    except TypeError:  # a network of convolutions takes any size
-        net = timm.create_model(arch, pretrained=True, **options)
-    net.reset_classifier(0)
+    net = network(name, resolution, pretrained=True).net
+    import timm
+
     config = timm.data.resolve_model_data_config(net)
-    facts = (resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"], True)
-    return net, facts
+    return net, (resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"], True)
 
 
 def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
-    open_clip = _imported("open_clip", "open_clip_torch")
+    open_clip = import_library("open_clip", "open_clip_torch")
     arch, _, tag = name.name.partition("/")
     if arch not in open_clip.list_models():
         raise unknown("architecture of open_clip", arch, open_clip.list_models())
@@ -189,23 +143,11 @@ def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Fac
     return model.visual, (size, config["mean"], config["std"], config["interpolation"], True)
 
 
-def _torchvision_network(name: str, state: dict[str, Tensor], resolution: int) -> nn.Module:
-    raise NotImplementedError
-
-
 def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name.name not in known:
-        raise unknown("classifier of torchvision", name.name, known)
-    weights = models.get_model_weights(name.name).DEFAULT
-    state = weights.get_state_dict(check_hash=True) if name.path is None else read_state(name.path)
-    config = weights.transforms()
+    config = get_model_weights(name.name).DEFAULT.transforms()
     size = resolution or config.crop_size[0]
-    net = _torchvision_network(name.name, state, size)
-    facts = (size, config.mean, config.std, config.interpolation.value, bool(config.antialias))
-    return net, facts
+    net = network(name, size, pretrained=True).net
+    return net, (size, config.mean, config.std, config.interpolation.value, bool(config.antialias))
 
 
 _MAKERS = {"timm": _make_timm, "open_clip": _make_open_clip, "torchvision": _make_torchvision}

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,6 +72,30 @@ def enlarge(image: Tensor, resolution: int | None) -> Tensor:
     if resolution in (None, image.shape[-1]):
         return image
     return F.interpolate(image, (resolution, resolution), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def check_image_size(model: nn.Module, name: str, image_size: int, flag: str) -> None:
+    """Try a network on images of a size, as it will see them.
+
+    Args:
+        model: a ``Student`` or a ``Classifier``.
+        name: of its backbone.
+        image_size: height and width in pixels of the data set's images.
+        flag: the option that enlarges them.
+
+    Raises:
+        ValueError: it cannot take them.
+    """
+    mode = model.training
+    try:
+        model.eval()(torch.zeros(2, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{name} cannot take images of {model.resolution or image_size} pixels ({reason}); set {flag}"
+        ) from error
+    model.train(mode)
 
 
 class Student(nn.Module):

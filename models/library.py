@@ -1,10 +1,410 @@
-def check_library_model(name):
-    raise NotImplementedError
+"""Any image classifier of timm or torchvision: a student's backbone, a CNN teacher, or a frozen encoder's network."""
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torchvision import models as torchvision_models
+from torchvision.models.feature_extraction import NodePathTracer
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+from .names import Name, check_file, library_errors, unknown
+from .weights import read_state
+
+# Stages are told apart on a picture of this size, where no stage is a single pixel as pooled features are.
+_LARGE = 256
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
+_ACTIVATION_FUNCTIONS = (F.relu, F.relu6, torch.relu, F.leaky_relu, F.hardswish, F.silu, F.gelu)
 
 
-def create_library_model(name, num_classes, **options):
-    raise NotImplementedError
+def import_library(library: str, package: str) -> ModuleType:
+    """Import it, or raise a ValueError that says how it is installed."""
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(f"{library} is not installed: pip install {package}") from error
 
 
-def load_into(model, state):
-    raise NotImplementedError
+def check_library_model(name: Name) -> None:
+    """Raise a ValueError, with the names that come close, unless timm or torchvision has a classifier of this name."""
+    if name.library == "timm":
+        timm = import_library("timm", "timm")
+        if not name.name.startswith("hf") and not timm.is_model(name.name):
+            raise unknown("network of timm", name.name, timm.list_models())
+    else:
+        known = torchvision_models.list_models(module=torchvision_models)
+        if name.name not in known:
+            raise unknown("classifier of torchvision", name.name, known)
+    check_file(name)
+
+
+class Network(NamedTuple):
+    """A library's network.
+
+    net: without its classifier: it gives pooled features (B, D).
+    classifier: what the library calls the classifier.
+    size: a height and width of images, in pixels, that it takes.
+    """
+
+    net: nn.Module
+    classifier: str
+    size: int
+
+
+def network(name: Name, resolution: int | None = None, pretrained: bool = False) -> Network:
+    """A library's network by its name.
+
+    Args:
+        name: of timm or torchvision; its ``path`` is a file of weights, which are then loaded.
+        resolution: of its input in pixels, for networks that are built for one size; None for the library's own.
+        pretrained: load the library's published weights.
+
+    Raises:
+        ValueError: an unknown name, weights of another network, or a network without pooled features.
+        OSError: the weights are not to be downloaded.
+    """
+    check_library_model(name)
+    with library_errors(name, loads=pretrained or name.path is not None):
+        return (_timm if name.library == "timm" else _torchvision)(name, resolution, pretrained)
+
+
+def _timm(name: Name, resolution: int | None, pretrained: bool) -> Network:
+    import timm
+
+    config = timm.get_pretrained_cfg(name.name)
+    classifier = config.classifier if config is not None and isinstance(config.classifier, str) else ""
+    options = {"pretrained": pretrained or name.path is not None}
+    if name.path is not None:
+        # With as many classes as the file's classifier has, the library loads strictly: nothing may be missing.
+        state = read_state(name.path)
+        weight = state.get(f"{classifier}.weight")
+        options["num_classes"] = 0 if weight is None else len(weight)
+        options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": options["num_classes"]}
+    sized = resolution is not None and _is_sized(timm, name.name)
+    if sized:
+        options["img_size"] = resolution
+    net = timm.create_model(name.name, **options)
+    net.reset_classifier(0)
+    return Network(net, classifier, resolution if sized else net.pretrained_cfg.get("input_size", (3, 224))[1])
+
+
+def _is_sized(timm: ModuleType, name: str) -> bool:
+    """Whether a network of timm is built for one size of its input: transformers, not those of convolutions."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, img_size=_LARGE)
+    except TypeError:
+        return False
+    except (ValueError, AssertionError, RuntimeError, NotImplementedError):  # it knows the word, and not this size
+        return True
+    return True
+
+
+def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Network:
+    builder = torchvision_models.get_model_builder(name.name)
+    weighted = pretrained or name.path is not None
+    options = {}
+    size = torchvision_models.get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
+    if name.name.startswith("vit"):
+        options["image_size"] = size = resolution or size
+    if name.name in ("googlenet", "inception_v3"):  # their auxiliary heads are not distilled
+        options |= {"aux_logits": False, "init_weights": not weighted, "transform_input": weighted}
+    net = builder(weights=None, **options)
+    linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if not linear or net.get_submodule(linear[-1]).out_features != 1000:
+        raise ValueError(f"torchvision:{name.name} has no linear classifier, and so no pooled features before it")
+    classifier = linear[-1]
+    net.set_submodule(classifier, nn.Identity())
+    if weighted:
+        state = read_state(name.path) if name.path is not None else _published(name.name)
+        if isinstance(net, VisionTransformer):
+            state = interpolate_embeddings(net.image_size, net.patch_size, state)
+        heads = (f"{classifier}.", "AuxLogits.", "aux1.", "aux2.")
+        net.load_state_dict({key: x for key, x in state.items() if not key.startswith(heads)})
+    return Network(net, classifier, size)
+
+
+def _published(name: str) -> dict[str, Tensor]:
+    return torchvision_models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+
+
+def create_library_model(
+    name: Name,
+    num_classes: int,
+    *,
+    maps: bool = False,
+    preact: bool = False,
+    pretrained: bool = False,
+    resolution: int | None = None,
+) -> "LibraryModel":
+    """A classifier of timm or torchvision with the interface of the house's backbones.
+
+    Args:
+        name: its name; with a path, it starts from the weights in that file, but for their classifier.
+        num_classes: 0 builds no classifier: the logits are then the pooled features.
+        maps: whether it has to give its stages' maps; without them its features are the pooled ones alone.
+        preact: give the maps as they are before their last activation, where a stage ends in one.
+        pretrained: start from the library's own weights.
+        resolution: see ``network``.
+
+    Raises:
+        ValueError: as ``network``, and for a network that has no maps or whose last activations cannot be taken apart.
+        OSError: as ``network``.
+    """
+    found = network(name, resolution, pretrained)
+    label = f"{name.library}:{name.name}"
+    taps = None
+    if maps and name.library == "timm" and not preact and hasattr(found.net, "forward_intermediates"):
+        taps = _Intermediates(found.net)
+    elif maps:
+        taps = _Graph(label, found.net, preact)
+    return LibraryModel(label, found, num_classes, taps)
+
+
+class LibraryModel(nn.Module):
+    """A library's network without its classifier, and a linear classifier.
+
+    Its state dict is the library's under ``net.``, and the classifier's under ``classifier.``.
+
+    Args:
+        label: its name, for messages.
+        network: what the library gave.
+        num_classes: 0 for none.
+        taps: the maps of a forward pass; None for a network that is asked for the pooled features alone.
+    """
+
+    def __init__(self, label: str, network: Network, num_classes: int, taps: "_Intermediates | _Graph | None" = None):
+        super().__init__()
+        self.net, self.label, self.classifier_name, self.taps = network.net, label, network.classifier, taps
+        self.num_features = _width(label, network)
+        self.classifier = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def library_state(self) -> dict[str, Tensor]:
+        """The state dict in the library's own naming."""
+        state = {f"{self.classifier_name}.{name}": x for name, x in self.classifier.state_dict().items()}
+        return self.net.state_dict() | state
+
+    def get_feat_modules(self) -> nn.ModuleList:
+        return nn.ModuleList([self.net])
+
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """The batch norms that end the stages, the stem's not.
+
+        Raises:
+            ValueError: the network was not built with ``preact``, or a stage ends in none.
+        """
+        norms = self.taps.norms[1:] if isinstance(self.taps, _Graph) else [None]
+        if any(norm is None for norm in norms):
+            raise ValueError(f"{self.label} has a stage that ends in no batch norm, of which OFD needs the margins")
+        return [self.net.get_submodule(norm) for norm in norms]
+
+    def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False):
+        """Logits, or with ``is_feat`` ([stem, stages ..., pooled], logits); without maps ([pooled], logits).
+
+        Args:
+            x: (B, 3, H, W).
+            preact: not read: it is decided when the network is built.
+        """
+        maps, pooled = ([], self.net(x)) if self.taps is None or not is_feat else self.taps(self.net, x)
+        logits = self.classifier(pooled)
+        return ([*maps, pooled], logits) if is_feat else logits
+
+
+@torch.no_grad()
+def _width(label: str, network: Network) -> int:
+    """Of the pooled features."""
+    mode = network.net.training
+    pooled = network.net.eval()(torch.zeros(1, 3, network.size, network.size))
+    network.net.train(mode)
+    if not isinstance(pooled, Tensor) or pooled.dim() != 2:
+        raise ValueError(f"{label} gives no pooled features")
+    return pooled.shape[1]
+
+
+class _Intermediates:
+    """timm's own maps: one per resolution, or of a transformer five blocks' evenly spaced, of which one is the stem."""
+
+    def __init__(self, net: nn.Module):
+        stages = getattr(net, "feature_info", [])
+        reductions = [stage["reduction"] for stage in getattr(stages, "info", stages)]
+        self.indices = None
+        if len(reductions) > 5 and len(set(reductions)) == 1:
+            self.indices = [round(i * (len(reductions) - 1) / 4) for i in range(5)]
+
+    def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        x, maps = net.forward_intermediates(x, indices=self.indices, output_fmt="NCHW")
+        return list(maps), net.forward_head(x)
+
+
+class _Graph:
+    """Maps by torch.fx: of each resolution the last, where wanted before the activation that ends it.
+
+    The graphs, of training and of evaluation, name the network's modules and hold none of them: the network can be
+    moved, copied, and given other norms.
+
+    Attributes:
+        norms: names of the batch norms that end the maps' stages, or None.
+    """
+
+    def __init__(self, label: str, net: nn.Module, preact: bool):
+        for module in net.modules():
+            if preact and getattr(module, "inplace", False):
+                module.inplace = False  # it would change the map that is asked for
+        stages = _stages(net)
+        if len(stages) < 2:
+            raise ValueError(f"{label} gives no maps of its stages; use a method that needs none (see --list)")
+        mode = net.training
+        try:
+            self.norms, training = _trace(net.train(), stages, preact)
+            self.graphs = {True: training, False: _trace(net.eval(), stages, preact)[1]}
+        except Exception as error:  # torch.fx raises whatever a network's control flow makes of its proxies
+            raise ValueError(
+                f"{label}: its maps cannot be taken out of its forward pass; use a method that needs none (see --list)"
+            ) from error
+        if preact:
+            self._check_signs(label, net)
+        net.train(mode)
+
+    @torch.no_grad()
+    def _check_signs(self, label: str, net: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(0)
+        maps, _ = self(net.eval(), torch.randn(1, 3, _LARGE, _LARGE, generator=generator))
+        if any((x >= 0).all() for x in maps[1:]):
+            raise ValueError(f"{label}: a stage ends in an activation that cannot be taken apart; use another method")
+
+    def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        *maps, pooled = fx.Interpreter(net, graph=self.graphs[net.training]).run(x)
+        return maps, pooled
+
+
+def _trace(net: nn.Module, stages: list[str], preact: bool) -> tuple[list[str | None], fx.Graph]:
+    """The names of the batch norms that end the stages, and the graph of (maps ..., pooled)."""
+    tracer = NodePathTracer(**_tracing(net))
+    graph = tracer.trace(net)
+    nodes = [_last_node(graph, tracer.node_to_qualname, stage) for stage in stages]
+    if preact:
+        nodes = [_before_activation(node, net) for node in nodes]
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    output.args = ((*nodes, output.args[0]),)
+    return [_norm(node, net) for node in nodes], graph
+
+
+def _tracing(net: nn.Module) -> dict:
+    """What torch.fx must not look into, where a library says so."""
+    if not type(net).__module__.startswith("timm"):
+        return {}
+    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+
+    return {"leaf_modules": list(get_notrace_modules()), "autowrap_functions": list(get_notrace_functions())}
+
+
+@torch.no_grad()
+def _stages(net: nn.Module) -> list[str]:
+    """Names of the modules that give the last map of each resolution, highest first.
+
+    Those are looked at that are reached from the network through containers alone: blocks and stages, not their parts.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def look(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if type(child) is nn.Sequential:
+                yield from look(child, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", child
+
+    def note(name: str):
+        def hook(module, inputs, output):
+            if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
+                shapes.pop(name, None)
+                shapes[name] = tuple(output.shape)
+
+        return hook
+
+    hooks = [child.register_forward_hook(note(name)) for name, child in look(net, "")]
+    mode = net.training
+    try:
+        net.eval()(torch.zeros(1, 3, _LARGE, _LARGE))
+    except (RuntimeError, AssertionError):  # built for another size: it cuts pictures into patches
+        return []
+    finally:
+        net.train(mode)
+        for hook in hooks:
+            hook.remove()
+    last = {shape[2]: name for name, shape in shapes.items()}
+    return [last[height] for height in sorted(last, reverse=True)]
+
+
+def _last_node(graph: fx.Graph, names: dict[fx.Node, str], module: str) -> fx.Node:
+    found = [node for node in graph.nodes if f"{names.get(node, '')}.".startswith(f"{module}.")]
+    if not found:  # called more than once, a module's nodes are numbered
+        found = [node for node in graph.nodes if names.get(node, "").rpartition("_")[0] == module]
+    return found[-1]
+
+
+def _before_activation(node: fx.Node, net: nn.Module) -> fx.Node:
+    module = net.get_submodule(node.target) if node.op == "call_module" else None
+    if isinstance(module, nn.BatchNorm2d) and not isinstance(getattr(module, "act", nn.Identity()), nn.Identity):
+        raise ValueError("an activation inside a batch norm")
+    activates = node.op == "call_module" and isinstance(net.get_submodule(node.target), _ACTIVATIONS)
+    activates |= node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS
+    return node.args[0] if activates else node
+
+
+def _norm(node: fx.Node, net: nn.Module) -> str | None:
+    """The name of the batch norm that gave a node, itself or as the first of what is added up."""
+    while isinstance(node, fx.Node):
+        if node.op == "call_module":
+            module = net.get_submodule(node.target)
+            if isinstance(module, nn.BatchNorm2d):
+                return node.target
+            if not isinstance(module, (*_ACTIVATIONS, nn.Identity, nn.Dropout)):
+                return None
+        node = node.args[0] if node.args else None
+    return None
+
+
+def synchronize_norms(model: nn.Module) -> nn.Module:
+    """The model with batch norms that share their statistics among processes; timm's keep the activation in them."""
+    if any(type(module).__module__.startswith("timm.") for module in model.modules()):
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Load weights into a backbone, of the house or of a library, but for their classifier.
+
+    Args:
+        model: the backbone.
+        state: its weights; a library's network takes them in the library's naming too.
+
+    Returns:
+        The names that were left out: a classifier of another number of classes, and what the backbone does not have.
+
+    Raises:
+        ValueError: a tensor of the backbone is missing or has another shape.
+    """
+    own = model.state_dict()
+    if isinstance(model, LibraryModel) and not any(name.startswith("net.") for name in state):
+        old, new = f"{model.classifier_name}.", "classifier."
+        state = {
+            new + name.removeprefix(old) if name.startswith(old) else f"net.{name}": x for name, x in state.items()
+        }
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = f"{linear[-1]}." if linear else "\0"
+    fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
+    for name, x in own.items():
+        if name not in fitting and not name.startswith(head):
+            found = f"is {tuple(state[name].shape)}" if name in state else "is missing"
+            raise ValueError(
+                f"--init_s: {name} {found}, this backbone's is {tuple(x.shape)}; give weights of this network"
+            )
+    model.load_state_dict(own | fitting)
+    return [name for name in state if name not in fitting]

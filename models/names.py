@@ -5,8 +5,10 @@
 place of the library's download.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,15 +54,41 @@ def check_file(name: Name) -> None:
         raise ValueError(f"{name.library}:{name.name}={name.path}: no such file of weights")
 
 
-# So many names can be listed where none comes close.
+# So many names can be listed.
 _FEW = 40
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
-    """An error that names what comes close to an unknown name, or the known ones where they are few."""
+    """An error that lists the known names where they are few, and otherwise those that come close."""
     known = list(known)
+    if len(known) <= _FEW:
+        return ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    if not close and len(known) <= _FEW:
-        hint = f"; known: {', '.join(known)}"
-    return ValueError(f"unknown {what} {name!r}{hint}")
+    return ValueError(f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+
+
+@contextlib.contextmanager
+def library_errors(name: Name, loads: bool = True) -> Iterator[None]:
+    """What a library raises over a network, in one line that says what to do.
+
+    Args:
+        loads: whether it loads weights; without them, it can but fail to build what is asked for.
+    """
+    logging.disable(logging.ERROR)  # each retry of a download, and that weights are random before they are loaded
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # downloads and strict loading raise whatever they meet
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        asked = f"{name.library}:{name.name}"
+        if not loads or isinstance(error, (AssertionError, TypeError)):
+            raise ValueError(f"{asked} cannot be built as asked for ({reason})") from error
+        if name.path is None:
+            raise OSError(
+                f"{asked} could not be downloaded ({reason}); with no network, give {asked.partition('/')[0]}=PATH, "
+                "a local file of its weights"
+            ) from error
+        raise ValueError(f"{name.path} does not fit {asked} ({reason})") from error
+    finally:
+        logging.disable(logging.NOTSET)

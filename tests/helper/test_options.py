@@ -182,7 +182,7 @@ def test_abbreviations_are_refused(capsys, argv):
 def test_what_makes_sense_is_taken():
     opt = parse_student_options(["--views", "shared", "--teacher_views", "all", "--lr_decay_epochs", ""])
     assert (opt.teacher_views, opt.lr_decay_epochs) == (162, [])
-    assert parse_student_options(["--views", "shared", "--teacher_views", "0"]).teacher_views == "0"
+    assert parse_student_options(["--views", "shared", "--teacher_views", "0"]).teacher_views == 0
     assert parse_student_options(["--lr_decay_epochs", "3,1"]).lr_decay_epochs == [3, 1]
     assert parse_student_options(["--momentum", "0", "--weight_decay", "0", "-node", "0"]).momentum == 0
     assert parse_student_options(["--holdout", "0.1", "--seed", "4294967295"]).holdout == 0.1
