@@ -1,5 +1,6 @@
 """Any image classifier of timm or torchvision: a student's backbone, a CNN teacher, or a frozen encoder's network."""
 
+import copy
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
@@ -272,8 +273,12 @@ class _Graph:
 
     @torch.no_grad()
     def _check_signs(self, label: str, net: nn.Module) -> None:
+        net = copy.deepcopy(net).eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)  # one that begins at zero leaves the shortcut alone, which has no sign
         generator = torch.Generator().manual_seed(0)
-        maps, _ = self(net.eval(), torch.randn(1, 3, _LARGE, _LARGE, generator=generator))
+        maps, _ = self(net, torch.randn(1, 3, _LARGE, _LARGE, generator=generator))
         if any((x >= 0).all() for x in maps[1:]):
             raise ValueError(f"{label}: a stage ends in an activation that cannot be taken apart; use another method")
 
@@ -305,7 +310,7 @@ def _tracing(net: nn.Module) -> dict:
 
 @torch.no_grad()
 def _stages(net: nn.Module) -> list[str]:
-    """Names of the modules that give the last map of each resolution, highest first.
+    """Names of the modules that give the last map of each stage, which halves the resolution; highest first.
 
     Those are looked at that are reached from the network through containers alone: blocks and stages, not their parts.
     """
@@ -315,7 +320,7 @@ def _stages(net: nn.Module) -> list[str]:
         for name, child in module.named_children():
             if type(child) is nn.Sequential:
                 yield from look(child, f"{prefix}{name}.")
-            else:
+            elif not isinstance(child, nn.AdaptiveAvgPool2d):
                 yield f"{prefix}{name}", child
 
     def note(name: str):
@@ -337,7 +342,9 @@ def _stages(net: nn.Module) -> list[str]:
         for hook in hooks:
             hook.remove()
     last = {shape[2]: name for name, shape in shapes.items()}
-    return [last[height] for height in sorted(last, reverse=True)]
+    heights = sorted(last, reverse=True)
+    # A convolution without padding takes off a few pixels: that is no new stage.
+    return [last[a] for a, b in zip(heights, [*heights[1:], 0], strict=True) if a > 1.5 * b]
 
 
 def _last_node(graph: fx.Graph, names: dict[fx.Node, str], module: str) -> fx.Node:
@@ -357,15 +364,18 @@ def _before_activation(node: fx.Node, net: nn.Module) -> fx.Node:
 
 
 def _norm(node: fx.Node, net: nn.Module) -> str | None:
-    """The name of the batch norm that gave a node, itself or as the first of what is added up."""
-    while isinstance(node, fx.Node):
+    """The name of the batch norm that gave a node, itself or at the end of the longest branch of what is added up."""
+    depth: dict[fx.Node, int] = {}
+    for earlier in node.graph.nodes:
+        depth[earlier] = 1 + max((depth[x] for x in earlier.all_input_nodes), default=0)
+    while node.all_input_nodes:
         if node.op == "call_module":
             module = net.get_submodule(node.target)
             if isinstance(module, nn.BatchNorm2d):
                 return node.target
             if not isinstance(module, (*_ACTIVATIONS, nn.Identity, nn.Dropout)):
                 return None
-        node = node.args[0] if node.args else None
+        node = max(node.all_input_nodes, key=depth.__getitem__)
     return None
 
 
