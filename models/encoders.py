@@ -78,7 +78,7 @@ class LibraryEncoder(FrozenEncoder):
         check_file(name)
         self.name = name.short
         self.dtype = dtype
-        with library_errors(name):
+        with library_errors(name, resolution):
             self.net, facts = _MAKERS[name.library](name, resolution)
         self.resolution, mean, std, self.interpolation, self.antialias = facts
         self.normalization = (tuple(mean), tuple(std))

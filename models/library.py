@@ -70,7 +70,7 @@ def network(name: Name, resolution: int | None = None, pretrained: bool = False)
         OSError: the weights are not to be downloaded.
     """
     check_library_model(name)
-    with library_errors(name, loads=pretrained or name.path is not None):
+    with library_errors(name, resolution, loads=pretrained or name.path is not None):
         return (_timm if name.library == "timm" else _torchvision)(name, resolution, pretrained)
 
 

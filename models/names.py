@@ -68,10 +68,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
 
 
 @contextlib.contextmanager
-def library_errors(name: Name, loads: bool = True) -> Iterator[None]:
+def library_errors(name: Name, resolution: int | None = None, loads: bool = True) -> Iterator[None]:
     """What a library raises over a network, in one line that says what to do.
 
     Args:
+        resolution: what was asked for besides the name; None for the library's own.
         loads: whether it loads weights; without them, it can but fail to build what is asked for.
     """
     logging.disable(logging.ERROR)  # each retry of a download, and that weights are random before they are loaded
@@ -81,12 +82,13 @@ def library_errors(name: Name, loads: bool = True) -> Iterator[None]:
         raise
     except Exception as error:  # downloads and strict loading raise whatever they meet
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        asked = f"{name.library}:{name.name}"
+        asked = f"{name.library}:{name.name}" + (f" at {resolution} pixels" if resolution else "")
         if not loads or isinstance(error, (AssertionError, TypeError)):
             raise ValueError(f"{asked} cannot be built as asked for ({reason})") from error
         if name.path is None:
             raise OSError(
-                f"{asked} could not be downloaded ({reason}); with no network, give {asked.partition('/')[0]}=PATH, "
+                f"{asked} could not be downloaded ({reason}); with no network, give "
+                f"{name.library}:{name.name.partition('/')[0]}=PATH, "
                 "a local file of its weights"
             ) from error
         raise ValueError(f"{name.path} does not fit {asked} ({reason})") from error

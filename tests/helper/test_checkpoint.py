@@ -7,19 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import snapshot
+from conftest import Code, snapshot
 from helper import checkpoint
-
-
-class Code:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
 
 STATE = {
     "weights": OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.tensor(3)),

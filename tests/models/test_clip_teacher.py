@@ -1,4 +1,3 @@
-import os
 import pickle
 import shutil
 import struct
@@ -9,7 +8,7 @@ import clip
 import pytest
 import torch
 
-from conftest import snapshot
+from conftest import Code, snapshot
 from models.clip_teacher import PUBLISHED, ImageEncoder, fetch_clip, load_clip, sha256_of, short_name
 
 KINDS = ["vit", "resnet"]
@@ -156,16 +155,6 @@ def test_neither_a_published_name_nor_a_file_is_refused_with_the_known_names(tmp
     for wrong in ("ViT-B/64", str(tmp_path), str(tmp_path / "none.pt")):
         with pytest.raises(ValueError, match="neither a file nor a published CLIP; known: .*ViT-B/32.*ViT-L/14@336px"):
             fetch_clip(wrong, str(tmp_path))
-
-
-class Code:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(clip_archives, tmp_path):
