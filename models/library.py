@@ -242,6 +242,10 @@ class _Intermediates:
         return list(maps), net.forward_head(x)
 
 
+class _InseparableError(Exception):
+    """A stage ends in an activation that is no node of its own."""
+
+
 class _Graph:
     """Maps by torch.fx: of each resolution the last, where wanted before the activation that ends it.
 
@@ -263,16 +267,20 @@ class _Graph:
         try:
             self.norms, training = _trace(net.train(), stages, preact)
             self.graphs = {True: training, False: _trace(net.eval(), stages, preact)[1]}
+            if preact:
+                self._check_signs(net)
+        except _InseparableError:
+            raise ValueError(
+                f"{label}: a stage ends in an activation that cannot be taken apart, as this method needs; use another"
+            ) from None
         except Exception as error:  # torch.fx raises whatever a network's control flow makes of its proxies
             raise ValueError(
                 f"{label}: its maps cannot be taken out of its forward pass; use a method that needs none (see --list)"
             ) from error
-        if preact:
-            self._check_signs(label, net)
         net.train(mode)
 
     @torch.no_grad()
-    def _check_signs(self, label: str, net: nn.Module) -> None:
+    def _check_signs(self, net: nn.Module) -> None:
         net = copy.deepcopy(net).eval()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -280,7 +288,7 @@ class _Graph:
         generator = torch.Generator().manual_seed(0)
         maps, _ = self(net, torch.randn(1, 3, _LARGE, _LARGE, generator=generator))
         if any((x >= 0).all() for x in maps[1:]):
-            raise ValueError(f"{label}: a stage ends in an activation that cannot be taken apart; use another method")
+            raise _InseparableError
 
     def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
         *maps, pooled = fx.Interpreter(net, graph=self.graphs[net.training]).run(x)
@@ -357,7 +365,7 @@ def _last_node(graph: fx.Graph, names: dict[fx.Node, str], module: str) -> fx.No
 def _before_activation(node: fx.Node, net: nn.Module) -> fx.Node:
     module = net.get_submodule(node.target) if node.op == "call_module" else None
     if isinstance(module, nn.BatchNorm2d) and not isinstance(getattr(module, "act", nn.Identity()), nn.Identity):
-        raise ValueError("an activation inside a batch norm")
+        raise _InseparableError
     activates = node.op == "call_module" and isinstance(net.get_submodule(node.target), _ACTIVATIONS)
     activates |= node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS
     return node.args[0] if activates else node

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dataset
 import helper.logger  # noqa: F401  (must choose protobuf's implementation before a test imports tensorboard)
+import train_student
 from benchmarks.random_clip import write_archive
 from dataset import ImageDataset, Split
 
@@ -64,6 +65,24 @@ def tiny_dataset(monkeypatch):
     made = make_dataset()
     monkeypatch.setitem(dataset.DATASETS, "tiny", lambda data_dir: made)
     return made
+
+
+@pytest.fixture
+def train(tiny_dataset, tiny_clip, tmp_path):
+    """Run train_student.py with these options besides; gives the run's folder."""
+
+    def run(*options, save_dir=tmp_path / "save", script=train_student):
+        base = ["--dataset", "tiny", "--save_dir", str(save_dir), "--device", "cpu", "--amp", "off"]
+        base += ["--batch_size", "16", "--feature_dim", "8"]
+        if script is train_student:
+            base += ["--clip_mode", str(tiny_clip), "--model_s", "resnet8"]
+        else:
+            base += ["--model", str(tiny_clip)]
+        script.main([*base, *map(str, options)])
+        kind = "student_model" if script is train_student else "models"
+        return max((save_dir / kind).iterdir(), key=lambda folder: (folder / "resume.pth").stat().st_mtime_ns)
+
+    return run
 
 
 @pytest.fixture(scope="session")

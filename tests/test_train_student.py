@@ -12,30 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train_student
 import train_teacher
 from distiller_zoo import EGA, DistillKL
 from helper import bank as bank_module
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def train(tiny_dataset, tiny_clip, tmp_path):
-    """Run train_student.py with these options besides; gives the run's folder."""
-
-    def run(*options, save_dir=tmp_path / "save", script=train_student):
-        base = ["--dataset", "tiny", "--save_dir", str(save_dir), "--device", "cpu", "--amp", "off"]
-        base += ["--batch_size", "16", "--feature_dim", "8"]
-        if script is train_student:
-            base += ["--clip_mode", str(tiny_clip), "--model_s", "resnet8"]
-        else:
-            base += ["--model", str(tiny_clip)]
-        script.main([*base, *map(str, options)])
-        kind = "student_model" if script is train_student else "models"
-        return max((save_dir / kind).iterdir(), key=lambda folder: (folder / "resume.pth").stat().st_mtime_ns)
-
-    return run
 
 
 def read_metrics(folder: Path, timed: bool = False) -> list[dict]:
