@@ -95,7 +95,7 @@ def test_a_student_starts_from_given_weights(train, tmp_path, capsys):
 
 
 def test_maps_of_a_cnn_teach_another_librarys_student(train, capsys):
-    cnn = train("--epochs", 1, "--model", "torchvision:resnet18", "--clip_tn", 0, script=train_teacher)
+    cnn = train("--epochs", 1, "--model", "timm:test_resnet", "--clip_tn", 0, script=train_teacher)
     (path,) = cnn.glob("*_best.pth")
     students = {"attention": STUDENT, "hint": STUDENT, "reviewkd": STUDENT, "ofd": "torchvision:mobilenet_v2"}
     for method, student in students.items():
