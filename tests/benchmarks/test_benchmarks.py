@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import common, ega_loss, growth, pipeline
+from benchmarks import common, ega_loss, encoders, growth, pipeline
 from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
 from dataset.views import CLIP_NORMALIZATION, crop_flip, crop_resize_flip, normalize
 from distiller_zoo import EGA
@@ -174,3 +174,10 @@ def test_pipeline_refuses_bad_input(options, tiny_dataset, tiny_clip, capsys):
         pipeline.main(["--dataset", "tiny", *few, *options])
     assert exit_.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+def test_encoders_prints_a_row_for_each(capsys):
+    encoders.main(["--names", "timm:test_vit", "--resolution", "32", "--batch", "2", "--seconds", "0.01"])
+    ((row,),) = tables(capsys.readouterr().out)
+    assert row[:2] == ["timm:test_vit", "32"]
+    assert float(row[3]) > 0 and float(row[6]) > 0
