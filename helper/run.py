@@ -31,6 +31,8 @@ BEFORE = {
     "schedule": "step",
     "warmup_epochs": 0,
     "pretrained_s": False,
+    "labels": 1.0,
+    "joint": "projected",
 }
 
 
@@ -155,14 +157,14 @@ class Run:
         Args:
             record: the line of metrics.jsonl.
             state: what ``self.state`` will be when the run is resumed.
-            model: the content of the model's file, written when the epoch is the best so far.
+            model: the content of the model's file, written when the epoch is the best so far, see ``best_record``.
             save_freq: write it every so many epochs besides.
         """
         if not self._writes:
             self.history.append(record)
             return
         # Before resume.pth: a run killed in between does the epoch again and writes the same files again.
-        if "test_acc" in record and (self.best is None or _score(record) > _score(self.best)):
+        if "test_acc" in record and best_record([*self.history, record]) is record:
             checkpoint.save(model | record, self.folder / f"{self._stem}_best.pth")
         if save_freq is not None and record["epoch"] % save_freq == 0:
             checkpoint.save(model | record, self.folder / f"ckpt_epoch_{record['epoch']}.pth")
@@ -178,14 +180,22 @@ class Run:
     def print_result(self) -> None:
         """One line: where the run is, and its accuracy."""
         best = self.best
+        if best["test_acc"] is None:
+            print(f"{len(self.history)} epochs without labels, which measure no accuracy, in {self.folder}")
+            return
         last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"
         print(f"best accuracy: {accuracies}, in {self.folder}")
 
 
 def best_record(history: list[dict]) -> dict | None:
-    """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc."""
-    return max((record for record in history if "test_acc" in record), key=_score, default=None)
+    """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc.
+
+    Where no accuracy is measured, for want of labels, the last that a test pass followed.
+    """
+    tested = [record for record in history if "test_acc" in record]
+    measured = [record for record in tested if record["test_acc"] is not None]
+    return max(measured, key=_score, default=tested[-1] if tested else None)
 
 
 def _score(record: dict) -> float:
