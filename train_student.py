@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             trained.load_state_dict(run.state)
         for epoch in range(run.first_epoch, opt.epochs + 1):
             start = time.perf_counter()
-            record = trained.epoch(epoch) | evaluate(epoch)
-            record["seconds"] = time.perf_counter() - start
+            record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
+            record["seconds"] = trained.earlier + time.perf_counter() - start
             print_record(record)
             run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options), opt.save_freq)
 

@@ -153,8 +153,21 @@ class Step:
         self.totals.add(losses, others, len(batch.target), batch.labelled)
 
 
-def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int, title: str = "Epoch") -> dict[str, float]:
+def train_epoch(
+    epoch: int,
+    step: Step,
+    epochs: int,
+    print_freq: int,
+    title: str = "Epoch",
+    begun: tuple[int, dict] | None = None,
+    save_steps: int | None = None,
+    save: Callable[[int, dict], None] | None = None,
+) -> dict[str, float]:
     """One epoch of training, counted from 1.
+
+    Args:
+        begun: how many of its steps are done, and what the log had then; None for a new epoch.
+        save_steps: ``save`` is called with these two after every so many steps, but for the last; None for never.
 
     Returns:
         train_loss and its terms, train_acc, images_per_second.
@@ -162,10 +175,17 @@ def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int, title: str
     Raises:
         NonFiniteLoss: a term is not finite; seen at the next print.
     """
-    log = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals)
+    log, done = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals), 0
+    if begun is not None:
+        done, logged = begun
+        log.load_state_dict(logged)
     for number, draw in enumerate(step.loader.draws(epoch), start=1):
+        if number <= done:
+            continue
         step(draw, epoch)
         log.update(number, sum(draw.shares))
+        if save_steps and number % save_steps == 0 and number < log.steps:
+            save(number, log.state_dict())
     return log.result()
 
 

@@ -39,6 +39,20 @@ class Totals:
             self.step.zero_()
             self.first_bad.fill_(_NEVER)
 
+    def state_dict(self) -> dict:
+        """What this process has added so far, on the CPU."""
+        tensors = {name: getattr(self, name).cpu() for name in ("sums", "counts", "step", "first_bad")}
+        return {"names": self.names, "losses": self.losses, **tensors}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.names, self.losses = state["names"], state["losses"]
+        for name in ("sums", "counts", "step", "first_bad"):
+            setattr(self, name, state[name].to(device))
+        self.of_labelled = self._which_are_of_labelled(device)
+
+    def _which_are_of_labelled(self, device: torch.device) -> Tensor:
+        return torch.tensor([name in _OF_LABELLED for name in self.names], device=device)
+
     @torch.no_grad()
     def add(self, losses: dict[str, Tensor], others: dict[str, Tensor], n: int, labelled: Tensor | None = None) -> None:
         """Add a step's values, each the mean of ``n`` samples, which may be none; always the same names.
@@ -53,7 +67,7 @@ class Totals:
         if self.sums is None:
             self.names, self.losses = [*losses, *others], len(losses)
             self.sums, self.counts = torch.zeros(2, len(values), device=values.device)
-            self.of_labelled = torch.tensor([name in _OF_LABELLED for name in self.names], device=values.device)
+            self.of_labelled = self._which_are_of_labelled(values.device)
             self.step = torch.zeros((), dtype=torch.int64, device=values.device)
             self.first_bad = torch.full((len(losses),), _NEVER, device=values.device)
         self.step += 1
@@ -92,9 +106,25 @@ class EpochLog:
     def __init__(self, title: str, loader: Loader, print_freq: int, epochs_left: int, totals: Totals):
         self.title, self.print_freq, self.epochs_left, self.totals = title, print_freq, epochs_left, totals
         self.steps, self.num_samples = len(loader), loader.num_samples
+        self.device = loader.device
         self.count = 0
         self.start = time.perf_counter()
         totals.reset()
+
+    def state_dict(self) -> dict:
+        """What an epoch that is interrupted here goes on from.
+
+        Raises:
+            NonFiniteLoss: a loss was not finite.
+        """
+        self.totals.averages(self.title)
+        seconds = time.perf_counter() - self.start
+        return {"count": self.count, "seconds": seconds, "totals": self.totals.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+        self.start -= state["seconds"]
+        self.totals.load_state_dict(state["totals"], self.device)
 
     def update(self, step: int, n: int) -> None:
         """A step of so many samples on all processes is done, counted from 1."""

@@ -19,6 +19,7 @@ _FREE = {
     "path_t",
     "init_s",
     "print_freq",
+    "save_steps",
     "resume",
 }
 
@@ -39,14 +40,15 @@ BEFORE = {
 class Run:
     """A run of so many epochs that can be killed at any moment and resumed.
 
-    After each epoch everything that the run is made of goes into ``resume.pth``, in one file; the logs are
-    written from it. Of many processes, the first writes and all read.
+    After each epoch, or inside one, everything that the run is made of goes into ``resume.pth``, in one file; the logs
+    are written from it. Of many processes, the first writes and all read.
 
     Attributes:
         folder: where its files are.
         recorded: the options of the resumed run; None for a new one.
         history: a record for every finished epoch.
-        state: what the last ``end_epoch`` was given, when the run was resumed; else None.
+        state: what the last ``end_epoch`` or ``save_inside`` was given, when the run was resumed; else None.
+        steps: how many of the first epoch's steps are done, when the run was resumed inside it; else 0.
 
     Args:
         opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here, and all are compared with those
@@ -69,6 +71,7 @@ class Run:
         self.recorded: dict | None = None
         self.history: list[dict] = []
         self.state: dict | None = None
+        self.steps = 0
         self._tb_folder = Path(opt.save_dir) / tb_kind / name
         self._stem = stem
         self._last = self.folder / f"{stem}_last.pth"
@@ -104,6 +107,7 @@ class Run:
         if not {"options", "history", "state"} <= saved.keys():
             raise ValueError(f"{path} is not the resume.pth of a run")
         self.recorded, self.history, self.state = saved["options"], saved["history"], saved["state"]
+        self.steps = saved.get("steps", 0)
 
     def record(self, **values) -> None:
         """Note options and facts (hashes of data and weights); a resumed run must have the same.
@@ -143,13 +147,21 @@ class Run:
             left.unlink()
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
-        if self.history:
+        if self.steps:
+            print(f"resuming {self.folder} after step {self.steps} of epoch {self.first_epoch}")
+        elif self.history:
             print(f"resuming {self.folder} after epoch {len(self.history)}")
 
     @property
     def best(self) -> dict | None:
         """See ``best_record``."""
         return best_record(self.history)
+
+    def save_inside(self, steps: int, state: dict) -> None:
+        """Save the state after so many steps of the epoch that is under way."""
+        if self._writes:
+            saved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
+            checkpoint.save(saved, self._resume)
 
     def end_epoch(self, record: dict, state: dict, model: dict, save_freq: int | None = None) -> None:
         """Save an epoch's record and the state after it.
