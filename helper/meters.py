@@ -41,7 +41,7 @@ class Totals:
 
     def state_dict(self) -> dict:
         """What this process has added so far, on the CPU."""
-        tensors = {name: getattr(self, name).cpu() for name in ("sums", "counts", "step", "first_bad")}
+        tensors = {name: getattr(self, name).clone().cpu() for name in ("sums", "counts", "step", "first_bad")}
         return {"names": self.names, "losses": self.losses, **tensors}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
