@@ -62,10 +62,12 @@ def check_labels(opt, share: float) -> None:
         raise ValueError("a teacher is trained by the classes of its images, but none has a label")
     if opt.gamma:
         raise ValueError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
-    if opt.joint == "projected" and (opt.path_t is None if opt.clip_tn else METHODS[distill].needs(clip=False).joint):
+    untrained = "the teacher's head would be trained by the classes of the images, but none has a label"
+    if opt.clip_tn and opt.path_t is None and opt.joint == "projected":
+        raise ValueError(f"{untrained}: use --joint teacher, which has no head, or --path_t, a head that is trained")
+    if not opt.clip_tn and METHODS[distill].needs(clip=False).joint:
         raise ValueError(
-            "the teacher's head is trained by the classes of the images, but none has a label: use --joint teacher, "
-            "which has no head"
+            f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
         )
 
 

@@ -84,6 +84,10 @@ class Run:
         distributed.wait()
         self._load(opt.resume)
         self._check({name: value for name, value in vars(opt).items() if value != "auto"})
+        if self.steps and len(self.history) >= self.epochs and not self.finished:
+            raise ValueError(
+                f"{self.folder} is inside epoch {self.first_epoch}: use --epochs {self.first_epoch} or more"
+            )
 
     def _claim(self) -> None:
         try:

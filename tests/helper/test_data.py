@@ -102,3 +102,12 @@ def test_a_teacher_is_not_trained_without_labels():
     check_labels(opt, 0.01)
     with pytest.raises(ValueError, match="none has a label"):
         check_labels(opt, 0)
+
+
+def test_a_projected_cnn_needs_labels_too():
+    opt = parse_student_options(["-r", "0"])
+    opt.clip_tn, opt.path_t = 0, "resnet14.pth"
+    with pytest.raises(ValueError, match="a method that needs no joint space"):
+        check_labels(opt, 0)
+    opt.distill = "attention"
+    check_labels(opt, 0)

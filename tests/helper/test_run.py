@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from argparse import Namespace
@@ -347,6 +348,9 @@ def test_a_run_goes_on_inside_an_epoch(tmp_path, capsys):
     train(again, 2)
     again.save_inside(5, {"at": "5 of 3"})
     close(again)
+    with pytest.raises(ValueError, match="inside epoch 3: use --epochs 3 or more"):
+        start(tmp_path, epochs=2)
+    gc.collect()  # the run, which holds its folder's lock
     last = start(tmp_path)
     assert (last.first_epoch, last.steps, last.state) == (3, 5, {"at": "5 of 3"})
     assert "after step 5 of epoch 3" in capsys.readouterr().out
