@@ -61,7 +61,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps; a cosine follows")
     group.add_argument("--weight_decay", type=weight, default=0.1, help="of matrices; gains and biases have none")
     group.add_argument("--micro_batch", type=positive_int, help="encode so many images at once, to bound the memory")
-    add_run_options(parser, epochs=8, batch_size=128)
+    add_run_options(parser, epochs=8, batch_size=128, save_steps=False)
     opt = parser.parse_args(argv)
 
     if isinstance(opt.vision_layers, tuple):

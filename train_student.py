@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> None:
         opt = resolve(opt, run.recorded, len(dataset.train))
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
-        student = build_student(opt, len(dataset.classes), loaders.image_size, needs)
+        student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
         objective = build_objective(opt, student, teacher, loaders)
         identity = {} if teacher is None else teacher.identity
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint(), **identity, **student_identity(opt))
         stage = None if run.state else pretrain.open_first_stage(opt, objective, name, run.options)
-        evaluate = Evaluation(loaders, student, teacher, opt)
+        evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             trained.load_state_dict(run.state)
         for epoch in range(run.first_epoch, opt.epochs + 1):
             start = time.perf_counter()
-            record = trained.epoch(epoch) | evaluate(epoch)
-            record["seconds"] = time.perf_counter() - start
+            record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
+            record["seconds"] = trained.earlier + time.perf_counter() - start
             print_record(record)
             run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options), opt.save_freq)
 

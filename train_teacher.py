@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_non_finite_loss("train_teacher.py"):
         for epoch in range(run.first_epoch, opt.epochs + 1):
             start = time.perf_counter()
-            record = trained.epoch(epoch) | evaluate(epoch)
-            record["seconds"] = time.perf_counter() - start
+            record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
+            record["seconds"] = trained.earlier + time.perf_counter() - start
             print_record(record)
             run.end_epoch(record, trained.state_dict(), teacher_file(teacher, run.options), opt.save_freq)
 

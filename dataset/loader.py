@@ -15,12 +15,14 @@ class Batch(NamedTuple):
     """One batch on the device; of many processes, this one's share of it.
 
     index: (B,) int64, row numbers in the split.
-    target: (B,) int64, classes.
+    target: (B,) int64, classes; -1 for an image without a label.
     image: (B, 3, H, W) float32, the student's view, normalised; None where the loader draws none.
     teacher_view: (B,) int64, the number of the teacher's view.
     shares: samples on each process, in order of rank, where there are several.
     weight: what a mean over this share counts for, so that the mean over processes is that over the whole batch.
     host: index and teacher_view on the CPU, for what is looked up there; None in a step that is captured.
+    labelled: how many of this share have a label, a scalar; None where all images of the loader have one.
+    label_weight: what a mean over those of this share that have a label counts for beside one over all of it.
     """
 
     index: Tensor
@@ -30,6 +32,8 @@ class Batch(NamedTuple):
     shares: tuple[int, ...] | None = None
     weight: float = 1.0
     host: tuple[Tensor, Tensor] | None = None
+    labelled: Tensor | None = None
+    label_weight: float = 1.0
 
 
 class Draw(NamedTuple):
@@ -38,11 +42,13 @@ class Draw(NamedTuple):
     numbers: (3, B) int64 on the device: row, student's view and teacher's view of each sample.
     shares: samples on each process, in order of rank; B is this one's.
     host: the numbers on the CPU.
+    labelled: samples with a label on each process, where there are several and not all samples have one.
     """
 
     numbers: Tensor
     shares: tuple[int, ...]
     host: Tensor | None = None
+    labelled: tuple[int, ...] | None = None
 
 
 def deal(count: int, processes: int) -> tuple[int, ...]:
@@ -54,8 +60,8 @@ class Loader:
     """Batches of one split; order and views depend on (seed, epoch) alone.
 
     In training, the student's view is drawn uniformly from all 162, the teacher's uniformly from the
-    image's first ``teacher_views`` (see ``view_order``), independently; ``shared`` gives the teacher the
-    student's. In evaluation, rows come in order and every view is the image itself.
+    image's first ``teacher_views`` (see ``view_order``), independently; ``shared`` draws one for both from
+    these. In evaluation, rows come in order and every view is the image itself.
 
     Args:
         split: images and targets.
@@ -66,7 +72,7 @@ class Loader:
         training: shuffle and draw views.
         seed: of the order and the views.
         teacher_views: how many views of each image the teacher has, 1 to 162.
-        shared: the teacher's view is the student's.
+        shared: teacher and student see the same view.
         images: whether batches hold images.
         max_steps: at most so many batches per epoch.
         rank: this process's number among those that share each batch, from 0.
@@ -105,8 +111,10 @@ class Loader:
         self.rows = torch.arange(len(split)) if rows is None else rows
         self.images = split.images.to(device) if images else None
         self.targets = split.targets.to(device)
+        has_label = split.targets >= 0
+        self._has_label = None if bool(has_label[self.rows].all()) else has_label
         self._order = None
-        if training and not shared and teacher_views < NUM_VIEWS:
+        if training and teacher_views < NUM_VIEWS:
             self._order = torch.from_numpy(view_order(np.arange(len(split)), teacher_views))
 
     def __len__(self) -> int:
@@ -127,11 +135,18 @@ class Loader:
         """What each batch of an epoch is made of."""
         host = torch.stack(self._draw(epoch))
         numbers = host.to(self.device)
+        has_label = None
+        if self._has_label is not None and self.processes > 1:
+            has_label = self._has_label[host[0]]
         for start in range(0, self.num_samples, self.batch_size):
-            shares = deal(min(self.batch_size, self.num_samples - start), self.processes)
+            size = min(self.batch_size, self.num_samples - start)
+            shares = deal(size, self.processes)
+            labelled = None
+            if has_label is not None:
+                labelled = tuple(int(part.sum()) for part in has_label[start : start + size].split(shares))
             first = start + sum(shares[: self.rank])
             own = slice(first, first + shares[self.rank])
-            yield Draw(numbers[:, own], shares, host[:, own])
+            yield Draw(numbers[:, own], shares, host[:, own], labelled)
 
     def batch(self, draw: Draw) -> Batch:
         """Make a batch, on the device."""
@@ -142,7 +157,13 @@ class Loader:
             image = normalize(crop_flip(self.images[index], view), self.normalization)
         weight = len(shares) * shares[self.rank] / sum(shares)
         spread = shares if len(shares) > 1 else None
-        return Batch(index, self.targets[index], image, teacher_view, spread, weight, host)
+        target, labelled, label_weight = self.targets[index], None, 1.0
+        if self._has_label is not None:
+            labelled = (target >= 0).sum()
+        if draw.labelled is not None and shares[self.rank]:
+            share_of_labels = draw.labelled[self.rank] / max(sum(draw.labelled), 1)
+            label_weight = share_of_labels / (shares[self.rank] / sum(shares))
+        return Batch(index, target, image, teacher_view, spread, weight, host, labelled, label_weight)
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, student's view and teacher's view of every sample of the epoch, in order, on the CPU."""
@@ -152,14 +173,17 @@ class Loader:
             return self.rows, view, view
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         index = self.rows[torch.randperm(count, generator=generator)]
-        view = torch.randint(NUM_VIEWS, (count,), generator=generator)
         if self.shared:
+            view = self._draw_teacher_view(index, generator)
             return index, view, view
+        view = torch.randint(NUM_VIEWS, (count,), generator=generator)
         # Drawn after the student's, whose order and views are then the same for every teacher.
-        drawn = torch.randint(self.teacher_views, (count,), generator=generator)
-        if self._order is not None:
-            drawn = self._order[index, drawn].long()
-        return index, view, drawn
+        return index, view, self._draw_teacher_view(index, generator)
+
+    def _draw_teacher_view(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """One of the views that the teacher has of each image."""
+        drawn = torch.randint(self.teacher_views, (len(index),), generator=generator)
+        return drawn if self._order is None else self._order[index, drawn].long()
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -171,19 +195,46 @@ def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Split row numbers into (kept, held out), the same fraction of every class, the same for every seed.
 
     Args:
-        targets: (N,) classes.
+        targets: (N,) classes; -1 for images without a label, of which none is held out.
         fraction: in (0, 1).
 
     Raises:
         ValueError: where a class would lose all of its images, or none at all were held out.
     """
-    generator = torch.Generator().manual_seed(0)
     held = torch.zeros(len(targets), dtype=torch.bool)
-    for target in targets.unique():
-        rows = (targets == target).nonzero().flatten()
+    for target, rows in _shuffled_classes(targets, seed=0):
         count = round(len(rows) * fraction)
         if not 0 < count < len(rows):
-            raise ValueError(f"--holdout {fraction} holds out {count} of the {len(rows)} images of class {int(target)}")
-        held[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+            raise ValueError(f"--holdout {fraction} holds out {count} of the {len(rows)} images of class {target}")
+        held[rows[:count]] = True
     rows = torch.arange(len(targets))
     return rows[~held], rows[held]
+
+
+def keep_labels(targets: Tensor, fraction: float) -> Tensor:
+    """The targets of the same fraction of every class, and -1 for all others; the same images for every seed.
+
+    A larger fraction keeps the labels that a smaller one keeps, and more.
+
+    Args:
+        targets: (N,) classes; -1 for images that have no label.
+        fraction: in [0, 1].
+
+    Raises:
+        ValueError: where a class would keep no label, unless none is to be kept.
+    """
+    kept = torch.full_like(targets, -1)
+    for target, rows in _shuffled_classes(targets, seed=1):
+        count = round(len(rows) * fraction)
+        if fraction and not count:
+            raise ValueError(f"--labels {fraction:g} leaves class {target} no label on any of its {len(rows)} images")
+        kept[rows[:count]] = target
+    return kept
+
+
+def _shuffled_classes(targets: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Each class and its rows in an order that the seed alone decides."""
+    generator = torch.Generator().manual_seed(seed)
+    for target in targets[targets >= 0].unique().tolist():
+        rows = (targets == target).nonzero().flatten()
+        yield target, rows[torch.randperm(len(rows), generator=generator)]

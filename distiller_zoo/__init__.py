@@ -74,7 +74,8 @@ class Networks:
     Attributes:
         shapes_s, shapes_t: of the features of a batch of two; stem, stages, pooled. A CLIP has its embedding alone.
         s_dim, t_dim: widths of f_s and f_t.
-        targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out.
+        targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out; an image
+            without a label is a class of its own.
         model_t: a CNN teacher's backbone; None with a CLIP.
     """
 
@@ -129,6 +130,7 @@ class Method:
         relational: whether it compares the samples of a batch with one another, and is no mean over them: of a batch
             that is spread over many processes it is then fed all samples, unless it asks for the shares.
         waits: whether it waits for the device, as PyTorch's decompositions do, so that its step cannot be captured.
+        by_class: options to whether it needs every sample's class for more than the target that it is fed.
     """
 
     build: Build | None
@@ -140,11 +142,21 @@ class Method:
     warmup: int = 0
     relational: bool = False
     waits: bool = False
+    by_class: Callable[[Namespace], bool] = lambda opt: False
 
     @property
     def needs_maps(self) -> bool:
         """Whether it works with CNN teachers alone."""
         return self.clip is None and self.needs(clip=False).maps
+
+    def needs_labels(self, opt: Namespace) -> bool:
+        """Whether its loss, with these options, needs a class for every sample."""
+        fed = self.with_teacher(bool(opt.clip_tn))[1]
+        return bool(opt.beta and ("target" in fed or self.by_class(opt)))
+
+    def compares_logits(self, opt: Namespace) -> bool:
+        """Whether, with these options, KD or its loss compares the student's logits with the teacher's."""
+        return bool(opt.alpha or (opt.beta and "logit_t" in self.with_teacher(bool(opt.clip_tn))[1]))
 
     def needs(self, clip: bool) -> Needs:
         """What it asks of the networks, with a CLIP or a CNN as the teacher."""
@@ -223,7 +235,14 @@ METHODS = {
         relational=True,
     ),
     "vid": Method(_vid, _MAPS, (1, 0, 1), "VID: Ahn et al., CVPR 2019"),
-    "crd": Method(_crd, (*_F, "index"), (1, 0, 0.8), "CRD: Tian et al., ICLR 2020", relational=True),
+    "crd": Method(
+        _crd,
+        (*_F, "index"),
+        (1, 0, 0.8),
+        "CRD: Tian et al., ICLR 2020",
+        relational=True,
+        by_class=lambda opt: opt.mode == "relax",
+    ),
     "kdsvd": Method(lambda opt, net: KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018", waits=True),
     "fsp": Method(
         lambda opt, net: connected.Flow(net.shapes_s, net.shapes_t),

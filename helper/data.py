@@ -1,13 +1,15 @@
 """The loaders of a run: what it trains on, tests on, and chooses its best epoch by."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dataset import ImageDataset
-from dataset.loader import Loader, holdout_rows
+from dataset.loader import Loader, holdout_rows, keep_labels
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
+from distiller_zoo import METHODS
 
 from . import distributed
 
@@ -22,8 +24,10 @@ class Loaders:
     Attributes:
         train, test: of the two splits.
         val: of the rows that are held out of the training split; None where none are.
-        targets: (N,) class of every training row, -1 for the rows that are held out.
+        targets: (N,) class of every training row, -1 for the rows that are not trained on; an image without a label
+            is a class of its own.
         image_size: height and width of the images.
+        labelled: how many of the rows that are trained on have a label.
     """
 
     train: Loader
@@ -31,18 +35,55 @@ class Loaders:
     val: Loader | None
     targets: Tensor
     image_size: int
+    labelled: int
+
+
+def check_labels(opt, share: float) -> None:
+    """Raise a ValueError where the options need labels that there are not.
+
+    Args:
+        opt: train_student.py's, or train_teacher.py's, whose training needs labels, but not for every image.
+        share: of the training images that have a label.
+    """
+    if share == 1:
+        return
+    distill = getattr(opt, "distill", None)
+    if distill is not None and METHODS[distill].needs_labels(opt):
+        others = {name: other for name, other in METHODS.items() if other.build and not other.needs_labels(opt)}
+        able = ", ".join(name for name, other in others.items() if not (opt.clip_tn and other.needs_maps))
+        what = f"{distill} --mode relax" if distill == "crd" else distill
+        raise ValueError(
+            f"--distill {what} needs the class of every image, and only {share:.3g} of them have a label: use "
+            f"--labels 1, or one of {able}"
+        )
+    if share > 0:
+        return
+    if distill is None:
+        raise ValueError("a teacher is trained by the classes of its images, but none has a label")
+    if opt.gamma:
+        raise ValueError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
+    untrained = "the teacher's head would be trained by the classes of the images, but none has a label"
+    if opt.clip_tn and opt.path_t is None and opt.joint == "projected":
+        raise ValueError(f"{untrained}: use --joint teacher, which has no head, or --path_t, a head that is trained")
+    if not opt.clip_tn and METHODS[distill].needs(clip=False).joint:
+        raise ValueError(
+            f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
+        )
 
 
 def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     """The loaders that the options describe; of many processes, each gets its share.
 
-    Under the paper's protocol images are normalised as CLIP's are, under RepDistiller's as its own.
+    Under the paper's protocol images are normalised as CLIP's are, under RepDistiller's as its own. An image that has
+    no label, of itself or by ``--labels``, is trained on where something is distilled, with target -1; the hold-out
+    keeps its labels.
 
     Args:
         images: whether batches hold images: a head on a bank of embeddings needs none.
 
     Raises:
-        ValueError: a hold-out that a class is too small for.
+        ValueError: a hold-out, or a share of labels, that a class is too small for; or labels that are needed and are
+            not there.
     """
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
@@ -51,13 +92,19 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         "rank": distributed.rank(),
         "processes": distributed.count(),
     }
-    targets, rows, held = dataset.train.targets, None, None
+    targets, rows, held = dataset.train.targets, torch.arange(len(dataset.train)), None
     if getattr(opt, "holdout", None) is not None:
         rows, held = holdout_rows(targets, opt.holdout)
         targets = targets.clone()
         targets[held] = -1
+    if opt.labels < 1:
+        targets = keep_labels(targets, opt.labels)
+    labelled = int((targets >= 0).sum())
+    check_labels(opt, labelled / len(rows))
+    if not (getattr(opt, "alpha", 0) or getattr(opt, "beta", 0)):  # classification alone
+        rows = rows[targets[rows] >= 0]
     train = Loader(
-        dataset.train,
+        dataclasses.replace(dataset.train, targets=targets),
         "train",
         opt.batch_size,
         device,
@@ -72,4 +119,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     size = EVAL_BATCH_SIZE[opt.device]
     test = Loader(dataset.test, "test", size, device, **common)
     val = None if held is None else Loader(dataset.train, "train", size, device, rows=held, **common)
-    return Loaders(train, test, val, targets, dataset.train.images.shape[-1])
+    unknown = rows[targets[rows] < 0]
+    classes = targets.clone()
+    classes[unknown] = len(dataset.classes) + unknown
+    return Loaders(train, test, val, classes, dataset.train.images.shape[-1], labelled)

@@ -65,6 +65,14 @@ def from_first(value: object) -> object:
     return values[0]
 
 
+def collect(value: object) -> list:
+    """Every process's value, in order of rank, on every process."""
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 @torch.no_grad()
 def total(x: Tensor) -> Tensor:
     """The sum over all processes, in the place of ``x``."""

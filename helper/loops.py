@@ -12,7 +12,7 @@ from models.heads import Classifier, Outputs, Student
 from . import distributed
 from .data import Loaders
 from .meters import EpochLog, Totals
-from .objective import Objective
+from .objective import Objective, mean_cross_entropy, total_loss
 from .runtime import autocast
 from .teacher import ClipTeacher, CnnTeacher
 from .util import AverageMeter, accuracy
@@ -56,15 +56,15 @@ class Distillation(nn.Module):
             out_s = (self.compiled if full else self.student)(batch.image)
         out_t = None if self.teacher is None else self.teacher(self.split, batch)
         loss, terms = self.objective(out_s, out_t, batch, epoch)
-        losses = {f"loss_{name}": term.detach() for name, term in terms.items()}
-        total = loss
+        terms = {name: term.detach() for name, term in terms.items()}
+        losses = {f"loss_{name}": term for name, term in terms.items()}
         if self.trains_head:
-            loss_teacher = _mean_cross_entropy(out_t.head_logits, batch)
+            loss_teacher = mean_cross_entropy(out_t.head_logits, batch)
             losses["loss_teacher"] = loss_teacher.detach()
-            total = total + batch.weight * loss_teacher
+            loss = loss + batch.weight * batch.label_weight * loss_teacher
         # Last, so that a loss that is not finite is called by the term that made it so.
-        losses["train_loss"] = sum(losses[f"loss_{name}"] for name in ("cls", "kd", "distill") if name in terms)
-        return total, losses, {"train_acc": _accuracy(out_s.logits, batch)}
+        losses["train_loss"] = total_loss(terms, batch)
+        return loss, losses, {"train_acc": _accuracy(out_s.logits, batch)}
 
 
 class HeadTraining(nn.Module):
@@ -77,17 +77,14 @@ class HeadTraining(nn.Module):
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """See ``Distillation``."""
         logits = self.teacher(self.split, batch).logits
-        loss = _mean_cross_entropy(logits, batch)
+        loss = mean_cross_entropy(logits, batch)
         return batch.weight * loss, {"train_loss": loss}, {"train_acc": _accuracy(logits, batch)}
 
 
-def _mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Zero for no samples, whose mean would not be a number."""
-    return F.cross_entropy(logits, batch.target) if len(batch.target) else logits.sum()
-
-
 def _accuracy(logits: Tensor, batch: Batch) -> Tensor:
-    return accuracy(logits.detach(), batch.target)[0]
+    """Percentage of those that have a label."""
+    (correct,) = accuracy(logits.detach(), batch.target)  # a target of -1 is never hit
+    return correct if batch.labelled is None else correct * len(batch.target) / batch.labelled.clamp(min=1)
 
 
 class Step:
@@ -153,11 +150,24 @@ class Step:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
-        self.totals.add(losses, others, len(batch.target))
+        self.totals.add(losses, others, len(batch.target), batch.labelled)
 
 
-def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int, title: str = "Epoch") -> dict[str, float]:
+def train_epoch(
+    epoch: int,
+    step: Step,
+    epochs: int,
+    print_freq: int,
+    title: str = "Epoch",
+    begun: tuple[int, dict] | None = None,
+    save_steps: int | None = None,
+    save: Callable[[int, dict], None] | None = None,
+) -> dict[str, float]:
     """One epoch of training, counted from 1.
+
+    Args:
+        begun: how many of its steps are done, and what the log had then; None for a new epoch.
+        save_steps: ``save`` is called with these two after every so many steps, but for the last; None for never.
 
     Returns:
         train_loss and its terms, train_acc, images_per_second.
@@ -165,10 +175,17 @@ def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int, title: str
     Raises:
         NonFiniteLoss: a term is not finite; seen at the next print.
     """
-    log = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals)
+    log, done = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals), 0
+    if begun is not None:
+        done, logged = begun
+        log.load_state_dict(logged)
     for number, draw in enumerate(step.loader.draws(epoch), start=1):
+        if number <= done:
+            continue
         step(draw, epoch)
         log.update(number, sum(draw.shares))
+        if save_steps and number % save_steps == 0 and number < log.steps:
+            save(number, log.state_dict())
     return log.result()
 
 
@@ -220,15 +237,24 @@ class Evaluation:
     Args:
         loaders: the run's.
         student: whose accuracy decides; None to test a teacher alone.
-        teacher: None where there is none. A frozen CNN, which gives the same in every epoch, is tested once, here.
+        teacher: None where there is none. A frozen CNN, which gives the same in every epoch, is tested once, here. An
+            encoder without a head does not classify, and is not tested.
         opt: ``device``, ``amp``, ``epochs`` and ``eval_freq``.
+        classifies: whether anything trains the student to classify; otherwise its accuracy says nothing, and is None.
     """
 
     def __init__(
-        self, loaders: Loaders, student: Student | Classifier | None, teacher: ClipTeacher | CnnTeacher | None, opt
+        self,
+        loaders: Loaders,
+        student: Student | Classifier | None,
+        teacher: ClipTeacher | CnnTeacher | None,
+        opt,
+        classifies: bool = True,
     ):
         self.loaders, self.student, self.teacher, self.opt = loaders, student, teacher, opt
-        self.fixed = {}
+        self.classifies, self.fixed = classifies, {}
+        if isinstance(teacher, ClipTeacher) and teacher.head is None:
+            self.teacher = None
         if isinstance(teacher, CnnTeacher):
             accuracy = validate(loaders.test, None, teacher, opt, "teacher")["teacher_acc"]
             print(f"teacher accuracy: {accuracy:.2f}")
@@ -238,6 +264,8 @@ class Evaluation:
         """What ``validate`` finds, after every so many epochs and the last; nothing after the others."""
         if epoch % self.opt.eval_freq and epoch != self.opt.epochs:
             return {}
+        if not self.classifies:
+            return dict.fromkeys(("test_loss", "test_acc", "test_acc_top5")) | self.fixed
         record = validate(self.loaders.test, self.student, self.teacher, self.opt) | self.fixed
         if self.loaders.val is not None:
             record |= validate(self.loaders.val, self.student, None, self.opt, prefix="val")

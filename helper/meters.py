@@ -12,6 +12,9 @@ from .util import NonFiniteLoss, format_seconds
 
 _NEVER = torch.iinfo(torch.int64).max
 
+# Means over the samples that have a label; all else is over all samples.
+_OF_LABELLED = {"loss_cls", "loss_teacher", "train_acc"}
+
 
 class Totals:
     """Sums over the samples of an epoch, and the first step at which each loss was not finite.
@@ -23,6 +26,8 @@ class Totals:
         self.names: list[str] = []
         self.losses = 0
         self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.of_labelled: Tensor | None = None
         self.step: Tensor | None = None
         self.first_bad: Tensor | None = None
 
@@ -30,29 +35,50 @@ class Totals:
         """Begin a new epoch."""
         if self.sums is not None:
             self.sums.zero_()
+            self.counts.zero_()
             self.step.zero_()
             self.first_bad.fill_(_NEVER)
 
+    def state_dict(self) -> dict:
+        """What this process has added so far, on the CPU."""
+        tensors = {name: getattr(self, name).clone().cpu() for name in ("sums", "counts", "step", "first_bad")}
+        return {"names": self.names, "losses": self.losses, **tensors}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.names, self.losses = state["names"], state["losses"]
+        for name in ("sums", "counts", "step", "first_bad"):
+            setattr(self, name, state[name].to(device))
+        self.of_labelled = self._which_are_of_labelled(device)
+
+    def _which_are_of_labelled(self, device: torch.device) -> Tensor:
+        return torch.tensor([name in _OF_LABELLED for name in self.names], device=device)
+
     @torch.no_grad()
-    def add(self, losses: dict[str, Tensor], others: dict[str, Tensor], n: int) -> None:
-        """Add a step's values, each the mean of ``n`` samples, which may be none; always the same names."""
+    def add(self, losses: dict[str, Tensor], others: dict[str, Tensor], n: int, labelled: Tensor | None = None) -> None:
+        """Add a step's values, each the mean of ``n`` samples, which may be none; always the same names.
+
+        Args:
+            labelled: how many of them have a label, for the means over these; None where all have.
+        """
         if n == 0:
             self.step += 1
             return
         values = torch.stack([*losses.values(), *others.values()])
         if self.sums is None:
             self.names, self.losses = [*losses, *others], len(losses)
-            self.sums = torch.zeros(1 + len(values), device=values.device)
+            self.sums, self.counts = torch.zeros(2, len(values), device=values.device)
+            self.of_labelled = self._which_are_of_labelled(values.device)
             self.step = torch.zeros((), dtype=torch.int64, device=values.device)
             self.first_bad = torch.full((len(losses),), _NEVER, device=values.device)
         self.step += 1
-        self.sums[0] += n
-        self.sums[1:] += values * n
+        counts = n if labelled is None else torch.where(self.of_labelled, labelled, n)
+        self.counts += counts
+        self.sums += values * counts
         bad = ~torch.isfinite(values[: self.losses])
         self.first_bad.copy_(torch.where(bad, self.first_bad.minimum(self.step), self.first_bad))
 
     def averages(self, title: str) -> dict[str, float]:
-        """Means by name over all samples of all processes so far.
+        """Means by name over all samples of all processes so far; none by a name of which there were no samples.
 
         Raises:
             NonFiniteLoss: a loss was not finite, on whichever process.
@@ -61,8 +87,9 @@ class Totals:
         for name, step in zip(self.names, first_bad, strict=False):
             if step != _NEVER:
                 raise NonFiniteLoss(f"{name} is not finite at step {step} of {title.lower()}; nothing was saved")
-        sums = distributed.total(self.sums.clone())
-        return dict(zip(self.names, (sums[1:] / sums[0]).tolist(), strict=True))
+        sums, counts = distributed.total(torch.stack([self.sums, self.counts]))
+        means = zip(self.names, (sums / counts).tolist(), counts.tolist(), strict=True)
+        return {name: mean for name, mean, count in means if count}
 
 
 class EpochLog:
@@ -79,9 +106,25 @@ class EpochLog:
     def __init__(self, title: str, loader: Loader, print_freq: int, epochs_left: int, totals: Totals):
         self.title, self.print_freq, self.epochs_left, self.totals = title, print_freq, epochs_left, totals
         self.steps, self.num_samples = len(loader), loader.num_samples
+        self.device = loader.device
         self.count = 0
         self.start = time.perf_counter()
         totals.reset()
+
+    def state_dict(self) -> dict:
+        """What an epoch that is interrupted here goes on from.
+
+        Raises:
+            NonFiniteLoss: a loss was not finite.
+        """
+        self.totals.averages(self.title)
+        seconds = time.perf_counter() - self.start
+        return {"count": self.count, "seconds": seconds, "totals": self.totals.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+        self.start -= state["seconds"]
+        self.totals.load_state_dict(state["totals"], self.device)
 
     def update(self, step: int, n: int) -> None:
         """A step of so many samples on all processes is done, counted from 1."""
@@ -102,5 +145,6 @@ class EpochLog:
 def print_record(record: dict) -> None:
     """The epoch's result in one line."""
     shown = {name: value for name, value in record.items() if "_acc" in name or name == "seconds"}
+    shown = {name: value for name, value in shown.items() if value is not None}
     text = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
     print(f" * Epoch {record['epoch']}  {text}", flush=True)

@@ -14,6 +14,21 @@ from .data import Loaders
 from .teacher import ClipTeacher, CnnTeacher, describe
 
 
+def mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Of logits (B, classes) in a batch, over the images that have a label; zero, with its gradient, where none has."""
+    if not len(batch.target):
+        return logits.sum()
+    if batch.labelled is None:
+        return F.cross_entropy(logits, batch.target)
+    return F.cross_entropy(logits, batch.target, ignore_index=-1, reduction="sum") / batch.labelled.clamp(min=1)
+
+
+def total_loss(terms: dict[str, Tensor], batch: Batch) -> Tensor:
+    """The sum of an objective's terms, of this process's share, by name."""
+    weights = {"cls": batch.label_weight}
+    return sum(weights.get(name, 1.0) * terms[name] for name in ("cls", "kd", "distill") if name in terms)
+
+
 @dataclass
 class Objective:
     """The student's loss: ``r * cls + a * kd + b * distill``.
@@ -41,6 +56,11 @@ class Objective:
     relational: bool = False
 
     @property
+    def classifies(self) -> bool:
+        """Whether a term trains the student's logits."""
+        return bool(self.gamma or self.alpha or (self.beta and "logit_s" in self.feeds))
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a term looks at the teacher at all; a method's first stage alone does not make one."""
         return bool(self.alpha or (self.feeds and self.beta))
@@ -55,15 +75,16 @@ class Objective:
         """The loss, and its weighted terms by name; no gradient reaches the teacher.
 
         Of a batch spread over many processes: the loss whose mean over processes is that of the whole batch, and the
-        terms, of this process's share where they are means over samples; without any, zero and no such terms.
+        terms, of this process's share where they are means over samples; without any, zero and no such terms. The
+        classification is of the images that have a label, all else of all images.
         """
         terms, parts = {}, {}
         if len(batch.target):
-            terms["cls"] = self.gamma * F.cross_entropy(out_s.logits.float(), batch.target)
+            terms["cls"] = self.gamma * mean_cross_entropy(out_s.logits.float(), batch)
             if self.alpha and out_t is not None:
                 terms["kd"] = self.alpha * kd_loss(*self._fed(("logit_s", "logit_t"), out_s, out_t, batch), self.kd_T)
         # Of no samples: zero, yet not without a gradient, which DDP waits for.
-        loss = batch.weight * sum(terms.values()) if terms else out_s.features[-1].sum()
+        loss = batch.weight * total_loss(terms, batch) if terms else out_s.features[-1].sum()
         if self.feeds and self.beta and out_t is not None and (self.relational or terms):
             fed = self._fed(self.feeds, out_s, out_t, batch)
             # A loss that takes the shares itself knows a cheaper way than to gather.

@@ -3,12 +3,12 @@
 import argparse
 
 from dataset import DATASETS
-from dataset.views import NUM_VIEWS
 from distiller_zoo import METHODS
 from models import model_dict
 from models.clip_teacher import PUBLISHED, short_name
 from models.names import parse_name
 
+from .data import check_labels
 from .parser import (
     ListMethods,
     Parser,
@@ -32,13 +32,21 @@ _LEARNING_RATES = dict.fromkeys(("MobileNetV2", "ShuffleV1", "ShuffleV2"), 0.01)
 _ADAMW = {"learning_rate": 1e-3, "weight_decay": 0.05}
 _WEIGHT_DECAY = 5e-4
 
+_FEATURE_DIM = 256
+
 _ENCODERS = f"OpenAI's {', '.join(PUBLISHED)}, or a checkpoint in its format; open_clip:ARCH/TAG, timm:NAME or "
 _ENCODERS += "torchvision:NAME, each with =PATH for local weights"
 _NETWORKS = f"{', '.join(model_dict)}; timm:NAME or torchvision:NAME, any classifier of theirs"
 
 
-def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> argparse._ArgumentGroup:
-    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last."""
+def add_run_options(
+    parser: Parser, epochs: int = 240, batch_size: int = 64, save_steps: bool = True
+) -> argparse._ArgumentGroup:
+    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last.
+
+    Args:
+        save_steps: whether it can be resumed inside an epoch.
+    """
     group = parser.add_argument_group("run")
     group.add_argument("--save_dir", default="./save", help="folder of all results")
     group.add_argument(
@@ -54,6 +62,9 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
     group.add_argument("--eval_freq", type=positive_int, default=1, help="test after every so many epochs")
     group.add_argument("--print_freq", type=positive_int, default=100, help="print after every so many steps")
     group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
+    if save_steps:
+        what = "an interrupted run goes on after the last of every so many steps; if unset, after the last epoch"
+        group.add_argument("--save_steps", type=positive_int, metavar="N", help=what)
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
@@ -71,6 +82,23 @@ def add_data_options(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
     group.add_argument("--data_dir", default="./data", help="folder of the data sets")
+
+
+def add_label_options(parser: Parser, what: str, low: float | None = None) -> None:
+    """The share of the training images that has a label.
+
+    Args:
+        what: becomes of the others.
+        low: what the share is above; None where it may be 0.
+    """
+    group = parser.add_argument_group("labels")
+    group.add_argument(
+        "--labels",
+        type=number(float, low or 0, 1, above=low is not None),
+        default=1.0,
+        metavar="F",
+        help=f"share of the training images that has a label, of each class, the same for every seed; {what}",
+    )
 
 
 def add_optimizer_options(parser: Parser, learning_rate: str) -> argparse._ArgumentGroup:
@@ -177,9 +205,16 @@ def student_parser() -> Parser:
     group.add_argument(
         "--student_resolution", type=positive_int, metavar="R", help="enlarge the student's images to so many pixels"
     )
-    group.add_argument("--feature_dim", type=positive_int, default=256, help="dimension of the joint space")
+    group.add_argument("--feature_dim", type=positive_int, default=_FEATURE_DIM, help="dimension of the joint space")
 
     group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--joint",
+        choices=("projected", "teacher"),
+        default="projected",
+        help="projected: each side has a head that leads to the joint space; teacher: it is the frozen encoder's own, "
+        "whose side has no head and needs no label",
+    )
     group.add_argument("--clip_mode", default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}")
     group.add_argument(
         "--clip_tn",
@@ -198,10 +233,12 @@ def student_parser() -> Parser:
         "--views",
         choices=("independent", "shared"),
         default="independent",
-        help="shared: the encoder sees the student's view (needs --teacher_views all or 0), as a CNN always does",
+        help="shared: student and encoder see the same view, one of the encoder's (--teacher_views N, all or 0); with "
+        "a CNN they always do",
     )
 
     add_data_options(parser)
+    add_label_options(parser, "from the others the student learns by distillation alone")
     parser.add_argument_group("selection").add_argument(
         "--holdout",
         type=number(float, 0, 0.5, above=True),
@@ -247,10 +284,34 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--distill none trains the student alone, without the teacher that -a needs; use --distill kd")
     if opt.distill == "ega" and opt.beta and not opt.node_weight and not opt.edge_weight:
         parser.error("--node_weight and --edge_weight are both 0: EGA would distil nothing; use --distill none")
-    sees_logits = opt.alpha or (opt.beta and "logit_s" in method.with_teacher(clip)[1])
-    if opt.logit_standard and not sees_logits:
+    if opt.logit_standard and not method.compares_logits(opt):
         parser.error(f"--logit_standard: --distill {opt.distill} compares no logits; set -a, or use another method")
+    _check_joint(parser, opt)
+    try:
+        check_labels(opt, opt.labels)
+    except ValueError as error:
+        parser.error(str(error))
     return opt
+
+
+def _check_joint(parser: Parser, opt: argparse.Namespace) -> None:
+    """Whether ``--joint teacher`` has what it needs, a frozen encoder, and nothing asks for its head."""
+    if opt.joint == "projected":
+        return
+    if opt.distill == "none":
+        parser.error("--joint teacher: --distill none has no teacher whose space could be the joint one")
+    if opt.path_t is not None:
+        parser.error("--joint teacher is a frozen encoder's own space, without a head: leave --path_t out")
+    if METHODS[opt.distill].compares_logits(opt):
+        able = (name for name, other in METHODS.items() if other.build and not other.needs_maps)
+        able = ", ".join(name for name in able if "logit_t" not in METHODS[name].with_teacher(clip=True)[1])
+        parser.error(
+            f"--joint teacher gives no logits of the teacher for {'KD (-a)' if opt.alpha else opt.distill} to compare: "
+            f"use --joint projected, or one of {able} with -a 0"
+        )
+    if opt.feature_dim != _FEATURE_DIM:
+        parser.error(f"--feature_dim {opt.feature_dim}: with --joint teacher it is the encoder's own; leave it out")
+    opt.feature_dim = None
 
 
 def _resolve_teacher(parser: Parser, opt: argparse.Namespace) -> None:
@@ -272,8 +333,8 @@ def _resolve_teacher(parser: Parser, opt: argparse.Namespace) -> None:
             "--teacher_views, --views and --teacher_resolution are a frozen encoder's: a CNN teacher always sees the "
             "student's own view, as it was trained"
         )
-    if opt.views == "shared" and opt.teacher_views not in (0, NUM_VIEWS):
-        parser.error("--views shared shows the teacher any of the 162 views: it needs --teacher_views all or 0")
+    if opt.views == "shared" and opt.teacher_views == "auto":
+        parser.error("--views shared limits the student's views too: say to how many, --teacher_views N, all or 0")
     if opt.clip_tn == 0:
         opt.teacher_views = None
     opt.model_t = "none" if opt.distill == "none" else arch and parse_name(arch).short
@@ -297,14 +358,15 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         choices=(0, 1),
         help="1: a head on the frozen encoder; 0: a CNN from scratch; if unset, 0 for the house's own networks alone",
     )
-    group.add_argument("--feature_dim", type=positive_int, default=256, help="head: dimension of the joint space")
+    group.add_argument("--feature_dim", type=positive_int, default=_FEATURE_DIM, help="head: dimension of joint space")
     add_bank_options(group)
     add_data_options(parser)
+    add_label_options(parser, "the others are left out", low=0)
     slow = " and ".join(_LEARNING_RATES)
     add_optimizer_options(parser, f"head; if unset, 0.01; of a CNN {_LEARNING_RATE}, {slow} 0.01")
     add_training_speed_options(add_run_options(parser), "a CNN")
     opt = parser.parse_args(argv)
-    opt.path_t = None  # the teacher is trained here
+    opt.path_t, opt.joint = None, "projected"  # the head, or the CNN, is trained here
     if opt.clip_tn is None:
         opt.clip_tn = int(opt.model not in model_dict)
     if opt.clip_tn:
@@ -342,12 +404,17 @@ def _optimizer_name(opt: argparse.Namespace) -> str:
     return "".join(f"_{part}" for part in parts)
 
 
+def _data_name(opt: argparse.Namespace) -> str:
+    """The part of a run's name that tells what it learns from."""
+    return opt.dataset if opt.labels == 1 else f"{opt.dataset}_labels{opt.labels:g}"
+
+
 def teacher_run_name(opt: argparse.Namespace) -> str:
     """The release's name of a head and RepDistiller's of a CNN, with the seed and the trial."""
     if opt.clip_tn:
-        name = f"{opt.model_t}_f{opt.feature_dim}_{opt.dataset}_lr_{opt.learning_rate:g}"
+        name = f"{opt.model_t}_f{opt.feature_dim}_{_data_name(opt)}_lr_{opt.learning_rate:g}"
     else:
-        name = f"{opt.model_t}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}"
+        name = f"{opt.model_t}_{_data_name(opt)}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}"
     return f"{name}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
 
 
@@ -357,13 +424,14 @@ def student_run_name(opt: argparse.Namespace) -> str:
     Under RepDistiller's protocol the joint space and EGA's weights are in it for EGA alone.
     """
     space = f"_f{opt.feature_dim}" if opt.clip_tn or opt.distill == "ega" else ""
+    space = "_jointteacher" if opt.joint == "teacher" else space
     ega = f"_node{opt.node_weight:g}_edge{opt.edge_weight:g}" if opt.clip_tn or opt.distill == "ega" else ""
     standard = "_logitstandard" if opt.logit_standard else ""
     protocol = "" if opt.clip_tn or opt.distill != "none" else "_cnn"
     start = "_pretrained" if opt.pretrained_s else "" if opt.init_s is None else "_init"
     student = sized_name(opt.model_s, opt.student_resolution) + start
     return (
-        f"S{student}_T{opt.model_t}{space}_{opt.dataset}_{opt.distill}{protocol}{standard}"
+        f"S{student}_T{opt.model_t}{space}_{_data_name(opt)}_{opt.distill}{protocol}{standard}"
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
         f"_batchsize{opt.batch_size}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
     )

@@ -101,9 +101,11 @@ def _clip_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: s
     # The bank's test split is enough; one that was built on another device is of another precision.
     views = min(options["teacher_views"], 1) if same_device else 0
     embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
-    head = TeacNet(encoder.dim, options["feature_dim"], num_classes)
-    head.load_state_dict(state["teacher_layer"])
-    return ClipTeacher(embed, head), restore_student(options, state, num_classes)
+    head = None
+    if "teacher_layer" in state:
+        head = TeacNet(encoder.dim, options["feature_dim"], num_classes)
+        head.load_state_dict(state["teacher_layer"])
+    return ClipTeacher(embed, head, dim=encoder.dim), restore_student(options, state, num_classes)
 
 
 def _cnn_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[CnnTeacher, Classifier]:

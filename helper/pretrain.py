@@ -6,18 +6,18 @@ import time
 import torch
 from torch import Tensor, nn
 
-from dataset.loader import Batch, Loader, epoch_seed
+from dataset.loader import Batch, Loader
 from distiller_zoo import TwoStage
 from models.heads import Classifier
 
-from . import distributed
-from .loops import Step, train_epoch
+from .loops import Step
 from .meters import print_record
 from .objective import Objective
 from .optim import sgd
 from .run import Run
 from .runtime import autocast
 from .teacher import CnnTeacher
+from .training import Training
 
 
 def open_first_stage(opt, objective: Objective, name: str, options: dict) -> Run | None:
@@ -75,24 +75,21 @@ def init(stage: Run, student: Classifier, teacher: CnnTeacher, criterion: TwoSta
     lr = criterion.init_learning_rate(opt.model_s, opt.learning_rate)
     optimizer = sgd(trained.parameters(), lr, opt)
     scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
-    stateful = {"student": student, "criterion": criterion, "optimizer": optimizer, "scaler": scaler}
-    if stage.state is not None:
-        for name, module in stateful.items():
-            module.load_state_dict(stage.state[name])
-
+    stateful = {"student": student, "criterion": criterion, "optimizer": optimizer}
     step = Step(_FirstStage(student, teacher, criterion, loader, opt), [optimizer], scaler, loader)
-    # What the first stage does not train keeps still, as in RepDistiller.
-    student.eval()
-    trained.train()
-    for epoch in range(stage.first_epoch, opt.init_epochs + 1):
+    opt = copy.copy(opt)
+    opt.epochs, opt.learning_rate = opt.init_epochs, lr
+    opt.schedule, opt.lr_decay_epochs, opt.warmup_epochs = "step", [], 0  # never decayed
+    training = Training(opt, step, trained, stateful, "First stage, epoch")
+    if stage.state is not None:
+        training.load_state_dict(stage.state)
+
+    student.eval()  # what the first stage does not train keeps still, as in RepDistiller
+    for epoch in range(stage.first_epoch, opt.epochs + 1):
         start = time.perf_counter()
-        torch.manual_seed(epoch_seed(opt.seed, epoch))
-        record = {"epoch": epoch, "lr": lr}
-        record |= train_epoch(epoch, step, opt.init_epochs, opt.print_freq, "First stage, epoch")
-        record["seconds"] = time.perf_counter() - start
-        distributed.share_buffers(student)
+        record = training.epoch(epoch, stage.save_inside)
+        record["seconds"] = training.earlier + time.perf_counter() - start
         print_record(record)
-        state = {name: module.state_dict() for name, module in stateful.items()}
-        stage.end_epoch(record, state, {})
+        stage.end_epoch(record, training.state_dict(), {})
     if not stage.finished:
         stage.finish({"model": student.backbone.state_dict()})

@@ -8,7 +8,7 @@ from pathlib import Path
 from distiller_zoo import METHODS
 
 from .parser import Parser
-from .run import best_record
+from .run import BEFORE, best_record
 from .util import exit_on_bad_input
 
 # Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's are means of five runs' last epochs (Tian et al.,
@@ -32,7 +32,7 @@ _PAPER = {
 _PAPER_CURVES = {"alone": "about 72.1", "edge": "about 75.0", "node": "about 74.6"}  # ViT-B/32, resnet8x4
 
 # Options that say nothing about how two runs of one method differ.
-_SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "device", "teacher_acc"}
+_SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "save_steps", "device", "teacher_acc"}
 _SAME |= {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 
@@ -49,6 +49,10 @@ class StoredRun:
     folder: Path
     options: dict
     history: list[dict]
+
+    def option(self, name: str) -> object:
+        """An option's value; of one that came after the run began, what the run had, or None."""
+        return self.options.get(name, BEFORE.get(name))
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Epochs and values of a metric, where it was measured."""
@@ -97,15 +101,13 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
     labels = []
     for run in runs:
         method = run.options["distill"]
-        equals = [other.options for other in runs if other.options["distill"] == method]
-        names = [
-            name
-            for name in run.options
-            if name not in _SAME and name not in leave_out and len({_told(options.get(name)) for options in equals}) > 1
-        ]
+        equals = [other for other in runs if other.options["distill"] == method]
+        names = [name for other in equals for name in other.options if name not in _SAME and name not in leave_out]
+        names = [name for name in dict.fromkeys(names) if len({_told(other.option(name)) for other in equals}) > 1]
+        names = [name for name in names if name in run.options or name in BEFORE]
         if "model_t" in names:  # which says more than the options that it comes from
             names = [name for name in names if name not in ("clip_mode", "clip_tn", "path_t")]
-        labels.append(", ".join([_title(method)] + [f"{name} {_told(run.options[name])}" for name in names]))
+        labels.append(", ".join([_title(method)] + [f"{name} {_told(run.option(name))}" for name in names]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
         for place, label in enumerate(labels)
@@ -120,7 +122,8 @@ def repeats(runs: list[StoredRun]) -> list[list[StoredRun]]:
     """The runs, in order, those together that differ in seed and trial alone, each seed once."""
     groups: dict[str, dict[int, StoredRun]] = {}
     for run in runs:
-        options = {name: _told(value) for name, value in run.options.items() if name not in _SAME | set(_REPEATS)}
+        names = (run.options.keys() | BEFORE.keys()) - _SAME - set(_REPEATS)
+        options = {name: _told(run.option(name)) for name in names if run.option(name) is not None}
         groups.setdefault(json.dumps(options, sort_keys=True), {})[run.options.get("seed")] = run
     return [list(group.values()) for group in groups.values()]
 
@@ -169,8 +172,10 @@ def table(runs: list[StoredRun]) -> str:
             break
     groups = repeats(runs)
     for group, label in zip(groups, run_labels([group[0] for group in groups], _REPEATS), strict=True):
-        best = _mean([best_record(run.history)["test_acc"] for run in group])
-        last = _mean([run.curve("test_acc")[1][-1] for run in group])
+        best = last = "–"  # without labels
+        if all(run.curve("test_acc")[1] for run in group):
+            best = _mean([best_record(run.history)["test_acc"] for run in group])
+            last = _mean([run.curve("test_acc")[1][-1] for run in group])
         options = group[0].options
         rows.append((f"{options['model_s']}: {label}", best, last, published(options)))
     if not any(row[-1] for row in rows[1:]):
@@ -192,11 +197,11 @@ def choose(option: str, runs: list[StoredRun]) -> object:
         ValueError: a run held none out, or has no such option.
     """
     for run in runs:
-        if option not in run.options:
+        if option not in run.options and option not in BEFORE:
             raise ValueError(f"--choose {option}: {run.folder} has no such option")
         if "val_acc" not in (best_record(run.history) or {}):
             raise ValueError(f"{run.folder} held nothing out: choose among runs with --holdout, not on the test set")
-    return max(runs, key=lambda run: best_record(run.history)["val_acc"]).options[option]
+    return max(runs, key=lambda run: best_record(run.history)["val_acc"]).option(option)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ _FREE = {
     "path_t",
     "init_s",
     "print_freq",
+    "save_steps",
     "resume",
 }
 
@@ -31,20 +32,23 @@ BEFORE = {
     "schedule": "step",
     "warmup_epochs": 0,
     "pretrained_s": False,
+    "labels": 1.0,
+    "joint": "projected",
 }
 
 
 class Run:
     """A run of so many epochs that can be killed at any moment and resumed.
 
-    After each epoch everything that the run is made of goes into ``resume.pth``, in one file; the logs are
-    written from it. Of many processes, the first writes and all read.
+    After each epoch, or inside one, everything that the run is made of goes into ``resume.pth``, in one file; the logs
+    are written from it. Of many processes, the first writes and all read.
 
     Attributes:
         folder: where its files are.
         recorded: the options of the resumed run; None for a new one.
         history: a record for every finished epoch.
-        state: what the last ``end_epoch`` was given, when the run was resumed; else None.
+        state: what the last ``end_epoch`` or ``save_inside`` was given, when the run was resumed; else None.
+        steps: how many of the first epoch's steps are done, when the run was resumed inside it; else 0.
 
     Args:
         opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here, and all are compared with those
@@ -67,6 +71,7 @@ class Run:
         self.recorded: dict | None = None
         self.history: list[dict] = []
         self.state: dict | None = None
+        self.steps = 0
         self._tb_folder = Path(opt.save_dir) / tb_kind / name
         self._stem = stem
         self._last = self.folder / f"{stem}_last.pth"
@@ -79,6 +84,10 @@ class Run:
         distributed.wait()
         self._load(opt.resume)
         self._check({name: value for name, value in vars(opt).items() if value != "auto"})
+        if self.steps and len(self.history) >= self.epochs and not self.finished:
+            raise ValueError(
+                f"{self.folder} is inside epoch {self.first_epoch}: use --epochs {self.first_epoch} or more"
+            )
 
     def _claim(self) -> None:
         try:
@@ -102,6 +111,7 @@ class Run:
         if not {"options", "history", "state"} <= saved.keys():
             raise ValueError(f"{path} is not the resume.pth of a run")
         self.recorded, self.history, self.state = saved["options"], saved["history"], saved["state"]
+        self.steps = saved.get("steps", 0)
 
     def record(self, **values) -> None:
         """Note options and facts (hashes of data and weights); a resumed run must have the same.
@@ -141,7 +151,9 @@ class Run:
             left.unlink()
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
-        if self.history:
+        if self.steps:
+            print(f"resuming {self.folder} after step {self.steps} of epoch {self.first_epoch}")
+        elif self.history:
             print(f"resuming {self.folder} after epoch {len(self.history)}")
 
     @property
@@ -149,20 +161,26 @@ class Run:
         """See ``best_record``."""
         return best_record(self.history)
 
+    def save_inside(self, steps: int, state: dict) -> None:
+        """Save the state after so many steps of the epoch that is under way."""
+        if self._writes:
+            saved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
+            checkpoint.save(saved, self._resume)
+
     def end_epoch(self, record: dict, state: dict, model: dict, save_freq: int | None = None) -> None:
         """Save an epoch's record and the state after it.
 
         Args:
             record: the line of metrics.jsonl.
             state: what ``self.state`` will be when the run is resumed.
-            model: the content of the model's file, written when the epoch is the best so far.
+            model: the content of the model's file, written when the epoch is the best so far, see ``best_record``.
             save_freq: write it every so many epochs besides.
         """
         if not self._writes:
             self.history.append(record)
             return
         # Before resume.pth: a run killed in between does the epoch again and writes the same files again.
-        if "test_acc" in record and (self.best is None or _score(record) > _score(self.best)):
+        if "test_acc" in record and best_record([*self.history, record]) is record:
             checkpoint.save(model | record, self.folder / f"{self._stem}_best.pth")
         if save_freq is not None and record["epoch"] % save_freq == 0:
             checkpoint.save(model | record, self.folder / f"ckpt_epoch_{record['epoch']}.pth")
@@ -178,14 +196,22 @@ class Run:
     def print_result(self) -> None:
         """One line: where the run is, and its accuracy."""
         best = self.best
+        if best["test_acc"] is None:
+            print(f"{len(self.history)} epochs without labels, which measure no accuracy, in {self.folder}")
+            return
         last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"
         print(f"best accuracy: {accuracies}, in {self.folder}")
 
 
 def best_record(history: list[dict]) -> dict | None:
-    """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc."""
-    return max((record for record in history if "test_acc" in record), key=_score, default=None)
+    """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc.
+
+    Where no accuracy is measured, for want of labels, the last that a test pass followed.
+    """
+    tested = [record for record in history if "test_acc" in record]
+    measured = [record for record in tested if record["test_acc"] is not None]
+    return max(measured, key=_score, default=tested[-1] if tested else None)
 
 
 def _score(record: dict) -> float:

@@ -11,13 +11,16 @@ from models.weights import read_state, sha256_of
 from .teacher import ClipTeacher, CnnTeacher
 
 
-def build_student(opt, num_classes: int, image_size: int, needs: Needs) -> Student | Classifier:
+def build_student(
+    opt, num_classes: int, image_size: int, needs: Needs, teacher: ClipTeacher | CnnTeacher | None = None
+) -> Student | Classifier:
     """The student that the options describe, on the device; the same weights for a seed, whatever the teacher.
 
     Args:
         num_classes: number of classes.
         image_size: height and width of the images in pixels.
         needs: what the method asks of it.
+        teacher: whose own space the student is projected to, with ``--joint teacher``.
 
     Raises:
         ValueError: a network that cannot give what is asked for or take such images, or weights that do not fit.
@@ -26,7 +29,8 @@ def build_student(opt, num_classes: int, image_size: int, needs: Needs) -> Stude
     torch.manual_seed(opt.seed)
     options = {"resolution": opt.student_resolution, "maps": needs.maps, "pretrained": opt.pretrained_s}
     if opt.clip_tn:
-        student = create_student(opt.model_s, opt.feature_dim, num_classes, **options)
+        dim = teacher.dim if opt.joint == "teacher" else opt.feature_dim
+        student = create_student(opt.model_s, dim, num_classes, **options)
     else:
         joint = opt.feature_dim if needs.joint else None
         student = create_classifier(opt.model_s, num_classes, joint, needs.preact_s, **options)
@@ -50,11 +54,12 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
         KeyError, RuntimeError, ValueError: the file does not fit the options.
     """
     sized = {"resolution": options.get("student_resolution")}
+    # The weights know the joint space's width, which is the teacher's own or what the options say.
+    dim = len(state["layer"]["fit_dim_Net.weight"]) if state["layer"] else None
     if options.get("clip_tn", 1):
-        student = create_student(options["model_s"], options["feature_dim"], num_classes, **sized)
+        student = create_student(options["model_s"], dim, num_classes, **sized)
     else:
-        joint = options["feature_dim"] if state["layer"] else None
-        student = create_classifier(options["model_s"], num_classes, joint, **sized)
+        student = create_classifier(options["model_s"], num_classes, dim, **sized)
     student.backbone.load_state_dict(state["model"])
     student.head.load_state_dict(state["layer"])
     return student.eval()

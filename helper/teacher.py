@@ -22,32 +22,42 @@ from .runtime import DTYPES, autocast, teacher_precision
 
 
 class ClipTeacher(nn.Module):
-    """A frozen encoder, CLIP's or another, and a head: turns a batch into the teacher's outputs.
+    """A frozen encoder, CLIP's or another, and its head, if it has one: turns a batch into the teacher's outputs.
+
+    Without a head the joint space is the encoder's own, and there are no logits.
 
     Args:
         embed: (split, index, view) to embeddings; a bank, or a fresh encoding. One with a ``lookup_device`` is given
             index and view there.
         head: the projection and the classifier; frozen when its parameters need no gradient.
         identity: the hashes of what it is made of, by name.
+        dim: width of the encoder's embedding; needed without a head.
     """
 
     def __init__(
-        self, embed: Callable[[str, Tensor, Tensor], Tensor], head: TeacNet, identity: dict[str, str] | None = None
+        self,
+        embed: Callable[[str, Tensor, Tensor], Tensor],
+        head: TeacNet | None,
+        identity: dict[str, str] | None = None,
+        dim: int | None = None,
     ):
         super().__init__()
         self.embed = embed
         self.head = head
         self.identity = identity or {}
+        self.dim = dim if head is None else head.fit_dim_Net.in_features
 
     @property
     def trains_head(self) -> bool:
-        """Whether its head is trained beside the student, by its own cross-entropy."""
-        return self.head.fit_dim_Net.weight.requires_grad
+        """Whether it has a head that is trained beside the student, by its own cross-entropy."""
+        return self.head is not None and self.head.fit_dim_Net.weight.requires_grad
 
     def forward(self, split: str, batch: Batch) -> Outputs:
         on_host = getattr(self.embed, "lookup_device", batch.index.device) != batch.index.device
         index, view = batch.host if on_host else (batch.index, batch.teacher_view)
         x = self.embed(split, index, view)
+        if self.head is None:
+            return Outputs(x, None, [x])
         embedding, logits = self.head(x)
         return Outputs(embedding, logits, [x], head_logits=logits)
 
@@ -137,14 +147,15 @@ def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> Cli
         return teacher.to(opt.device, memory_format=torch.channels_last)
     encoder = load_encoder(opt.clip_mode, opt.clip_root, opt.device, opt.amp, opt.teacher_resolution)
     identity = {"clip_sha256": encoder.sha256}
-    if opt.path_t is None:
-        torch.manual_seed(opt.seed)
-        head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
-    else:
+    head = None
+    if opt.path_t is not None:
         head = load_head(opt.path_t, encoder, opt.feature_dim, num_classes)
         identity["head_sha256"] = sha256_of(opt.path_t)
+    elif opt.joint == "projected":
+        torch.manual_seed(opt.seed)
+        head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
     embed = open_embeddings(dataset, encoder, opt.teacher_views, opt.save_dir, opt.device, opt.amp)
-    return ClipTeacher(embed, head.to(opt.device), identity)
+    return ClipTeacher(embed, head, identity, encoder.dim).to(opt.device)
 
 
 def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
@@ -190,8 +201,8 @@ def describe(
     out_s = student.eval()(images)
     shapes_s = [tuple(x.shape) for x in out_s.features]
     if isinstance(teacher, ClipTeacher):
-        dim, width = out_s.embedding.shape[1], teacher.head.fit_dim_Net.in_features
-        return Networks(shapes_s, [(2, width)], dim, dim, targets)
+        dim = out_s.embedding.shape[1]
+        return Networks(shapes_s, [(2, teacher.dim)], dim, dim, targets)
     features, _ = teacher.features(images)
     shapes_t = [tuple(x.shape) for x in features]
     return Networks(shapes_s, shapes_t, shapes_s[-1][1], shapes_t[-1][1], targets, teacher.backbone)

@@ -1,5 +1,7 @@
 """What a run trains: a step, and the state that it goes on from."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -20,36 +22,70 @@ class Training:
     """A step, repeated for an epoch at a time.
 
     Args:
-        opt: ``seed``, ``epochs``, ``print_freq`` and the learning rate's schedule.
+        opt: ``seed``, ``device``, ``epochs``, ``print_freq``, ``save_steps`` and the learning rate's schedule.
         step: what is repeated; the schedule is that of its first optimiser.
         trained: the network whose training mode is on in an epoch.
         stateful: all that the next epoch depends on, by name.
+        title: of an epoch, in what is printed.
+
+    Attributes:
+        earlier: seconds that the latest epoch had taken when it was interrupted, where it was.
     """
 
-    def __init__(self, opt, step: Step, trained: nn.Module, stateful: dict):
-        self.opt, self.step, self.trained = opt, step, trained
+    def __init__(self, opt, step: Step, trained: nn.Module, stateful: dict, title: str = "Epoch"):
+        self.opt, self.step, self.trained, self.title = opt, step, trained, title
         self.stateful = stateful | {"scaler": step.scaler}
+        self.earlier = 0.0
+        self._begun: dict | None = None
 
-    def epoch(self, epoch: int) -> dict:
-        """Train for one epoch, counted from 1; what it measured, for metrics.jsonl.
+    def epoch(self, epoch: int, save: Callable[[int, dict], None]) -> dict:
+        """Train for one epoch, counted from 1, or for the rest of the one whose state was loaded.
+
+        Args:
+            save: after every ``save_steps`` steps, given how many are done and the state.
+
+        Returns:
+            What it measured, for metrics.jsonl.
 
         Raises:
-            NonFiniteLoss: a loss is not finite; seen at the next print.
+            NonFiniteLoss: a loss is not finite; seen at the next print, or before the next ``save``.
         """
         torch.manual_seed(epoch_seed(self.opt.seed, epoch))
         lr = adjust_learning_rate(epoch, self.opt, self.step.optimizers[0])
         self.trained.train()
-        measured = train_epoch(epoch, self.step, self.opt.epochs, self.opt.print_freq)
+        begun, self.earlier = None, 0.0
+        if self._begun is not None:
+            own = self._begun["processes"][distributed.rank()]
+            begun, self.earlier = (self._begun["steps"], own["log"]), own["log"]["seconds"]
+            self._begun = None
+            torch.set_rng_state(own["rng"])
+            if self.opt.device == "cuda":
+                torch.cuda.set_rng_state(own["rng_cuda"])
+
+        def save_inside(steps: int, log: dict) -> None:
+            # Beyond what all processes share, each has drawn and measured what it has.
+            own = {"log": log, "rng": torch.get_rng_state()}
+            if self.opt.device == "cuda":
+                own["rng_cuda"] = torch.cuda.get_rng_state()
+            inside = {"steps": steps, "processes": distributed.collect(own)}
+            save(steps, self.state_dict() | {"inside": inside})
+
+        frequencies = {"print_freq": self.opt.print_freq, "save_steps": self.opt.save_steps}
+        measured = train_epoch(
+            epoch, self.step, self.opt.epochs, title=self.title, begun=begun, save=save_inside, **frequencies
+        )
         distributed.share_buffers(self.trained)
         return {"epoch": epoch, "lr": lr} | measured
 
     def state_dict(self) -> dict:
-        """What a resumed run goes on from."""
+        """What a run that is resumed between two epochs goes on from."""
         return {name: module.state_dict() for name, module in self.stateful.items()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from what ``state_dict`` gave, or from the inside of an epoch."""
         for name, module in self.stateful.items():
             module.load_state_dict(state[name])
+        self._begun = state.get("inside")
 
 
 def _scaler(opt) -> torch.amp.GradScaler:

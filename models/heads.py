@@ -11,13 +11,13 @@ class Outputs(NamedTuple):
     """What a student or a teacher makes of a batch.
 
     embedding: (B, D), projected to the joint space; the pooled features where nothing projects them.
-    logits: (B, classes).
+    logits: (B, classes); None of a frozen encoder without a head.
     features: the backbone's maps and pooled features, in order; of a frozen encoder its embedding alone.
     head_logits: (B, classes) of a teacher's head, which they train; of a frozen encoder they are ``logits``.
     """
 
     embedding: Tensor
-    logits: Tensor
+    logits: Tensor | None
     features: list[Tensor]
     head_logits: Tensor | None = None
 

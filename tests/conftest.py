@@ -71,9 +71,9 @@ def tiny_dataset(monkeypatch):
 def train(tiny_dataset, tiny_clip, tmp_path):
     """Run train_student.py with these options besides; gives the run's folder."""
 
-    def run(*options, save_dir=tmp_path / "save", script=train_student):
+    def run(*options, save_dir=tmp_path / "save", script=train_student, joint=False):
         base = ["--dataset", "tiny", "--save_dir", str(save_dir), "--device", "cpu", "--amp", "off"]
-        base += ["--batch_size", "16", "--feature_dim", "8"]
+        base += ["--batch_size", "16"] + ([] if joint else ["--feature_dim", "8"])
         if script is train_student:
             base += ["--clip_mode", str(tiny_clip), "--model_s", "resnet8"]
         else:

@@ -1,20 +1,36 @@
 """train_student.py as its users run it, on a tiny CLIP and a tiny data set."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dataset
 import train_teacher
+from dataset.loader import Loader, keep_labels
+from dataset.views import view_order
 from distiller_zoo import EGA, DistillKL
 from helper import bank as bank_module
+from helper.bank import encode_view
+from helper.plots import plot_runs
+from helper.report import read_run, table
+from helper.run import Run
+from models import create_student
+from models.clip_teacher import ImageEncoder
+from models.heads import TeacNet
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,12 +90,6 @@ def test_a_method_takes_steps(train, distill):
 
 def reference_epoch(opt_lr: float, tiny_dataset, tiny_clip, method: str) -> tuple[dict, dict]:
     """One epoch written down step by step, with two backward passes and plain SGD, from the same start."""
-    from dataset.loader import Loader
-    from helper.bank import encode_view
-    from models import create_student
-    from models.clip_teacher import ImageEncoder
-    from models.heads import TeacNet
-
     encoder = ImageEncoder(str(tiny_clip), "")
     torch.manual_seed(0)
     head = TeacNet(encoder.dim, 8, 5)
@@ -156,6 +166,138 @@ def test_learning_rate_decays_after_its_epochs(train):
     assert [record["lr"] for record in read_metrics(folder)] == pytest.approx([0.1, 0.01, 0.01, 0.001])
 
 
+# ---- few labels, or none
+
+
+@pytest.fixture
+def encoders(tiny_clip, tmp_path, monkeypatch) -> dict[str, str]:
+    """A tiny frozen encoder of every maker by its name, and the width of its embedding."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "timm.pth")
+    small = {"layers": 1, "width": 64, "head_width": 32, "image_size": 32, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 24, "vision_cfg": small, "text_cfg": text}
+    (tmp_path / "tiny_open_clip.json").write_text(json.dumps(config))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", open_clip.factory._MODEL_CONFIGS.copy())
+    open_clip.add_model_config(tmp_path / "tiny_open_clip.json")
+    torch.save(open_clip.create_model("tiny_open_clip").state_dict(), tmp_path / "open_clip.pth")
+    return {
+        "openai": (str(tiny_clip), 16),
+        "timm": (f"timm:test_vit={tmp_path / 'timm.pth'}", 64),
+        "open_clip": (f"open_clip:tiny_open_clip={tmp_path / 'open_clip.pth'}", 24),
+    }
+
+
+@pytest.mark.parametrize("views", ["0", "1"])
+@pytest.mark.parametrize("maker", ["openai", "timm", "open_clip"])
+def test_without_labels_the_student_learns_the_encoders_own_space(train, encoders, capsys, maker, views):
+    name, dim = encoders[maker]
+    options = ["--joint", "teacher", "--labels", 0, "-r", 0, "-b", 1, "--teacher_resolution", 32, "--epochs", 2]
+    folder = train("--clip_mode", name, "--teacher_views", views, *options, joint=True)
+    assert "_jointteacher_tiny_labels0_ega_" in folder.name
+    assert f"2 epochs without labels, which measure no accuracy, in {folder}" in capsys.readouterr().out
+    for record in read_metrics(folder):
+        assert (record["test_loss"], record["test_acc"], record["test_acc_top5"]) == (None, None, None)
+        assert not {"teacher_acc", "train_acc", "loss_cls", "loss_teacher"} & record.keys()
+        assert record["train_loss"] == pytest.approx(record["loss_node"] + record["loss_edge"], rel=1e-5)
+    best = load(folder / "resnet8_best.pth")
+    assert best["epoch"] == 2
+    assert best["layer"]["fit_dim_Net.weight"].shape == (dim, 64)
+    assert "teacher_layer" not in best
+
+
+def test_nothing_of_a_run_without_labels_depends_on_them(train, tiny_dataset, tmp_path, monkeypatch):
+    options = ["--joint", "teacher", "--labels", 0, "-r", 0, "--epochs", 2]
+    folder = train(*options, joint=True)
+    targets = tiny_dataset.train.targets
+    shuffled = replace(tiny_dataset, train=replace(tiny_dataset.train, targets=targets.flip(0)))
+    monkeypatch.setitem(dataset.DATASETS, "tiny", lambda data_dir: shuffled)
+    again = train(*options, save_dir=tmp_path / "again", joint=True)
+    assert read_metrics(folder) == read_metrics(again)
+    assert_equal_tensors(load(folder / "resnet8_last.pth")["model"], load(again / "resnet8_last.pth")["model"])
+
+
+def test_a_run_without_labels_is_told_of_and_drawn(train):
+    folder = train("--joint", "teacher", "--labels", 0, "-r", 0, "--epochs", 2, joint=True)
+    assert "resnet8: EGA" in table([read_run(folder)])
+    assert plot_runs([folder]).is_file()
+
+
+def reference_few_labels(tiny_dataset, tiny_clip, joint: bool) -> dict:
+    """An epoch with a fifth of the labels written down: the classification of those rows alone."""
+    encoder = ImageEncoder(str(tiny_clip), "")
+    torch.manual_seed(0)
+    head = TeacNet(encoder.dim, 8, 5)
+    torch.manual_seed(0)
+    student = create_student("resnet8", encoder.dim if joint else 8, 5).train()
+    settings = {"momentum": 0.9, "weight_decay": 5e-4}
+    optimizers = [
+        torch.optim.SGD(student.parameters(), 0.02, **settings),
+        torch.optim.SGD(head.parameters(), 0.01, **settings),
+    ]
+    known = keep_labels(tiny_dataset.train.targets, 0.2) >= 0
+    assert known.sum() == 15
+    loader = Loader(tiny_dataset.train, "train", 4, torch.device("cpu"), training=True, teacher_views=1)
+    empty = 0
+    for batch in loader.epoch(1):
+        x = encode_view(encoder, tiny_dataset.train.images[batch.index], batch.teacher_view).half().float()
+        f_t, logit_t = head(x)
+        out, rows = student(batch.image), known[batch.index]
+        loss, loss_t = EGA(0.8, 0.24)(out.embedding, x if joint else f_t.detach()), 0 * logit_t.sum()
+        empty += not rows.any()
+        if rows.any():
+            loss = loss + F.cross_entropy(out.logits[rows], batch.target[rows])
+            loss_t = F.cross_entropy(logit_t[rows], batch.target[rows])
+        else:
+            loss = loss + 0 * out.logits.sum()
+        for optimizer, value in zip(optimizers, (loss, loss_t), strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    assert empty  # a batch without any label
+    return student.state_dict() | {f"teacher.{name}": value for name, value in head.state_dict().items()}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_few_labels_equal_the_steps_written_out(train, tiny_dataset, tiny_clip, joint):
+    options = ["--epochs", 1, "--labels", 0.2, "--learning_rate", 0.02, "--batch_size", 4, "--teacher_views", 1]
+    folder = train(*options, *(["--joint", "teacher"] if joint else []), joint=joint)
+    last = load(folder / "resnet8_last.pth")
+    found = {f"backbone.{name}": value for name, value in last["model"].items()}
+    found |= {f"head.{name}": value for name, value in last["layer"].items()}
+    found |= {f"teacher.{name}": value for name, value in last.get("teacher_layer", {}).items()}
+    expected = reference_few_labels(tiny_dataset, tiny_clip, joint)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-4)
+
+
+def test_without_labels_a_frozen_head_or_a_cnn_teaches_the_classes(train, tmp_path):
+    head = train("--epochs", 1, script=train_teacher) / "tiny_clip_last.pth"
+    cnn = train("--model", "resnet14", "--epochs", 1, script=train_teacher) / "resnet14_last.pth"
+    for teacher in (head, cnn):
+        options = ["--distill", "kd", "-r", 0, "-a", 1, "--labels", 0, "--path_t", teacher, "--epochs", 1]
+        (record,) = read_metrics(train(*options, save_dir=tmp_path / teacher.stem))
+        assert record["test_acc"] is not None
+        assert "teacher_acc" in record
+        assert "train_acc" not in record
+
+
+def test_student_and_teacher_share_one_of_the_banks_views(train, tiny_dataset, monkeypatch):
+    seen = []
+    lookup = bank_module.EmbeddingBank.__call__
+
+    def looked_up(bank, split, index, view):
+        seen.extend(zip(index.tolist(), view.tolist(), strict=True) if split == "train" else [])
+        return lookup(bank, split, index, view)
+
+    monkeypatch.setattr(bank_module.EmbeddingBank, "__call__", looked_up)
+    folder = train("--epochs", 3, "--views", "shared", "--teacher_views", 2)
+    first = view_order(np.arange(70), 2)
+    assert len(seen) == 3 * 70
+    assert all(view in first[row] for row, view in seen)
+    assert len(read_metrics(folder)) == 3
+
+
 # ---- resuming
 
 CHILD = """
@@ -168,8 +310,8 @@ train_student.main(sys.argv[1:])
 """
 
 
-def start_child(arguments: list[str], **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", "-c", CHILD.format(root=str(ROOT)), *arguments]
+def start_child(arguments: list[str], code: str = CHILD, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", "-c", code.replace("{root!r}", repr(str(ROOT))), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **kwargs)
 
@@ -202,6 +344,81 @@ def test_killed_and_resumed_ends_bit_identical(train, tiny_clip, tmp_path):
         assert [step for step, _ in events[tag]] == [1, 2, 3, 4]
         assert tag in ("seconds", "images_per_second") or events[tag] == values
     assert not list(killed.glob("*.tmp"))
+
+
+DIES = CHILD.replace(
+    "train_student.main",
+    """
+import os, signal
+from helper import checkpoint
+save, saves = checkpoint.save, []
+def save_and_die(state, path):
+    save(state, path)
+    saves.append(path) if path.name == "resume.pth" else None
+    if len(saves) == {saves}:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save = save_and_die
+train_student.main""",
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "saves", "epoch", "steps"),
+    [
+        (["--distill", "crd", "--nce_k", "20", "--feat_dim", "8"], 2, 1, 4),
+        (["--labels", "0.2", "--holdout", "0.2", "--optimizer", "adamw"], 3, 2, 2),
+    ],
+)
+def test_killed_inside_an_epoch_and_resumed_ends_bit_identical(
+    train, tiny_clip, tmp_path, capsys, options, saves, epoch, steps
+):
+    """Saved after every second of five or four steps, but for the last, and after each epoch."""
+    options = [*options, "--epochs", "2", "--teacher_views", "2", "--save_steps", "2"]
+    whole = train(*options, save_dir=tmp_path / "whole")
+
+    save_dir = tmp_path / "killed"
+    arguments = f"--dataset tiny --save_dir {save_dir} --device cpu --amp off --batch_size 16 --feature_dim 8".split()
+    arguments += [f"--clip_mode={tiny_clip}", "--model_s", "resnet8", *options]
+    assert start_child(arguments, DIES.replace("{saves}", str(saves))).wait() == -signal.SIGKILL
+    capsys.readouterr()
+    killed = train(*options, save_dir=save_dir)
+    assert f"resuming {killed} after step {steps} of epoch {epoch}\n" in capsys.readouterr().out
+    for name in ("resnet8_last.pth", "resnet8_best.pth"):
+        for key in ("model", "layer", "teacher_layer"):
+            assert_equal_tensors(load(whole / name)[key], load(killed / name)[key])
+    assert read_metrics(whole) == read_metrics(killed)
+    assert not list(killed.glob("*.tmp"))
+
+
+def test_saving_inside_an_epoch_changes_nothing_and_may_begin_later(train, tmp_path):
+    plain = train("--epochs", 2)
+    train("--epochs", 1, save_dir=tmp_path / "saved")
+    saved = train("--epochs", 2, "--save_steps", 1, save_dir=tmp_path / "saved")
+    assert read_metrics(plain) == read_metrics(saved)
+    assert_equal_tensors(load(plain / "resnet8_last.pth")["model"], load(saved / "resnet8_last.pth")["model"])
+
+
+def test_a_first_stage_goes_on_inside_an_epoch(train, tmp_path, monkeypatch):
+    train("--model", "resnet14", "--epochs", 1, script=train_teacher)
+    (cnn,) = tmp_path.glob("save/models/*/resnet14_last.pth")
+    options = ["--distill", "fsp", "--path_t", cnn, "--learning_rate", 0.001, "--init_epochs", 2, "--epochs", 1]
+    options += ["--save_steps", 2]
+    whole = train(*options, save_dir=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        saved = Run.save_inside
+
+        def save_and_stop(run, steps, state):
+            saved(run, steps, state)
+            if run.first_epoch == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(Run, "save_inside", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(*options)
+    gc.collect()  # the run, which holds its folder's lock
+    resumed = train(*options)
+    assert_equal_tensors(load(whole / "resnet8_last.pth")["model"], load(resumed / "resnet8_last.pth")["model"])
+    assert read_metrics(whole / "init") == read_metrics(resumed / "init")
 
 
 def test_a_finished_run_prints_its_result_and_trains_no_more(train, capsys):

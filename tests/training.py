@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from conftest import make_dataset
-from dataset.loader import Loader
+from dataset import Split
+from dataset.loader import Loader, keep_labels
 from distiller_zoo import METHODS
 from helper import distributed
 from helper.bank import EmbeddingBank
@@ -27,7 +28,7 @@ WITH_EITHER = [(name, clip) for name in METHODS for clip in (True, False) if has
 
 
 def make_training(
-    name: str, clip: bool, batch_size: int, num_train: int, lr: float = 0.0, **options
+    name: str, clip: bool, batch_size: int, num_train: int, lr: float = 0.0, labels: float = 1, **options
 ) -> tuple[Step, list[list[Tensor | None]]]:
     """A step of a method, and a list that gets each step's gradients.
 
@@ -35,6 +36,7 @@ def make_training(
 
     Args:
         clip: whether the teacher is one, or a CNN.
+        labels: share of the images that have one.
         options: of the step.
     """
     data = make_dataset(num_train=num_train)
@@ -55,9 +57,10 @@ def make_training(
         )
         student = create_classifier("resnet8", 5, 8 if joint else None, "s" in method.preact)
     criterion = build(opt, describe(student, teacher, 32, data.train.targets)) if build else None
+    train = Split(data.train.images, keep_labels(data.train.targets, labels))
     place = {"rank": distributed.rank(), "processes": distributed.count()}
     loader = Loader(
-        data.train, "train", batch_size, CPU, training=True, teacher_views=2 if clip else 162, shared=not clip, **place
+        train, "train", batch_size, CPU, training=True, teacher_views=2 if clip else 162, shared=not clip, **place
     )
     weights = [weight or 0.0 for weight in method.default_weights(clip)]
     objective = Objective(criterion, feeds, *weights, 4, clip, method.warmup, relational=method.relational)

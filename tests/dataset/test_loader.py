@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dataset import Split
-from dataset.loader import Loader, epoch_seed, holdout_rows
+from dataset.loader import Loader, epoch_seed, holdout_rows, keep_labels
 from dataset.views import (
     CIFAR100_NORMALIZATION,
     CLIP_NORMALIZATION,
@@ -220,3 +220,65 @@ def test_processes_share_each_batch_that_one_would_see(split, processes, trainin
         # A mean over processes of weighted means over shares is the mean over the batch.
         mean = sum(part.weight * part.index.double().mean() for part in parts if len(part.target)) / processes
         assert mean.item() == pytest.approx(batch.index.double().mean().item())
+
+
+@pytest.mark.parametrize("num_views", [1, 3, 161])
+def test_a_shared_view_is_one_of_those_that_the_teacher_has(split, num_views):
+    loader = train_loader(split, shared=True, teacher_views=num_views)
+    index, view, teacher_view = (torch.cat([draw.numbers[i] for draw in loader.draws(4)]) for i in range(3))
+    assert torch.equal(view, teacher_view)
+    first = torch.from_numpy(view_order(index.numpy(), num_views))
+    assert (first == view[:, None]).any(dim=1).all()
+    drawn = [torch.cat([draw.numbers[1] for draw in loader.draws(epoch)]) for epoch in range(1, 4)]
+    assert (len(torch.stack(drawn).unique()) == 1) == (num_views == 1)
+
+
+def test_images_without_a_label_are_not_held_out():
+    targets = torch.arange(90) % 3
+    targets[30:60] = -1
+    kept, held = holdout_rows(targets, 0.25)
+    assert torch.bincount(targets[held]).tolist() == [5, 5, 5]
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(90))
+
+
+def test_labels_are_kept_of_the_same_fraction_of_every_class():
+    targets = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(-1, 4), [30, 10, 20, 50, 100])))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    few, more = keep_labels(targets, 0.1), keep_labels(targets, 0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [torch.bincount(kept[kept >= 0]).tolist() for kept in (few, more)] == [[1, 2, 5, 10], [5, 10, 25, 50]]
+    assert all(torch.equal(kept[kept >= 0], targets[kept >= 0]) for kept in (few, more))
+    assert (more[few >= 0] >= 0).all()  # a larger share holds the smaller one
+    assert torch.equal(keep_labels(targets, 1), targets)
+    assert (keep_labels(targets, 0) == -1).all()
+
+
+def test_a_share_too_small_for_a_class_is_refused():
+    with pytest.raises(ValueError, match=r"--labels 0.01 leaves class 0 no label on any of its 10 images"):
+        keep_labels(torch.arange(30) % 3, 0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_mean_over_labels_is_that_of_the_whole_batch_over_processes(split, processes):
+    """150 rows in batches of 7, the last of 3; a third of them labelled, which leaves shares and batches without."""
+    targets = torch.where(torch.arange(150) % 3 == 0, split.targets, -1)
+    some = Split(split.images, targets)
+    loaders = [train_loader(some, 7, rank=rank, processes=processes) for rank in range(processes)]
+    seen = set()
+    for parts in zip(*(loader.epoch(2) for loader in loaders), strict=True):
+        index, target = (torch.cat([part[i] for part in parts]) for i in range(2))
+        assert torch.equal(target, targets[index])
+        labelled = index[target >= 0].double()
+        mean = 0.0
+        for part in parts:
+            own = part.index[part.target >= 0].double()
+            assert part.labelled.item() == len(own)
+            mean += part.weight * part.label_weight * (own.sum().item() / max(len(own), 1)) / processes
+        assert mean == pytest.approx(labelled.mean().item() if len(labelled) else 0)
+        seen.add(len(labelled) > 0)
+        seen |= {"a share without" for part in parts if not part.labelled}
+    assert {True, "a share without"} <= seen or processes == 1
+    assert next(train_loader(split, 7).epoch(1)).labelled is None
+    labelled_rows = (targets >= 0).nonzero().flatten()
+    assert next(train_loader(some, 7, rows=labelled_rows).epoch(1)).labelled is None

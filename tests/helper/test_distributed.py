@@ -1,6 +1,7 @@
 """Two and three processes on gloo: what they compute together is what one computes alone."""
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -168,10 +169,10 @@ def test_gathering_gives_every_process_all_rows_and_its_own_the_gradient(job, ba
 # Training
 
 
-def train(name: str, clip: bool, batch_size: int, num_train: int) -> tuple[dict[str, float], list]:
+def train(name: str, clip: bool, batch_size: int, num_train: int, labels: float = 1) -> tuple[dict[str, float], list]:
     """An epoch's averages and every step's gradients."""
     torch.manual_seed(0)
-    step, gradients = make_training(name, clip, batch_size, num_train)
+    step, gradients = make_training(name, clip, batch_size, num_train, labels=labels)
     torch.manual_seed(1)
     record = train_epoch(1, step, epochs=1, print_freq=100)
     record.pop("images_per_second")
@@ -187,6 +188,20 @@ def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
         assert len(found) == len(gradients) == 3
         for mine, theirs in zip(found, gradients, strict=True):
             assert [gradient is None for gradient in mine] == [gradient is None for gradient in theirs]
+            mine, theirs = ([gradient for gradient in step if gradient is not None] for step in (mine, theirs))
+            size = torch.stack([gradient.norm() for gradient in theirs]).norm()
+            for a, b in zip(mine, theirs, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * size
+
+
+@pytest.mark.parametrize(("name", "clip"), [("ega", True), ("kd", True), ("ega", False), ("attention", False)])
+def test_few_labels_give_the_gradient_of_one_process(job, name, clip):
+    """Five labels in batches of 6, 6, 6 and 3: shares without one, and more of them on one process than on another."""
+    expected, gradients = train(name, clip, 6, 21, 0.25)
+    assert {"loss_cls", "train_acc"} <= expected.keys()
+    for record, found in job(train, name, clip, 6, 21, 0.25):
+        assert record == pytest.approx(expected, rel=1e-5)
+        for mine, theirs in zip(found, gradients, strict=True):
             mine, theirs = ([gradient for gradient in step if gradient is not None] for step in (mine, theirs))
             size = torch.stack([gradient.norm() for gradient in theirs]).norm()
             for a, b in zip(mine, theirs, strict=True):
@@ -307,6 +322,48 @@ def test_a_resumed_run_ends_bit_identical(job, runs, tiny_clip, tmp_path):
     # A finished run prints its result; another number of processes is another run.
     assert set(job(distil, *argv, "--epochs", "2")) == {0}
     assert distil(*argv, "--epochs", "3") == 2
+
+
+def interrupted(*argv: str) -> str:
+    """Run train_student.py until the first process has saved the inside of an epoch for the third time."""
+    saved, collect = [], distributed.collect
+
+    def collecting(value: object) -> list:
+        saved.append(value)
+        if len(saved) == 4:  # all processes at once, as when a job is ended
+            raise KeyboardInterrupt
+        return collect(value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "collect", collecting)
+        with pytest.raises(KeyboardInterrupt):
+            distil(*argv)
+    gc.collect()  # the run, which holds its folder's lock
+    return "interrupted"
+
+
+@pytest.mark.parametrize("method", ["ega", "crd"])
+def test_a_run_that_is_interrupted_inside_an_epoch_ends_bit_identical(job, method, tiny_clip, tmp_path):
+    """Of five steps an epoch, after the fourth of the second; a fifth of the images is labelled."""
+    argv = ["--distill", method, "--clip_mode", str(tiny_clip), "--epochs", "2", "--save_steps", "2", "--labels", "0.2"]
+    argv += ["--feat_dim", "8", "--nce_k", "20", "--save_dir"]
+    assert set(job(distil, *argv, str(tmp_path / "whole"))) == {0}
+    assert set(job(interrupted, *argv, str(tmp_path / "other"))) == {"interrupted"}
+    assert len(records(tmp_path / "other")) == 1
+    assert torch.load(run_folder(tmp_path / "other") / "resume.pth")["steps"] == 2
+    assert set(job(distil, *argv, str(tmp_path / "other"))) == {0}
+    assert records(tmp_path / "other") == records(tmp_path / "whole")
+    found, expected = (torch.load(run_folder(tmp_path / save) / "resnet8_last.pth") for save in ("other", "whole"))
+    for part in ("model", "layer", "teacher_layer"):
+        assert all(torch.equal(value, expected[part][name]) for name, value in found[part].items())
+
+
+def everyones() -> list[int]:
+    return distributed.collect(distributed.rank())
+
+
+def test_collecting_gives_every_process_all_values(job):
+    assert job(everyones) == [list(range(job.count))] * job.count
 
 
 def refused() -> str:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from conftest import make_dataset
 from dataset.loader import Batch, Loader
 from distiller_zoo import EGA, METHODS, kd_loss
-from helper.loops import HeadTraining, Objective, Step, train_epoch, validate
+from helper.loops import Evaluation, HeadTraining, Objective, Step, train_epoch, validate
 from helper.meters import EpochLog, Totals
+from helper.objective import mean_cross_entropy
 from helper.teacher import ClipTeacher
 from helper.util import NonFiniteLoss
 from models import create_student
@@ -224,3 +225,90 @@ def test_a_head_learns_from_the_embeddings():
     losses = [train_epoch(epoch, step, 15, print_freq=100)["train_loss"] for epoch in range(1, 16)]
     assert losses[0] == pytest.approx(math.log(5), rel=0.3)
     assert losses[-1] < losses[0] / 2
+
+
+def test_the_classification_is_of_the_labelled_images_and_the_rest_of_all(batch):
+    s, t = outputs(0), outputs(1)
+    target = torch.tensor([0, -1, 2, -1, -1, 4])
+    some = batch._replace(target=target, labelled=torch.tensor(3))
+    loss, terms = objective("ega", 0.5, 0.3, 2.0)(s, t, some)
+    _, whole = objective("ega", 0.5, 0.3, 2.0)(s, t, batch)
+    kept = target >= 0
+    torch.testing.assert_close(terms["cls"], 0.5 * F.cross_entropy(s.logits[kept], target[kept]))
+    torch.testing.assert_close(loss, terms["cls"] + terms["kd"] + terms["distill"])
+    assert all(torch.equal(terms[name], whole[name]) for name in ("kd", "distill", "node", "edge"))
+
+
+def test_a_batch_without_a_label_has_no_classification_and_gradients_that_are_finite(batch):
+    s = outputs(0)
+    none = batch._replace(target=torch.full((6,), -1), labelled=torch.tensor(0))
+    loss, terms = objective("ega", 1, 0, 1)(s, outputs(1), none)
+    assert terms["cls"] == 0
+    torch.testing.assert_close(loss, EGA()(s.embedding, outputs(1).embedding))
+    loss.backward()
+    assert (s.logits.grad == 0).all()
+    assert s.embedding.grad.isfinite().all()
+    assert mean_cross_entropy(s.logits, none) == 0
+
+
+def test_an_epochs_averages_count_those_that_have_a_label():
+    """Of 5, 0 and 2 labels in steps of 10."""
+    totals = Totals()
+    for value, labelled in ((1.0, 5), (0.0, 0), (8.0, 2)):
+        losses = {"loss_cls": torch.tensor(value), "loss_distill": torch.tensor(value)}
+        totals.add(losses, {"train_acc": torch.tensor(10 * value)}, 10, torch.tensor(labelled))
+    found = totals.averages("Epoch 1")
+    assert found == pytest.approx({"loss_cls": 3.0, "loss_distill": 3.0, "train_acc": 30.0})
+    totals.reset()
+    totals.add(
+        {"loss_cls": torch.tensor(0.0), "loss_distill": torch.tensor(2.0)},
+        {"train_acc": torch.tensor(0.0)},
+        10,
+        torch.tensor(0),
+    )
+    assert totals.averages("Epoch 2") == {"loss_distill": 2.0}
+
+
+def test_what_was_measured_can_be_taken_up_again():
+    dataset = make_dataset(num_train=25)
+    loader = Loader(dataset.train, "train", 10, CPU)
+
+    def add(totals: Totals, log: EpochLog, step: int) -> None:
+        totals.add({"train_loss": torch.tensor(step**2 / 3)}, {"train_acc": torch.tensor(step**2 * 7.0)}, 10)
+        log.update(step, 10)
+
+    whole, first, second = Totals(), Totals(), Totals()
+    log = EpochLog("Epoch 1", loader, 100, 0, whole)
+    for step in (1, 2, 3):
+        add(whole, log, step)
+    begun = EpochLog("Epoch 1", loader, 100, 0, first)
+    add(first, begun, 1)
+    state = begun.state_dict()
+    add(first, begun, 2)  # the state is of its own moment
+    going_on = EpochLog("Epoch 1", loader, 100, 0, second)
+    going_on.load_state_dict(state)
+    for step in (2, 3):
+        add(second, going_on, step)
+    assert second.averages("Epoch 1") == whole.averages("Epoch 1")
+    assert going_on.count == log.count
+
+
+def test_what_is_not_finite_is_not_saved():
+    loader = Loader(make_dataset().train, "train", 10, CPU)
+    totals = Totals()
+    log = EpochLog("Epoch 4", loader, print_freq=100, epochs_left=0, totals=totals)
+    totals.add({"train_loss": torch.tensor(math.nan)}, {}, 10)
+    with pytest.raises(NonFiniteLoss, match="step 1 of epoch 4"):
+        log.state_dict()
+
+
+def test_testing_a_student_that_nothing_teaches_to_classify_measures_no_accuracy():
+    dataset = make_dataset()
+    student = create_student("resnet8", 8, 5)
+    loaders = Namespace(test=Loader(dataset.test, "test", 20, CPU), val=None)
+    opt = Namespace(device="cpu", amp="off", epochs=4, eval_freq=2)
+    evaluate = Evaluation(loaders, student, None, opt, classifies=False)
+    assert evaluate(1) == {}
+    assert evaluate(2) == {"test_loss": None, "test_acc": None, "test_acc_top5": None}
+    headless = ClipTeacher(lambda split, index, view: pytest.fail("the test pass asked"), None, dim=3)
+    assert "teacher_acc" not in Evaluation(loaders, student, headless, opt)(4)

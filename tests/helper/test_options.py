@@ -125,8 +125,21 @@ def test_senseless_numbers_and_words_are_refused(capsys, flag, value):
         ("--distill none -a 0.5", "use --distill kd"),
         ("-node 0 -edge 0", "both 0"),
         ("--clip_tn 0", "needs --path_t"),
-        ("--views shared", "--teacher_views all or 0"),
-        ("--views shared --teacher_views 16", "--teacher_views all or 0"),
+        ("--views shared", "--teacher_views N, all or 0"),
+        ("--labels 0", "use -r 0"),
+        ("--labels 0 -r 0", "use --joint teacher"),
+        ("--labels 0.5 --distill nce", "nce needs the class of every image"),
+        ("--labels 0.5 --distill ccl", "ccl needs the class of every image"),
+        ("--labels 0.5 --distill dkd", "dkd needs the class of every image"),
+        ("--labels 0.5 --distill crd --mode relax", "crd --mode relax needs the class of every image"),
+        ("--labels 0 -r 0 --joint teacher --distill crd --mode relax", "crd --mode relax needs the class"),
+        ("--labels 1.5", "at most 1"),
+        ("--joint teacher --distill none", "no teacher"),
+        ("--joint teacher --distill kd", "no logits of the teacher"),
+        ("--joint teacher --distill irg", "no logits of the teacher for irg"),
+        ("--joint teacher -a 1", "no logits of the teacher for KD (-a)"),
+        ("--joint teacher --feature_dim 64", "leave it out"),
+        ("--save_steps 0", "--save_steps"),
         ("--unknown 3", "--unknown"),
         ("stray", "stray"),
         ("--batch_size", "--batch_size"),
@@ -143,6 +156,7 @@ def test_contradictions_are_refused_with_a_way_out(capsys, argv, words):
         ("--model resnet8 --teacher_views 3", "a CNN sees every view"),
         ("--model resnet9 --dataset x", "--dataset"),
         ("--num_workers 8", "--num_workers"),
+        ("--labels 0", "above 0"),
     ],
 )
 def test_a_teachers_contradictions_are_refused_too(capsys, argv, words):
@@ -184,6 +198,11 @@ def test_what_makes_sense_is_taken():
     assert (opt.teacher_views, opt.lr_decay_epochs) == (162, [])
     assert parse_student_options(["--views", "shared", "--teacher_views", "0"]).teacher_views == 0
     assert parse_student_options(["--lr_decay_epochs", "3,1"]).lr_decay_epochs == [3, 1]
+    assert parse_student_options(["--views", "shared", "--teacher_views", "16"]).teacher_views == 16
+    assert parse_student_options(["--labels", "0.1", "--distill", "crd"]).labels == 0.1
+    assert parse_student_options(["--labels", "0.1", "--distill", "nce", "-b", "0"]).beta == 0
+    without = parse_student_options(["--labels", "0", "--joint", "teacher", "-r", "0", "-b", "1"])
+    assert (without.labels, without.joint, without.feature_dim) == (0, "teacher", None)
     assert parse_student_options(["--momentum", "0", "--weight_decay", "0", "-node", "0"]).momentum == 0
     assert parse_student_options(["--holdout", "0.1", "--seed", "4294967295"]).holdout == 0.1
 
@@ -304,3 +323,14 @@ def test_a_cosine_under_way_keeps_its_end(machine):
     opt = parse_student_options(["--schedule", "cosine", "--epochs", "9"])
     with pytest.raises(ValueError, match="cosine of 10 epochs cannot go on with --epochs 9"):
         resolve(opt, vars(opt) | {"epochs": 10, "compile": "off", "device": "cpu", "amp": "off"}, images=100)
+
+
+def test_the_name_of_a_run_tells_few_labels_and_the_teachers_own_space():
+    opt = parse_student_options(["--labels", "0.1", "--joint", "teacher"])
+    assert student_run_name(opt).startswith("Sresnet8x4_Tvit32_jointteacher_cifar100_labels0.1_ega_r1_a0_b1_node")
+    assert teacher_run_name(parse_teacher_options(["--labels", "0.25"])).startswith(
+        "vit32_f256_cifar100_labels0.25_lr_"
+    )
+    cnn = parse_teacher_options(["--model", "resnet8", "--labels", "0.25"])
+    assert teacher_run_name(cnn).startswith("resnet8_cifar100_labels0.25_lr_")
+    assert "labels" not in student_run_name(parse_student_options(["--labels", "1"]))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from helper.report import StoredRun, choose, published, run_labels, table
+from helper.report import StoredRun, choose, published, repeats, run_labels, table
 
 
 def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
@@ -99,3 +99,25 @@ def test_the_hold_out_chooses(tmp_path):
         choose("gamma", [run(1, 1.0)])
     with pytest.raises(ValueError, match="held nothing out"):
         choose("beta", [StoredRun(tmp_path, {"beta": 1}, [{"epoch": 1, "test_acc": 1.0}])])
+
+
+def test_runs_that_began_before_an_option_have_what_it_then_stood_for(tmp_path):
+    """An old run, and new ones that say what it had, or that have few labels."""
+
+    def run(accuracy, **options):
+        base = {"distill": "ega", "model_s": "resnet8", "model_t": "vit32", "holdout": None}
+        return StoredRun(tmp_path, base | options, [{"epoch": 1, "test_acc": accuracy}])
+
+    said = {"labels": 1.0, "joint": "projected", "save_steps": None, "schedule": "step", "teacher_resolution": None}
+    runs = [run(10.0, seed=0), run(12.0, seed=1, **said), run(20.0, seed=2, **said | {"labels": 0.1, "save_steps": 5})]
+    assert [len(group) for group in repeats(runs)] == [2, 1]
+    assert cells(table(runs))[1:] == [
+        ["resnet8: EGA, labels 1", "11.00 ± 1.41 (2)", "11.00 ± 1.41 (2)"],
+        ["resnet8: EGA, labels 0.1", "20.00", "20.00"],
+    ]
+
+
+def test_a_run_without_labels_has_no_accuracy(tmp_path):
+    options = {"distill": "ega", "model_s": "resnet8", "model_t": "vit32"}
+    history = [{"epoch": 1, "test_acc": None, "train_loss": 3.0}]
+    assert cells(table([StoredRun(tmp_path, options, history)])) == [["", "best", "last"], ["resnet8: EGA", "–", "–"]]

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from argparse import Namespace
@@ -324,3 +325,47 @@ def test_killed_at_any_moment_no_line_and_no_event_is_missing_or_there_twice(tmp
     assert lines(tmp_path) == lines(tmp_path / "whole")
     for name in ("net_best.pth", "net_last.pth", "resume.pth"):
         assert repr(checkpoint.load(again.folder / name)) == repr(checkpoint.load(whole.folder / name))
+
+
+def test_a_run_that_knew_nothing_of_labels_had_them_all(tmp_path):
+    run = start(tmp_path)
+    train(run, 1)
+    close(run)
+    close(start(tmp_path, labels=1.0, joint="projected", save_steps=5))
+    with pytest.raises(ValueError, match=r"labels 1.0, not 0.5"):
+        start(tmp_path, labels=0.5)
+    with pytest.raises(ValueError, match="joint projected, not teacher"):
+        start(tmp_path, joint="teacher")
+
+
+def test_a_run_goes_on_inside_an_epoch(tmp_path, capsys):
+    run = start(tmp_path)
+    run.save_inside(3, {"at": "3 of 1"})
+    close(run)
+    again = start(tmp_path, save_steps=7)
+    assert (again.first_epoch, again.steps, again.state, again.history) == (1, 3, {"at": "3 of 1"}, [])
+    assert f"resuming {again.folder} after step 3 of epoch 1" in capsys.readouterr().out
+    train(again, 2)
+    again.save_inside(5, {"at": "5 of 3"})
+    close(again)
+    with pytest.raises(ValueError, match="inside epoch 3: use --epochs 3 or more"):
+        start(tmp_path, epochs=2)
+    gc.collect()  # the run, which holds its folder's lock
+    last = start(tmp_path)
+    assert (last.first_epoch, last.steps, last.state) == (3, 5, {"at": "5 of 3"})
+    assert "after step 5 of epoch 3" in capsys.readouterr().out
+    train(last, 3)
+    close(last)
+    check_logs(tmp_path, 3)
+    assert start(tmp_path).steps == 0
+
+
+def test_without_labels_the_last_is_the_best(tmp_path, capsys):
+    run = start(tmp_path)
+    for epoch in (1, 2, 3):
+        run.end_epoch(record(epoch) | ({"test_acc": None} if epoch < 3 else {}), {}, weights(epoch))
+    run.finish(weights(3))
+    assert run.best["epoch"] == 2
+    assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == 2
+    run.print_result()
+    assert f"3 epochs without labels, which measure no accuracy, in {run.folder}" in capsys.readouterr().out

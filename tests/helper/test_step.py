@@ -47,6 +47,16 @@ def test_a_step_waits_for_nothing_unless_its_methods_row_says_so(name, clip):
     assert bool(watch.seen) == METHODS[name].waits
 
 
+def test_nor_does_a_step_with_images_that_have_no_label():
+    step, _ = make_training("ega", True, 8, 17, labels=0.3)
+    first, second, last = step.loader.draws(1)
+    step(first, 1)
+    with Watch() as watch:
+        step(second, 1)
+        step(last, 1)
+    assert not watch.seen
+
+
 def test_the_watch_notices():
     with Watch() as watch:
         x = torch.arange(4.0)
@@ -117,13 +127,13 @@ class Tape(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["ega", "crd", "dkd"])
-def test_captured_steps_train_as_others_do(name):
+@pytest.mark.parametrize(("name", "labels"), [("ega", 1), ("crd", 1), ("dkd", 1), ("ega", 0.1)])
+def test_captured_steps_train_as_others_do(name, labels):
     """Over four epochs of five full batches and a smaller one; the learning rate falls once, dkd's weight grows."""
     tape = Tape()
     results = []
     for capture in (None, tape):
-        step, _ = make_training(name, True, 8, 43, lr=0.01, capture=capture)
+        step, _ = make_training(name, True, 8, 43, lr=0.01, labels=labels, capture=capture)
         step.losses.student.train()
         torch.manual_seed(1)
         records = []
