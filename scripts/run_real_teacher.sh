@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# What EGA is worth on real images: CIFAR-100, every method, from an encoder that knows more than its student.
+# EfficientNet-Lite2 was trained with ImageNet's labels; it stands in for CLIP. The paper's protocol, shortened.
+# Runs what is missing, goes on with what was cut off, skips what is done; the two small files of each finished run are
+# kept in docs/runs/. Anything after the script's name is which part to run: bash scripts/run_real_teacher.sh methods
+set -euo pipefail
+
+teacher=timm:tf_efficientnet_lite2
+teacher_resolution=160   # at which a bank of one view is affordable on a CPU
+model_s=resnet20
+epochs=30
+lr_decay_epochs=19,22,26 # as 150, 180, 210 of 240
+select_epochs=6          # of the runs that choose a method's weight on a tenth of the training set
+select_decay=4,5
+methods='none ega kd crd irg ccl nce rkd pkt hint'
+candidates_hint='1 100'  # weights of distillation (-b) to choose from: 1, and RepDistiller's
+candidates_pkt='1 30000'
+candidates_crd='1 0.8'
+rivals=                  # two methods that are repeated with EGA; if empty, the best two of the first seed
+seeds='1 2'              # of what is repeated
+save_dir=./save
+records=docs/runs        # of finished runs
+parts=${*:-methods large seeds views labels}
+
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+bash scripts/fetch_lite.sh 2 >&2
+common=(--clip_mode "$teacher=CLIP/${teacher#timm:}.pth" --teacher_resolution "$teacher_resolution"
+    --teacher_views 1 --save_dir "$save_dir")
+
+# train GROUP OPTION...: a run, its record in docs/runs/GROUP.
+train() {
+    local group=$1
+    shift
+    "$PYTHON" train_student.py "${common[@]}" --epochs "$epochs" --lr_decay_epochs "$lr_decay_epochs" \
+        --model_s "$model_s" --trial "$group" "$@"
+    for folder in "$save_dir"/student_model/*_trial"$group"; do
+        [[ -e $(ls "$folder"/*_last.pth 2>/dev/null | head -1) ]] || continue
+        mkdir -p "$records/$group/$(basename -- "$folder")"
+        cp "$folder"/{options.json,metrics.jsonl} "$records/$group/$(basename -- "$folder")"
+    done
+}
+
+# weight METHOD: sets WEIGHT to its options, which are chosen on the hold-out set where there is a choice.
+weight() {
+    local candidates=candidates_$1 b
+    WEIGHT=()
+    [[ -z ${!candidates:-} ]] && return
+    for b in ${!candidates}; do
+        train select --distill "$1" -b "$b" --holdout 0.1 --epochs "$select_epochs" --lr_decay_epochs "$select_decay"
+    done
+    WEIGHT=(-b "$("$PYTHON" -m helper.report --choose beta "$records"/select/*_"$1"_*)")
+}
+
+method() {
+    local name=$1
+    shift
+    weight "$name"
+    train methods --distill "$name" "${WEIGHT[@]}" "$@"
+}
+
+report() { "$PYTHON" -m helper.report --against ega "$records/$1"/*; }
+
+for part in $parts; do
+    case $part in
+    methods)             # table 1, one seed
+        for name in $methods; do method "$name"; done
+        train methods --distill ega -edge 0
+        train methods --distill ega -node 0
+        report methods
+        ;;
+    large)               # a larger student
+        for name in none kd ega; do train large --distill "$name" --model_s resnet8x4; done
+        report large
+        ;;
+    seeds)               # table 1, three seeds of what matters
+        [[ -n $rivals ]] || rivals=$("$PYTHON" -m helper.report --best 2 --except "none kd ega" "$records"/methods/*)
+        for seed in $seeds; do
+            for name in none kd ega $rivals; do method "$name" --seed "$seed"; done
+        done
+        report methods
+        ;;
+    views)               # does a bank of few views cost accuracy?
+        for n in 1 2 4 8; do train views --distill ega --teacher_views "$n"; done
+        for n in 1 8; do train views --distill ega --teacher_views "$n" --views shared; done
+        report views
+        ;;
+    labels)              # few labels; all images are distilled
+        for share in 0.01 0.1 1; do
+            for name in none kd ega; do
+                train labels --distill "$name" --labels "$share" --epochs 20 --lr_decay_epochs 13,15,18
+            done
+        done
+        report labels
+        ;;
+    *)
+        echo "no such part: $part (methods large seeds views labels)" >&2
+        exit 2
+        ;;
+    esac
+done
