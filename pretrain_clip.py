@@ -15,7 +15,7 @@ from clip.model import CLIP, convert_weights
 from dataset.loader import Loader, epoch_seed
 from helper import checkpoint
 from helper.contrastive import Images, caption_tokens, train_contrastive, zero_shot_accuracy
-from helper.data import EVAL_BATCH_SIZE, open_dataset
+from helper.data import eval_batch_size, open_dataset
 from helper.meters import print_record
 from helper.options import add_data_options, add_run_options, check_data, data_name, recorded_options
 from helper.parser import Parser, number, positive, positive_int, weight
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         dataset = open_dataset(vars(opt))
         captioned = dataset.captioned()
-        opt = resolve(opt, run.recorded, len(captioned))
+        opt, views = resolve(opt, run.recorded, len(captioned)), dataset.views
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint())
         device = torch.device(opt.device)
         # The views for a teacher are the ones that are resized to its resolution.
@@ -153,16 +153,18 @@ def main(argv: list[str] | None = None) -> None:
             "captioned",
             opt.batch_size,
             device,
+            rows=(captioned.targets >= 0).nonzero().flatten(),  # the others have no caption
             training=True,
             seed=opt.seed,
             images=False,
             max_steps=opt.max_steps,
+            views=views,
         )
-        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE[opt.device], device, images=False)
+        size = eval_batch_size(opt.device, opt.resolution)
+        test_loader = Loader(dataset.test, "test", size, device, images=False, views=views)
         run.start()
 
-    pixels = Images(captioned, opt.resolution, device)
-    test_pixels = Images(dataset.test, opt.resolution, device)
+    pixels, test_pixels = (Images(split, opt.resolution, device, views) for split in (captioned, dataset.test))
     tokens = caption_tokens(dataset.classes).to(device)
     model = create_clip(opt).to(device, memory_format=torch.channels_last)
     matrices = [p for p in model.parameters() if p.dim() > 1]

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
             run.print_result()
             return
         dataset = open_dataset(vars(opt))
-        opt = resolve(opt, run.recorded, len(dataset.train))
+        opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
             run.print_result()
             return
         dataset = open_dataset(vars(opt))
-        opt = resolve(opt, run.recorded, len(dataset.train))
+        opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset, images=not encoder)
         teacher = build_teacher(opt, dataset) if encoder else build_cnn(opt, len(dataset.classes), loaders.image_size)
         identity = teacher.identity if encoder else {}

@@ -6,13 +6,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .views import CIFAR_VIEWS, Views
+
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, H, W) uint8 and their classes (N,) int64."""
+    """Images and their classes.
+
+    Attributes:
+        images: (N, 3, H, W) uint8 on the CPU. Photographs are fastest in channels_last memory format.
+        targets: (N,) int64; -1 for an image without a label.
+        mapped: the images lie in a file that is mapped into memory, so that reading them may take a while.
+    """
 
     images: Tensor
     targets: Tensor
+    mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -23,9 +32,9 @@ class ImageDataset:
     """A data set's splits and class names, in the order of the targets.
 
     ``draw_captioned`` makes the images that ``pretrain_clip.py`` trains on, for a data set that has more of
-    them than the training split; it is called where they are needed and nowhere else. ``sha256`` is the
-    fingerprint, where it is known without reading all pixels. ``holdout`` is the share of the training images that
-    became the test split, where the data set had none.
+    them than the training split; it is called where they are needed and nowhere else. ``views`` says which views
+    its images have, and turns them into pixels. ``sha256`` is the fingerprint, where it is known without reading all
+    pixels. ``holdout`` is the share of the training images that became the test split, where the data set had none.
     """
 
     name: str
@@ -33,6 +42,7 @@ class ImageDataset:
     train: Split
     test: Split
     draw_captioned: Callable[[], Split] | None = None
+    views: Views = CIFAR_VIEWS
     sha256: str | None = None
     holdout: float | None = None
 
@@ -47,7 +57,8 @@ class ImageDataset:
         digest = hashlib.sha256()
         for split in (self.train, self.test):
             digest.update(repr(tuple(split.images.shape)).encode())
-            digest.update(split.images.numpy())
+            for images in split.images.split(1000):  # of a file that is mapped, not all at once
+                digest.update(images.contiguous().numpy())
         return digest.hexdigest()
 
 

@@ -8,14 +8,10 @@ import torch
 from . import ImageDataset, Split
 from .files import ImageFile, list_images, open_images, shown
 from .loader import holdout_rows
+from .views import CropViews, ResizedCropViews
 
-# Up to this size views are crops of the padded image; above it, of a larger one (see ``stored_side``).
+# Up to this size the views are those of small pictures, above it those of photographs.
 _SMALL = 96
-
-
-def stored_side(image_size: int) -> int:
-    """Height and width in which images are kept: larger where views are random crops of photographs."""
-    return image_size if image_size <= _SMALL else round(image_size * 8 / 7)
 
 
 def folder_name(data_dir: str, image_size: int) -> str:
@@ -85,9 +81,12 @@ def load_folder(
         )
     files, targets = files + unlabelled, targets + [-1] * len(unlabelled)
 
-    splits, sha256 = open_images(name, root, (files, test_files), stored_side(image_size), save_dir, max_bad_images)
+    # Photographs are kept larger than they are seen, as in the usual evaluation on ImageNet: 256 pixels for 224.
+    side = image_size if image_size <= _SMALL else round(image_size * 8 / 7)
+    views = (CropViews if image_size <= _SMALL else ResizedCropViews)(image_size)
+    splits, sha256 = open_images(name, root, (files, test_files), side, save_dir, max_bad_images)
     train_split, test_split = (
-        Split(split.images, torch.tensor(every)[split.files])
+        Split(split.images, torch.tensor(every)[split.files], mapped=True)
         for split, every in zip(splits, (targets, test_targets), strict=True)
     )
     if train:
@@ -96,7 +95,7 @@ def load_folder(
             empty = classes[int(counts.argmin())]
             raise ValueError(f"no image in {root / 'train' / shown(empty)} can be decoded: repair them, or delete it")
     names = class_names(root / "classes.txt", classes)
-    return ImageDataset(name, names, train_split, test_split, sha256=sha256, holdout=holdout)
+    return ImageDataset(name, names, train_split, test_split, views=views, sha256=sha256, holdout=holdout)
 
 
 def _class_folders(root: Path, split: str) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 
 from . import ImageDataset, Split
 from .files import list_images, open_images
+from .views import CropViews
 
 _FOLDER = "tiny-imagenet-200"
 SIZE = 64
@@ -32,10 +33,11 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
 
     splits, sha256 = open_images("tinyimagenet", root, (train, test), SIZE, save_dir, max_bad_images)
     train_split, test_split = (
-        Split(split.images, torch.tensor(every)[split.files])
+        Split(split.images, torch.tensor(every)[split.files], mapped=True)
         for split, every in zip(splits, (targets, test_targets), strict=True)
     )
-    return ImageDataset("tinyimagenet", _names(classes, words), train_split, test_split, sha256=sha256)
+    names, views = _names(classes, words), CropViews(SIZE)
+    return ImageDataset("tinyimagenet", names, train_split, test_split, views=views, sha256=sha256)
 
 
 def _names(classes: list[str], words: dict[str, str]) -> list[str]:

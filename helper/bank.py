@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from dataset import ImageDataset
 from dataset.chunks import Chunk, ChunkFile
-from dataset.views import NUM_VIEWS, TEST_VIEW, crop_resize_flip, normalize, view_order
+from dataset.loader import on_device
+from dataset.views import CIFAR_VIEWS, Views, normalize
 from models.encoders import FrozenEncoder
 
 from . import checkpoint, distributed
@@ -22,9 +23,9 @@ from . import checkpoint, distributed
 CHUNK = 128
 
 
-def encode_view(encoder: FrozenEncoder, images: Tensor, view: Tensor) -> Tensor:
-    """The frozen encoder's embeddings (B, dim) of one view of each image (B, 3, H, W) uint8."""
-    pixels = crop_resize_flip(images, view, encoder.resolution, encoder.interpolation, encoder.antialias)
+def encode_view(encoder: FrozenEncoder, views: Views, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    """The frozen encoder's embeddings (B, dim) of one view of each image (B, 3, H, W) uint8 of rows ``index`` (B,)."""
+    pixels = views.teacher(images, index, view, encoder.resolution, encoder.interpolation, encoder.antialias)
     return encoder(normalize(pixels, encoder.normalization))
 
 
@@ -33,33 +34,43 @@ class OnTheFly:
 
     def __init__(self, dataset: ImageDataset, encoder: FrozenEncoder, device: torch.device):
         self.encoder = encoder
-        self.images = {"train": dataset.train.images.to(device), "test": dataset.test.images.to(device)}
+        self.device = device
+        self.views = dataset.views
+        splits = {"train": dataset.train, "test": dataset.test}
+        self.images = {name: on_device(split.images, device) for name, split in splits.items()}
+        # Where the images are: those that do not fit on the GPU stay on the host.
+        self.lookup_device = self.images["train"].device
 
     def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
         """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,)."""
-        return encode_view(self.encoder, self.images[split][index], view)
+        images = self.images[split]
+        stored = images[index.to(images.device)].to(self.device)
+        return encode_view(self.encoder, self.views, stored, index.to(self.device), view.to(self.device))
 
 
 class EmbeddingBank:
     """Looks embeddings up in a bank; called as ``OnTheFly`` is.
 
-    Row order in the file: the test split's one view, then for each of the N views of ``view_order`` the whole
-    training split. A bank of more views thus begins with every smaller one.
+    Row order in the file: the test split's one view, then for each of an image's first N views the whole training
+    split. A bank of more views thus begins with every smaller one.
     """
 
-    def __init__(self, rows: Tensor, num_train: int, num_test: int, num_views: int, device: torch.device):
+    def __init__(
+        self,
+        rows: Tensor,
+        num_train: int,
+        num_test: int,
+        num_views: int,
+        device: torch.device,
+        views: Views = CIFAR_VIEWS,
+    ):
         self.rows = rows
         self.num_train = num_train
         self.num_test = num_test
         self.device = device
         # Where the looking up is done; rows that stay on the host are copied to the GPU from pinned memory.
         self.lookup_device = rows.device
-        self.slot = None
-        if num_views > 1:
-            order = torch.from_numpy(view_order(np.arange(num_train), num_views)).long()
-            slot = torch.zeros(num_train, NUM_VIEWS, dtype=torch.uint8)
-            slot.scatter_(1, order, torch.arange(num_views, dtype=torch.uint8).expand(num_train, -1))
-            self.slot = slot.to(self.lookup_device)
+        self.order = views.order(num_train, num_views).to(self.lookup_device) if num_views > 1 else None
 
     def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
         """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,).
@@ -68,8 +79,8 @@ class EmbeddingBank:
         """
         row, view = index.to(self.lookup_device), view.to(self.lookup_device)
         if split == "train":
-            slot = 0 if self.slot is None else self.slot[row, view].long()
-            row = row + (self.num_test + slot * self.num_train)
+            place = 0 if self.order is None else (self.order[row] == view[:, None]).int().argmax(dim=1)
+            row = row + (self.num_test + place * self.num_train)
         found = self.rows[row]
         if found.device != self.device:
             found = found.pin_memory().to(self.device, non_blocking=True)
@@ -88,7 +99,7 @@ def open_bank(
     Args:
         root: the folder of all banks.
         encoder: the frozen encoder, on ``device``; see ``models.encoders.FrozenEncoder``.
-        num_views: views per training image, 1 to 162.
+        num_views: views per training image.
         precision: the encoder's, part of the key.
 
     Raises:
@@ -96,7 +107,7 @@ def open_bank(
         OSError: the folder cannot be written.
     """
     key = {"clip": encoder.name, "dataset": dataset.name, "dataset_sha256": dataset.fingerprint()}
-    key |= encoder.facts | {"precision": precision, "chunk": CHUNK}
+    key |= dataset.views.facts | encoder.facts | {"precision": precision, "chunk": CHUNK}
     # The CLIP's name is for people: the same weights under another name or path share the bank.
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -120,7 +131,8 @@ def open_bank(
         finally:
             lock.release()
     rows = files.map(0, chunks[-1].end)
-    return EmbeddingBank(_place(rows, device), len(dataset.train), len(dataset.test), num_views, device)
+    sizes = (len(dataset.train), len(dataset.test), num_views)
+    return EmbeddingBank(_place(rows, device), *sizes, device, dataset.views)
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
@@ -179,18 +191,18 @@ def _build(
 ) -> None:
     if not missing:
         return
-    num_train, num_test = len(dataset.train), len(dataset.test)
-    order = view_order(np.arange(num_train), num_views)
+    num_train, num_test, views = len(dataset.train), len(dataset.test), dataset.views
+    order = views.order(num_train, num_views)
     quiet = distributed.rank() > 0
     for chunk in tqdm(missing, "teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1, disable=quiet):
-        count = chunk.end - chunk.start
         if chunk.start < num_test:
-            split, start, view = dataset.test, chunk.start, np.full(count, TEST_VIEW)
+            split, section, start = dataset.test, None, chunk.start
         else:
             split, (section, start) = dataset.train, divmod(chunk.start - num_test, num_train)
-            view = order[start : start + count, section].astype(np.int64)
-        images = split.images[start : start + count].to(device)
-        embedding = encode_view(encoder, images, torch.from_numpy(view).to(device))
+        index = torch.arange(start, start + chunk.end - chunk.start)
+        view = torch.full((len(index),), views.test) if section is None else order[index, section].long()
+        images = split.images[start : start + len(index)].to(device)
+        embedding = encode_view(encoder, views, images, index.to(device), view.to(device))
         encoded = embedding.half().cpu().numpy()
         if not np.isfinite(encoded).all():
             raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
