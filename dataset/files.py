@@ -53,10 +53,15 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name: not hidden, and of an extension of a format that Pillow reads."""
+    return not os.path.basename(name).startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
 def list_images(root: Path, folder: str) -> tuple[list[ImageFile], list[str]]:
     """The image files in a folder below ``root`` and in all folders in it, by name; and the names of other files.
 
-    An image is what has the extension of a format that Pillow reads. What is hidden is neither.
+    What is hidden is neither.
     """
     images, others = [], []
 
@@ -71,7 +76,7 @@ def list_images(root: Path, folder: str) -> tuple[list[ImageFile], list[str]]:
                     place = (about.st_dev, about.st_ino)
                     if place not in above:  # a link to a folder that it is in
                         scan(name, (*above, place))
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                elif is_image(name):
                     images.append(ImageFile(name, about.st_size, about.st_mtime_ns))
                 else:
                     others.append(name)

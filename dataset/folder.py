@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from . import ImageDataset, Split
-from .files import ImageFile, list_images, open_images, shown
+from .files import ImageFile, is_image, list_images, open_images, shown
 from .loader import holdout_rows
 from .views import CropViews, ResizedCropViews
 
@@ -43,6 +43,7 @@ def load_folder(
     root, name = Path(data_dir), folder_name(data_dir, image_size)
     if not root.is_dir():
         raise ValueError(f"--data_dir {data_dir}: no such folder")
+    _check_outside(root, "train")
     others: list[str] = []
     train = _classes(root, "train", others)
     test_folder = next((folder for folder in ("test", "val") if _class_folders(root, folder)), None)
@@ -96,6 +97,17 @@ def load_folder(
             raise ValueError(f"no image in {root / 'train' / shown(empty)} can be decoded: repair them, or delete it")
     names = class_names(root / "classes.txt", classes)
     return ImageDataset(name, names, train_split, test_split, views=views, sha256=sha256, holdout=holdout)
+
+
+def _check_outside(root: Path, split: str) -> None:
+    """Raise a ValueError where images lie beside the classes' folders."""
+    if (root / split).is_dir():
+        for entry in os.scandir(root / split):
+            if entry.is_file() and is_image(entry.name):
+                raise ValueError(
+                    f"{root / split}/ holds an image outside of its classes' folders, {shown(entry.name)}: put images "
+                    "into train/CLASS/, or those without a label into unlabelled/"
+                )
 
 
 def _class_folders(root: Path, split: str) -> list[str]:
