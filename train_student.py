@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
-        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {opt.dataset}, {len(loaders.train)} steps of "
+        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {dataset.name}, {len(loaders.train)} steps of "
         f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
     with exit_on_non_finite_loss("train_student.py"):

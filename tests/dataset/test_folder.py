@@ -12,8 +12,6 @@ from dataset.decode import read_square
 from dataset.folder import class_names, folder_name
 from dataset.views import CropViews, ResizedCropViews
 
-REAL = Path(__file__).parents[2] / "data" / "tiny-imagenet-200"
-
 
 def paint(path: Path, number: int, size: tuple[int, int] = (12, 10)) -> None:
     """A picture whose colour is ``number``, in no format with losses."""
@@ -231,26 +229,3 @@ def test_the_name_is_the_folder_s_own(tmp_path, monkeypatch):
 def test_a_size_is_for_folders_alone(tmp_path, name, size, said):
     with pytest.raises(ValueError, match=said):
         load_dataset(name, str(tmp_path), image_size=size)
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="the real Tiny ImageNet is not in data/")
-def test_the_real_tiny_imagenet_is_the_same_as_a_folder(tmp_path):
-    lines = (REAL / "val" / "val_annotations.txt").read_text().splitlines()
-    classes = sorted((REAL / "wnids.txt").read_text().split())[:3]
-    root = tmp_path / "folder"
-    for name in classes:
-        (root / "train").mkdir(parents=True, exist_ok=True)
-        (root / "train" / name).symlink_to(REAL / "train" / name)
-        (root / "val" / name).mkdir(parents=True)
-    for line in lines:
-        file, name = line.split("\t")[:2]
-        if name in classes:
-            (root / "val" / name / file).symlink_to(REAL / "val" / "images" / file)
-    data = load(root, 64)
-    whole = load_dataset("tinyimagenet", str(REAL.parent), save_dir=str(tmp_path / "save"))
-    rows = len(data.train)
-    assert torch.equal(whole.train.images[:rows], data.train.images)
-    assert torch.equal(whole.train.targets[:rows], data.train.targets)
-    of_three = whole.test.targets < 3
-    order = torch.argsort(whole.test.targets[of_three], stable=True)
-    assert torch.equal(whole.test.images[of_three][order], data.test.images)
