@@ -169,14 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             root, save = Path(folder) / "photos", Path(folder) / "save"
             write_photos(root, args.images)
-            header = (
-                "pixels",
-                "ImageFolder, images/s a core",
-                "this project",
-                "times faster",
-                "decoding once, s",
-                "epochs",
-            )
+            header = ("pixels", "ImageFolder, images/s a core", "this project", "times faster", "decoding, epochs")
             rows = (compare(root, save, size, args.batch, args.workers, args.seconds) for size in args.size)
             print_table(header, rows)
 
