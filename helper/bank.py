@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import ImageDataset, Split
+from dataset import ImageDataset
+from dataset.chunks import Chunk, ChunkFile
 from dataset.loader import on_device, take
 from dataset.views import CIFAR_VIEWS, Views, normalize
 from models.encoders import FrozenEncoder
@@ -117,20 +116,20 @@ def open_bank(
         folder.mkdir(parents=True, exist_ok=True)
         _describe(folder, identity, key)
     chunks = _chunks(dataset, num_views)
-    files = _BankFiles(folder, encoder.dim)
+    files = ChunkFile(folder / "embeddings.fp16", folder / "crc32.u32", np.float16, (encoder.dim,))
     if distributed.from_first(first and files.missing(chunks)):
         lock = FileLock(folder / "lock")
         _acquire(lock, folder)
         try:
             missing = files.missing(chunks) if first else []
             if first and missing:  # another run may have built it meanwhile
-                files.make_room(len(chunks), chunks[-1][2])
+                files.make_room(len(chunks), chunks[-1].end)
             mine = distributed.from_first(missing)[distributed.rank() :: distributed.count()]
             _build(files, mine, dataset, encoder, num_views, device)
             distributed.wait()
         finally:
             lock.release()
-    rows = files.map(chunks[-1][2])
+    rows = files.map(0, chunks[-1].end)
     sizes = (len(dataset.train), len(dataset.test), num_views)
     return EmbeddingBank(_place(rows, device), *sizes, device, dataset.views)
 
@@ -171,67 +170,19 @@ def _place(rows: Tensor, device: torch.device) -> Tensor:
     return rows
 
 
-def _chunks(dataset: ImageDataset, num_views: int) -> list[tuple[int, int, int]]:
-    """(section, first row, end row) in the file of every chunk; section 0 is the test split, j the view j - 1."""
+def _chunks(dataset: ImageDataset, num_views: int) -> list[Chunk]:
+    """Every chunk of the file: of the test split, then of each view of the training split."""
     chunks, start = [], 0
-    for section in range(num_views + 1):
-        end = start + len(dataset.test if section == 0 else dataset.train)
-        chunks += [(section, row, min(row + CHUNK, end)) for row in range(start, end, CHUNK)]
+    for rows in [len(dataset.test)] + [len(dataset.train)] * num_views:
+        end = start + rows
+        chunks += [(row, min(row + CHUNK, end)) for row in range(start, end, CHUNK)]
         start = end
-    return chunks
-
-
-class _BankFiles:
-    """embeddings.fp16, the rows; crc32.u32, a checksum per chunk."""
-
-    def __init__(self, folder: Path, dim: int):
-        self.dim = dim
-        self._rows, self._checksums = folder / "embeddings.fp16", folder / "crc32.u32"
-
-    def missing(self, chunks: list[tuple[int, int, int]]) -> list[int]:
-        """Numbers of the chunks that are not there whole."""
-        try:
-            checksums = np.fromfile(self._checksums, dtype=np.uint32)
-            row_bytes = 2 * self.dim
-            rows = np.memmap(self._rows, dtype=np.uint8, mode="r")
-        except (FileNotFoundError, ValueError):  # not there yet, or empty
-            return list(range(len(chunks)))
-        return [
-            number
-            for number, (_, start, end) in enumerate(chunks)
-            if number >= len(checksums)
-            or end * row_bytes > len(rows)
-            or zlib.crc32(rows[start * row_bytes : end * row_bytes]) != checksums[number]
-        ]
-
-    def make_room(self, chunks: int, rows: int) -> None:
-        """For so many chunks and rows; what is there stays."""
-        for path, size in ((self._rows, 2 * self.dim * rows), (self._checksums, 4 * chunks)):
-            with open(path, "ab") as file:
-                if file.tell() < size:
-                    # Reserved, not only named: a full disk is an error here, and a crash when met in a mapped page.
-                    getattr(os, "posix_fallocate", _truncate)(file.fileno(), 0, size)
-
-    def map_to_write(self, chunks: int, rows: int) -> tuple[np.memmap, np.memmap]:
-        """Rows (rows, dim) fp16 and checksums (chunks,), mapped for writing; there is room for them."""
-        return (
-            np.memmap(self._rows, dtype=np.float16, mode="r+", shape=(rows, self.dim)),
-            np.memmap(self._checksums, dtype=np.uint32, mode="r+", shape=(chunks,)),
-        )
-
-    def map(self, rows: int) -> Tensor:
-        """The first ``rows`` rows, (rows, dim) fp16, mapped into memory."""
-        # Mapped copy-on-write: torch has no read-only tensors, and nobody writes to it.
-        return torch.from_numpy(np.memmap(self._rows, dtype=np.float16, mode="c", shape=(rows, self.dim)))
-
-
-def _truncate(descriptor: int, _offset: int, size: int) -> None:
-    os.truncate(descriptor, size)  # macOS has no posix_fallocate
+    return [Chunk(number, *rows) for number, rows in enumerate(chunks)]
 
 
 def _build(
-    files: _BankFiles,
-    missing: list[int],
+    files: ChunkFile,
+    missing: list[Chunk],
     dataset: ImageDataset,
     encoder: FrozenEncoder,
     num_views: int,
@@ -239,24 +190,20 @@ def _build(
 ) -> None:
     if not missing:
         return
-    chunks = _chunks(dataset, num_views)
-    rows, checksums = files.map_to_write(len(chunks), chunks[-1][2])
-    views = dataset.views
-    order = views.order(len(dataset.train), num_views)
+    num_train, num_test, views = len(dataset.train), len(dataset.test), dataset.views
+    order = views.order(num_train, num_views)
     quiet = distributed.rank() > 0
-    for number in tqdm(missing, "teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1, disable=quiet):
-        section, start, end = chunks[number]
-        split: Split = dataset.test if section == 0 else dataset.train
-        offset = 0 if section == 0 else len(dataset.test) + (section - 1) * len(dataset.train)
-        inside = slice(start - offset, end - offset)
-        index = torch.arange(inside.start, inside.stop, device=device)
-        view = torch.full((end - start,), views.test) if section == 0 else order[inside, section - 1].long()
-        embedding = encode_view(encoder, views, split.images[inside].to(device), index, view.to(device))
+    for chunk in tqdm(missing, "teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1, disable=quiet):
+        if chunk.start < num_test:
+            split, section, start = dataset.test, None, chunk.start
+        else:
+            split, (section, start) = dataset.train, divmod(chunk.start - num_test, num_train)
+        index = torch.arange(start, start + chunk.end - chunk.start)
+        view = torch.full((len(index),), views.test) if section is None else order[index, section].long()
+        images = split.images[start : start + len(index)].to(device)
+        embedding = encode_view(encoder, views, images, index.to(device), view.to(device))
         encoded = embedding.half().cpu().numpy()
         if not np.isfinite(encoded).all():
             raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
-        # In any order: only a chunk that is on disk whole matches its checksum.
-        rows[start:end] = encoded
-        checksums[number] = zlib.crc32(encoded.tobytes())
-    rows.flush()
-    checksums.flush()
+        files.write(chunk, encoded)
+    files.flush()

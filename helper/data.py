@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset
+from dataset import ImageDataset, load_dataset
 from dataset.loader import Loader, holdout_rows, keep_labels
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
 from distiller_zoo import METHODS
@@ -41,6 +41,16 @@ class Loaders:
     targets: Tensor
     image_size: int
     labelled: int
+
+
+def open_dataset(options: dict) -> ImageDataset:
+    """The data set that a run's options name: those of the command line, or those that a run recorded.
+
+    Raises:
+        ValueError, OSError: see ``dataset.load_dataset``.
+    """
+    known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
+    return load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
 
 
 def check_labels(opt, share: float) -> None:
@@ -99,7 +109,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         "processes": distributed.count(),
     }
     targets, rows, held = dataset.train.targets, torch.arange(len(dataset.train)), None
-    if getattr(opt, "holdout", None) is not None:
+    if opt.holdout is not None and dataset.holdout is None:
         rows, held = holdout_rows(targets, opt.holdout)
         targets = targets.clone()
         targets[held] = -1

@@ -12,6 +12,7 @@ from .logger import Logger
 _FREE = {
     "epochs",
     "data_dir",
+    "max_bad_images",
     "clip_root",
     "save_dir",
     "clip_mode",
