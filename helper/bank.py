@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dataset import ImageDataset
 from dataset.chunks import Chunk, ChunkFile
-from dataset.loader import on_device
+from dataset.loader import on_device, take
 from dataset.views import CIFAR_VIEWS, Views, normalize
 from models.encoders import FrozenEncoder
 
@@ -43,8 +43,7 @@ class OnTheFly:
 
     def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
         """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,)."""
-        images = self.images[split]
-        stored = images[index.to(images.device)].to(self.device)
+        stored = take(self.images[split], index, self.device)
         return encode_view(self.encoder, self.views, stored, index.to(self.device), view.to(self.device))
 
 
@@ -70,7 +69,7 @@ class EmbeddingBank:
         self.device = device
         # Where the looking up is done; rows that stay on the host are copied to the GPU from pinned memory.
         self.lookup_device = rows.device
-        self.order = views.order(num_train, num_views).to(self.lookup_device) if num_views > 1 else None
+        self.order = views.order(num_train, num_views, self.lookup_device) if num_views > 1 else None
 
     def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
         """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,).

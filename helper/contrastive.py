@@ -10,7 +10,7 @@ from clip.model import CLIP
 from torch import Tensor
 
 from dataset import Split
-from dataset.loader import Batch, Loader, on_device
+from dataset.loader import Batch, Loader, on_device, take
 from dataset.views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
 
 from .meters import EpochLog, Totals
@@ -87,7 +87,7 @@ class Images:
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B, 3, resolution, resolution) float32, normalised as CLIP's inputs are."""
-        stored = self.images[batch.index.to(self.images.device)].to(batch.index.device)
+        stored = take(self.images, batch.index, batch.index.device)
         pixels = self.views.teacher(stored, batch.index, batch.teacher_view, self.resolution)
         return normalize(pixels, CLIP_NORMALIZATION)
 

@@ -98,7 +98,8 @@ class Step:
         optimizers: the student's first.
         scaler: of the gradients.
         loader: whose batches they are.
-        capture: records what a function does and gives a function that does it again; None to do without.
+        capture: records what a function does and gives a function that does it again; None to do without, as where
+            a thread reads images meanwhile.
     """
 
     def __init__(
@@ -112,8 +113,9 @@ class Step:
         self.losses = distributed.parallel(losses)
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
-        self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
-        self._replay = self._captured_with = self._still = None
+        self._capture = None if loader.reads_ahead else capture
+        self._before_capture = _STEPS_BEFORE_CAPTURE
+        self._replay = self._captured_with = self._numbers = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
         """Train on what ``Loader.draws`` gave, in an epoch counted from 1."""
@@ -127,10 +129,10 @@ class Step:
             constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
             constants.append(self.losses.objective.beta_in(epoch))
             if constants != self._captured_with:
-                stored = None if draw.stored is None else draw.stored.clone()
-                self._still, self._replay = Draw(draw.numbers.clone(), draw.shares, stored=stored), None
+                self._numbers, self._replay = draw.numbers.clone(), None
+                still = Draw(self._numbers, draw.shares)
                 try:
-                    self._replay = self._capture(lambda: self._run(self._still, epoch))
+                    self._replay = self._capture(lambda: self._run(still, epoch))
                 except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
                     reason = str(error).partition("\n")[0]
                     print(f"steps are not captured, which makes them slower: {reason}", flush=True)
@@ -138,9 +140,7 @@ class Step:
                     self._run(draw, epoch)
                     return
                 self._captured_with = constants
-            self._still.numbers.copy_(draw.numbers)
-            if draw.stored is not None:
-                self._still.stored.copy_(draw.stored)
+            self._numbers.copy_(draw.numbers)
             self._replay()
 
     def _run(self, draw: Draw, epoch: int) -> None:
