@@ -435,3 +435,7 @@ def student_run_name(opt: argparse.Namespace) -> str:
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
         f"_batchsize{opt.batch_size}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
     )
+
+
+if __name__ == "__main__":  # for scripts: the name of the run that these options of train_student.py describe
+    print(student_run_name(parse_student_options()))
