@@ -98,7 +98,8 @@ class Step:
         optimizers: the student's first.
         scaler: of the gradients.
         loader: whose batches they are.
-        capture: records what a function does and gives a function that does it again; None to do without.
+        capture: records what a function does and gives a function that does it again; None to do without, as where
+            a thread reads images meanwhile.
     """
 
     def __init__(
@@ -112,7 +113,8 @@ class Step:
         self.losses = distributed.parallel(losses)
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
-        self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
+        self._capture = None if loader.reads_ahead else capture
+        self._before_capture = _STEPS_BEFORE_CAPTURE
         self._replay = self._captured_with = self._numbers = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
@@ -179,9 +181,7 @@ def train_epoch(
     if begun is not None:
         done, logged = begun
         log.load_state_dict(logged)
-    for number, draw in enumerate(step.loader.draws(epoch), start=1):
-        if number <= done:
-            continue
+    for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
         step(draw, epoch)
         log.update(number, sum(draw.shares))
         if save_steps and number % save_steps == 0 and number < log.steps:
