@@ -16,12 +16,13 @@ from dataset.loader import Loader, epoch_seed
 from helper import checkpoint
 from helper.contrastive import Images, caption_tokens, train_contrastive, zero_shot_accuracy
 from helper.data import eval_batch_size, open_dataset
+from helper.exits import exits
 from helper.meters import print_record
 from helper.options import add_data_options, add_run_options, check_data, data_name, recorded_options
 from helper.parser import Parser, number, positive, positive_int, weight
 from helper.run import Run
 from helper.runtime import resolve
-from helper.util import exit_on_bad_input, exit_on_non_finite_loss
+from helper.util import exit_on_bad_input
 
 # CLIP's text encoder reads captions of up to 77 of these byte pairs.
 CONTEXT_LENGTH, VOCABULARY = 77, 49408
@@ -133,6 +134,7 @@ def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]
     return model.cpu().state_dict()
 
 
+@exits("pretrain_clip.py", memory="--micro_batch or --batch_size")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_options(argv)
 
@@ -182,19 +184,18 @@ def main(argv: list[str] | None = None) -> None:
         for name, module in stateful.items():
             module.load_state_dict(run.state[name])
 
-    with exit_on_non_finite_loss("pretrain_clip.py"):
-        for epoch in range(run.first_epoch, opt.epochs + 1):
-            start = time.perf_counter()
-            torch.manual_seed(epoch_seed(opt.seed, epoch))
-            record = {"epoch": epoch}
-            record |= train_contrastive(epoch, loader, pixels, model, tokens, optimizer, scaler, opt)
-            if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
-                record["zero_shot_acc"] = zero_shot_accuracy(model, test_loader, test_pixels, tokens, opt)
-            record["lr"] = optimizer.param_groups[0]["lr"]
-            record["seconds"] = time.perf_counter() - start
-            print_record(record)
-            state = {name: module.state_dict() for name, module in stateful.items()}
-            run.end_epoch(record, state, {"model": state["model"]}, opt.save_freq)
+    for epoch in range(run.first_epoch, opt.epochs + 1):
+        start = time.perf_counter()
+        torch.manual_seed(epoch_seed(opt.seed, epoch))
+        record = {"epoch": epoch}
+        record |= train_contrastive(epoch, loader, pixels, model, tokens, optimizer, scaler, opt)
+        if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
+            record["zero_shot_acc"] = zero_shot_accuracy(model, test_loader, test_pixels, tokens, opt)
+        record["lr"] = optimizer.param_groups[0]["lr"]
+        record["seconds"] = time.perf_counter() - start
+        print_record(record)
+        state = {name: module.state_dict() for name, module in stateful.items()}
+        run.end_epoch(record, state, {"model": state["model"]}, opt.save_freq)
 
     checkpoint.save(published_state(model, test_pixels(next(test_loader.epoch()))), path)
     run.finish({})
