@@ -106,29 +106,73 @@ def parallel(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
 
+def unsynchronised(module: nn.Module) -> contextlib.AbstractContextManager:
+    """In it, passes through what ``parallel`` gave leave their gradients on this process.
+
+    They are added up until a pass outside of it shares them.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def own(x: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """This process's rows of all, (share, ...) of (B, ...).
+
+    Args:
+        shares: rows on each process; None where there is one process.
+    """
+    return x if shares is None else x.split(shares)[rank()]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, shares: Sequence[int]) -> Tensor:
+    def forward(ctx, x: Tensor, shares: Sequence[int], alike: bool) -> Tensor:
         start = sum(shares[: rank()])
-        ctx.own = slice(start, start + len(x))
+        ctx.own, ctx.alike = slice(start, start + len(x)), alike
         # A sum in which one process has each row and the others zeros, so that shares may differ in size.
         rows = x.new_zeros(sum(shares), *x.shape[1:])
         rows[ctx.own] = x
         return total(rows)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.own] * count(), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad * count() if ctx.alike else total(grad.clone(memory_format=torch.contiguous_format))
+        return grad[ctx.own], None, None
 
 
-def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None) -> Tensor | list[Tensor]:
+def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None, alike: bool = True) -> Tensor | list[Tensor]:
     """The rows of all processes, (B, ...), in order of rank, of this one's (share, ...); of each tensor of a list.
 
-    The gradient is that of the sum of the losses that the processes compute of the result, each the same.
+    The gradient is that of the sum of the losses that the processes compute of the result.
 
     Args:
         shares: rows on each process; None where there is one process.
+        alike: these losses are the same; otherwise their gradients are exchanged too.
     """
     if shares is None:
         return x
-    return [_Gather.apply(part, shares) for part in x] if isinstance(x, list) else _Gather.apply(x, shares)
+    if isinstance(x, list):
+        return [_Gather.apply(part, shares, alike) for part in x]
+    return _Gather.apply(x, shares, alike)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        highest = x.amax(dim=0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        result = total((x - highest).exp().sum(dim=0)).log() + highest
+        ctx.save_for_backward(x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x, result = ctx.saved_tensors
+        return (x - result).exp() * (grad * count())
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """Over the rows of all processes, (K,) of this one's (share, K); there is a row somewhere.
+
+    The gradient is that of the sum of the losses that the processes compute of the result, each the same.
+    """
+    return torch.logsumexp(x, dim=0) if count() == 1 else _LogSumExp.apply(x)

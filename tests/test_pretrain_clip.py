@@ -73,7 +73,7 @@ from tests.conftest import make_dataset
 
 dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
 module, name, left = sys.argv[1:4]
-owner = {"step": helper.contrastive, "log": helper.logger.Logger}[module]
+owner = {"step": helper.contrastive.ContrastiveStep, "log": helper.logger.Logger}[module]
 original, left = getattr(owner, name), int(left)
 
 def counted(*args, **kwargs):
@@ -98,7 +98,7 @@ def killed(save_dir: Path, where: list[str], arguments: list[str]) -> int:
 @pytest.mark.parametrize(
     ("vision", "where"),
     # Five steps an epoch: in the middle of the second one; and with it saved but not yet logged.
-    [(VIT, ["step", "contrastive_backward", "7"]), (RESNET, ["log", "append", "1"])],
+    [(VIT, ["step", "_backward", "7"]), (RESNET, ["log", "append", "1"])],
     ids=["in a step", "before the log"],
 )
 def test_killed_and_resumed_ends_bit_identical(tiny_dataset, tmp_path, vision, where):
