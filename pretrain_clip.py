@@ -16,12 +16,13 @@ from dataset.loader import Loader, deal
 from helper import checkpoint, distributed, training
 from helper.contrastive import Images, caption_tokens, zero_shot_accuracy
 from helper.data import EVAL_BATCH_SIZE
+from helper.exits import exits
 from helper.meters import print_record
 from helper.options import add_data_options, add_run_options, add_training_speed_options, recorded_options
 from helper.parser import Parser, number, positive, positive_int, weight
 from helper.run import Run
 from helper.runtime import resolve
-from helper.util import exit_on_bad_input, exit_on_non_finite_loss
+from helper.util import exit_on_bad_input
 from models.library import synchronize_norms
 
 # CLIP's text encoder reads captions of up to 77 of these byte pairs.
@@ -146,6 +147,7 @@ def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]
     return model.cpu().state_dict()
 
 
+@exits("pretrain_clip.py", memory="--micro_batch or --batch_size")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_options(argv)
 
@@ -174,18 +176,17 @@ def main(argv: list[str] | None = None) -> None:
     model = create_clip(opt)
     model = synchronize_norms(model) if opt.sync_bn else model
     model = model.to(device, memory_format=torch.channels_last)
-    with exit_on_non_finite_loss("pretrain_clip.py"):
-        trained = training.train_clip(opt, model, pixels, tokens, loader)
-        if run.state is not None:
-            trained.load_state_dict(run.state)
-        for epoch in range(run.first_epoch, opt.epochs + 1):
-            start = time.perf_counter()
-            record = trained.epoch(epoch, run.save_inside)
-            if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
-                record["zero_shot_acc"] = zero_shot_accuracy(model, test_loader, test_pixels, tokens, opt)
-            record["seconds"] = trained.earlier + time.perf_counter() - start
-            print_record(record)
-            run.end_epoch(record, trained.state_dict(), {"model": model.state_dict()}, opt.save_freq)
+    trained = training.train_clip(opt, model, pixels, tokens, loader)
+    if run.state is not None:
+        trained.load_state_dict(run.state)
+    for epoch in range(run.first_epoch, opt.epochs + 1):
+        start = time.perf_counter()
+        record = trained.epoch(epoch, run.save_inside)
+        if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
+            record["zero_shot_acc"] = zero_shot_accuracy(model, test_loader, test_pixels, tokens, opt)
+        record["seconds"] = trained.earlier + time.perf_counter() - start
+        print_record(record)
+        run.end_epoch(record, trained.state_dict(), {"model": model.state_dict()}, opt.save_freq)
 
     if distributed.rank() == 0:
         sample = next(Loader(dataset.test, "test", EVAL_BATCH_SIZE[opt.device], device, images=False).epoch())

@@ -1,5 +1,6 @@
 """The frozen teacher's embeddings of every view that training draws, computed once and kept on disk."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,7 +105,8 @@ def open_bank(
     folder = root / f"{dataset.name}_{digest}"
     first = distributed.rank() == 0
     if first:
-        folder.mkdir(parents=True, exist_ok=True)
+        with checkpoint.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         _describe(folder, identity, key)
     chunks = _chunks(dataset, num_views)
     files = _BankFiles(folder, encoder.dim)
@@ -128,11 +130,9 @@ def _acquire(lock: FileLock, folder: Path) -> None:
     """Lock for all processes, in the first of them."""
     patience = 0.0
     while True:
-        try:
-            if distributed.rank() == 0:
+        if distributed.rank() == 0:
+            with checkpoint.writing(folder), contextlib.suppress(Timeout):
                 lock.acquire(timeout=patience)
-        except Timeout:
-            pass
         if distributed.from_first(lock.is_locked):
             return
         if not patience:
@@ -177,6 +177,10 @@ class _BankFiles:
         self.dim = dim
         self._rows, self._checksums = folder / "embeddings.fp16", folder / "crc32.u32"
 
+    def writing(self) -> contextlib.AbstractContextManager:
+        """What fails in it raises a WriteError."""
+        return checkpoint.writing(self._rows)
+
     def missing(self, chunks: list[tuple[int, int, int]]) -> list[int]:
         """Numbers of the chunks that are not there whole."""
         try:
@@ -196,17 +200,18 @@ class _BankFiles:
     def make_room(self, chunks: int, rows: int) -> None:
         """For so many chunks and rows; what is there stays."""
         for path, size in ((self._rows, 2 * self.dim * rows), (self._checksums, 4 * chunks)):
-            with open(path, "ab") as file:
+            with checkpoint.writing(path), open(path, "ab") as file:
                 if file.tell() < size:
                     # Reserved, not only named: a full disk is an error here, and a crash when met in a mapped page.
                     getattr(os, "posix_fallocate", _truncate)(file.fileno(), 0, size)
 
     def map_to_write(self, chunks: int, rows: int) -> tuple[np.memmap, np.memmap]:
         """Rows (rows, dim) fp16 and checksums (chunks,), mapped for writing; there is room for them."""
-        return (
-            np.memmap(self._rows, dtype=np.float16, mode="r+", shape=(rows, self.dim)),
-            np.memmap(self._checksums, dtype=np.uint32, mode="r+", shape=(chunks,)),
-        )
+        with self.writing():
+            return (
+                np.memmap(self._rows, dtype=np.float16, mode="r+", shape=(rows, self.dim)),
+                np.memmap(self._checksums, dtype=np.uint32, mode="r+", shape=(chunks,)),
+            )
 
     def map(self, rows: int) -> Tensor:
         """The first ``rows`` rows, (rows, dim) fp16, mapped into memory."""
@@ -232,20 +237,23 @@ def _build(
     rows, checksums = files.map_to_write(len(chunks), chunks[-1][2])
     order = view_order(np.arange(len(dataset.train)), num_views)
     quiet = distributed.rank() > 0
-    for number in tqdm(missing, "teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1, disable=quiet):
-        section, start, end = chunks[number]
-        split: Split = dataset.test if section == 0 else dataset.train
-        offset = 0 if section == 0 else len(dataset.test) + (section - 1) * len(dataset.train)
-        inside = slice(start - offset, end - offset)
-        view = np.full(end - start, TEST_VIEW) if section == 0 else order[inside, section - 1]
-        embedding = encode_view(
-            encoder, split.images[inside].to(device), torch.from_numpy(view.astype(np.int64)).to(device)
-        )
-        encoded = embedding.half().cpu().numpy()
-        if not np.isfinite(encoded).all():
-            raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
-        # In any order: only a chunk that is on disk whole matches its checksum.
-        rows[start:end] = encoded
-        checksums[number] = zlib.crc32(encoded.tobytes())
-    rows.flush()
-    checksums.flush()
+    shown = {"unit": "chunk", "smoothing": 0.05, "mininterval": 1, "disable": quiet}
+    with tqdm(missing, "teacher's embeddings", **shown) as numbers:  # whose line ends where it is interrupted
+        for number in numbers:
+            section, start, end = chunks[number]
+            split: Split = dataset.test if section == 0 else dataset.train
+            offset = 0 if section == 0 else len(dataset.test) + (section - 1) * len(dataset.train)
+            inside = slice(start - offset, end - offset)
+            view = np.full(end - start, TEST_VIEW) if section == 0 else order[inside, section - 1]
+            embedding = encode_view(
+                encoder, split.images[inside].to(device), torch.from_numpy(view.astype(np.int64)).to(device)
+            )
+            encoded = embedding.half().cpu().numpy()
+            if not np.isfinite(encoded).all():
+                raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
+            # In any order: only a chunk that is on disk whole matches its checksum.
+            rows[start:end] = encoded
+            checksums[number] = zlib.crc32(encoded.tobytes())
+    with files.writing():
+        rows.flush()
+        checksums.flush()

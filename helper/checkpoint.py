@@ -1,32 +1,59 @@
 """Files that are either whole or not there: written beside their target, flushed, renamed."""
 
 import argparse
+import contextlib
+import errno
 import io
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there")
+_ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
+
+
+class WriteError(OSError):
+    """A file or a folder cannot be written; says which and what to do. What was there before is still there."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing to a file or a folder into a WriteError."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno, "see to the disk")
+        raise WriteError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
+
 
 def write_bytes(data: bytes, path: Path) -> None:
-    """Replace a file's content; after a crash at any moment it holds the old or the new, nothing between."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive too
-    finally:
-        os.close(folder)
+    """Replace a file's content; after a crash at any moment it holds the old or the new, nothing between.
+
+    Raises:
+        WriteError: it cannot be written; it holds the old content.
+    """
+    with writing(path):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive too
+        finally:
+            os.close(folder)
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ from models.heads import Classifier, Outputs, Student
 
 from . import distributed
 from .data import Loaders
+from .exits import save_asked
 from .meters import EpochLog, Totals
 from .objective import Objective, mean_cross_entropy, total_loss
 from .optim import set_learning_rate
@@ -174,7 +175,8 @@ def train_epoch(
 
     Args:
         begun: how many of its steps are done, and what the log had then; None for a new epoch.
-        save_steps: ``save`` is called with these two after every so many steps, but for the last; None for never.
+        save_steps: ``save`` is called with these two after every so many steps, but for the last, and where SIGUSR1
+            asks for it; None for there alone.
         rate: the learning rate in each of its steps, counted from 1; None where it is set already.
 
     Returns:
@@ -195,7 +197,8 @@ def train_epoch(
                 set_learning_rate(rate(number), optimizer)
         step(draw, epoch)
         log.update(number, sum(draw.shares))
-        if save_steps and number % save_steps == 0 and number < log.steps:
+        due = save_steps is not None and number % save_steps == 0
+        if number < log.steps and (save_asked(number) or due):
             save(number, log.state_dict())
     return log.result()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from . import checkpoint, distributed
+from .exits import resumes, unbroken
 from .logger import Logger
 
 # What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
@@ -112,6 +113,12 @@ class Run:
             raise ValueError(f"{path} is not the resume.pth of a run")
         self.recorded, self.history, self.state = saved["options"], saved["history"], saved["state"]
         self.steps = saved.get("steps", 0)
+        self._note(self.steps)
+
+    def _note(self, steps: int = 0) -> None:
+        """After what it would be resumed."""
+        epoch = len(self.history)
+        resumes(self.folder, f"step {steps} of epoch {epoch + 1}" if steps else f"epoch {epoch}")
 
     def record(self, **values) -> None:
         """Note options and facts (hashes of data and weights); a resumed run must have the same.
@@ -141,14 +148,21 @@ class Run:
     @property
     def finished(self) -> bool:
         """All epochs are done, and their logs and last file are written."""
-        return len(self.history) >= self.epochs and self._last.exists()
+        if len(self.history) < self.epochs:
+            return False
+        try:
+            # That of a run which then went on to more epochs is of an earlier one.
+            return checkpoint.load(self._last).get("epoch") == self.history[-1]["epoch"]
+        except (ValueError, FileNotFoundError):  # damaged, or not there: it is written again
+            return False
 
     def start(self) -> None:
         """Write the options, and the logs of what is done."""
         if not self._writes:
             return
-        for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            left.unlink()
+        with checkpoint.writing(self.folder):
+            for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
+                left.unlink()
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
         if self.steps:
@@ -163,9 +177,11 @@ class Run:
 
     def save_inside(self, steps: int, state: dict) -> None:
         """Save the state after so many steps of the epoch that is under way."""
-        if self._writes:
-            saved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
-            checkpoint.save(saved, self._resume)
+        with unbroken():
+            if self._writes:
+                saved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
+                checkpoint.save(saved, self._resume)
+            self._note(steps)
 
     def end_epoch(self, record: dict, state: dict, model: dict, save_freq: int | None = None) -> None:
         """Save an epoch's record and the state after it.
@@ -176,17 +192,22 @@ class Run:
             model: the content of the model's file, written when the epoch is the best so far, see ``best_record``.
             save_freq: write it every so many epochs besides.
         """
-        if not self._writes:
+        with unbroken():
+            if self._writes:
+                self._save(record, state, model, save_freq)
             self.history.append(record)
-            return
+            self._note()
+            if self._writes:
+                self._logger.append(record)
+
+    def _save(self, record: dict, state: dict, model: dict, save_freq: int | None) -> None:
         # Before resume.pth: a run killed in between does the epoch again and writes the same files again.
         if "test_acc" in record and best_record([*self.history, record]) is record:
             checkpoint.save(model | record, self.folder / f"{self._stem}_best.pth")
         if save_freq is not None and record["epoch"] % save_freq == 0:
             checkpoint.save(model | record, self.folder / f"ckpt_epoch_{record['epoch']}.pth")
-        self.history.append(record)
-        checkpoint.save({"options": self.options, "history": self.history, "state": state}, self._resume)
-        self._logger.append(record)
+        saved = {"options": self.options, "history": [*self.history, record], "state": state}
+        checkpoint.save(saved, self._resume)
 
     def finish(self, model: dict) -> None:
         """Write the last model's file, which marks the run as finished."""

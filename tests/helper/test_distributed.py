@@ -20,6 +20,7 @@ from clip.model import CLIP
 from torch import Tensor
 
 import dataset
+import pretrain_clip
 import train_student
 import train_teacher
 from conftest import make_dataset, snapshot
@@ -29,6 +30,7 @@ from helper import distributed
 from helper.contrastive import ContrastiveStep, Images, caption_tokens, contrastive_loss, zero_shot_accuracy
 from helper.loops import HeadTraining, Step, train_epoch, validate
 from helper.meters import Totals
+from helper.run import Run
 from helper.teacher import ClipTeacher
 from helper.util import NonFiniteLoss
 from models import create_student
@@ -460,6 +462,69 @@ def test_fewer_samples_than_processes_are_refused(job, tmp_path):
 
 def test_batch_norm_over_all_processes_needs_cuda(job, tmp_path):
     assert set(job(distil, "--distill", "none", "--sync_bn", "--save_dir", str(tmp_path))) == {2}
+
+
+def pretrain(*argv: str) -> int:
+    """Run pretrain_clip.py; its exit code."""
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    tiny = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16", "--text_layers", "1"]
+    tiny += ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16", "--micro_batch", "5"]
+    try:
+        pretrain_clip.main([*tiny, "--embed_dim", "16", "--print_freq", "1", *argv])
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+def stopped_in_the_second_epoch(*argv: str) -> str:
+    """Run pretrain_clip.py until its second epoch is about to be saved."""
+    end_epoch = Run.end_epoch
+
+    def ending(run: Run, record: dict, *args) -> None:
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+        end_epoch(run, record, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "end_epoch", ending)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(*argv)
+    gc.collect()  # the run, which holds its folder's lock
+    return "stopped"
+
+
+def test_pretraining_by_all_resumes_and_gives_the_clip_of_one(job, tmp_path):
+    one, all_, other = (str(tmp_path / name) for name in ("one", "all", "other"))
+    assert pretrain("--epochs", "2", "--save_dir", one) == 0
+    assert set(job(pretrain, "--epochs", "2", "--save_dir", all_)) == {0}
+    assert set(job(stopped_in_the_second_epoch, "--epochs", "2", "--save_dir", other)) == {"stopped"}
+    for _ in range(2):  # to the end, and once more, when it is finished
+        assert set(job(pretrain, "--epochs", "2", "--save_dir", other)) == {0}
+    folders = [next((Path(save_dir) / "clip").iterdir()) for save_dir in (one, all_, other)]
+    alone, together, resumed = (torch.load(folder / "clip.pt") for folder in folders)
+    assert all(torch.equal(value, resumed[name]) for name, value in together.items())
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name].float(), value.float(), atol=2e-3, rtol=2e-3, msg=name)
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    for mine, theirs in zip(lines[1], lines[0], strict=True):
+        for name in ("epoch", "lr", "train_loss", "logit_scale"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    # Another number of processes is another run.
+    assert pretrain("--epochs", "3", "--save_dir", other) == 2
+
+
+def test_a_single_image_for_batch_norm_is_refused(job, tmp_path):
+    """Batches of 69 and 1: a ResNet's last maps are of a pixel."""
+    resnet = ["--vision_layers", "1,1,1,1", "--vision_width", "8", "--text_layers", "1", "--dataset", "tiny"]
+    argv = [*resnet, "--device", "cpu", "--batch_size", "69", "--save_dir", str(tmp_path)]
+    assert set(job(pretrain_resnet, *argv)) == {2}
+
+
+def pretrain_resnet(*argv: str) -> int:
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    with pytest.raises(SystemExit) as stop:
+        pretrain_clip.main([*argv])
+    return stop.value.code
 
 
 def teach(save_dir: str) -> int:

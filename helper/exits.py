@@ -1,0 +1,168 @@
+"""How a script ends: with one line that says why and how to go on, and with an exit code.
+
+2 bad input, 3 a loss that is not finite, 4 a file that cannot be written, 5 out of memory, 130 Ctrl-C, 143 SIGTERM;
+1 where another process of the job is gone. Whatever ends a run, the same command goes on after what it saved last.
+"""
+
+import contextlib
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+
+from . import distributed
+from .checkpoint import WriteError
+from .util import NonFiniteLoss
+
+# Many processes agree so seldom on whether one of them was asked to save: it costs a message to each.
+_AGREE_EVERY = 10
+
+# A scheduler may send a signal to a process and to all of its group: what comes within so many seconds is one.
+_SAME_SIGNAL = 2.0
+
+# What ended another process of the job, a signal say, may take so many seconds to reach this one.
+_GRACE = 1.0
+
+
+class Stopped(BaseException):
+    """Ctrl-C, or SIGTERM; as KeyboardInterrupt, nothing takes it for an error."""
+
+
+class _Signals:
+    """What was asked for since the script began, and what the same command would go on after."""
+
+    def __init__(self):
+        self.stop: int | None = None
+        self.at = 0.0
+        self.held = 0
+        self.save = False
+        self.next = "no epoch is finished: the same command begins with the first"
+
+    def on_stop(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self.stop is not None and now - self.at < _SAME_SIGNAL:
+            return
+        self.stop, self.at = number, now
+        if not self.held:
+            raise Stopped
+
+    def on_save(self, number: int, frame) -> None:
+        self.save = True
+
+
+_signals = _Signals()
+
+
+def resumes(folder, where: str) -> None:
+    """Say what the same command would go on after, from now on: 'epoch 3' of the run in a folder."""
+    _signals.next = f"the same command resumes {folder} after {where}"
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """What is done in it is done to its end: Ctrl-C and SIGTERM wait for it."""
+    _signals.held += 1
+    try:
+        yield
+    finally:
+        _signals.held -= 1
+    if _signals.stop is not None and not _signals.held:
+        raise Stopped
+
+
+def save_asked(step: int) -> bool:
+    """Whether SIGUSR1 came since the last call that said so, to any process: they agree at every tenth step.
+
+    Args:
+        step: of the epoch, the same on every process.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came where Python can raise nothing, in a finaliser.
+    """
+    if _signals.stop is not None:
+        raise Stopped
+    if distributed.count() > 1:
+        if step % _AGREE_EVERY:
+            return False
+        _signals.save = bool(distributed.total(torch.tensor(int(_signals.save))))
+    asked, _signals.save = _signals.save, False
+    return asked
+
+
+class _Gone(Exception):
+    """Another process of the job is gone."""
+
+
+@contextlib.contextmanager
+def _others() -> Iterator[None]:
+    """Raise ``_Gone`` where a message to another process fails because that one ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        failed = isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)
+        if distributed.count() == 1 or not failed:
+            raise
+        time.sleep(_GRACE)
+        raise _Gone from error
+
+
+@contextlib.contextmanager
+def exits(program: str, memory: str) -> Iterator[None]:
+    """End with one line and an exit code of this module's, where what it wraps cannot go on; decorates ``main``.
+
+    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What was ignored when the script was started,
+    by nohup say, stays so.
+
+    Args:
+        program: its name in the line.
+        memory: the options that lower what it takes of that.
+    """
+    global _signals
+    _signals = _Signals()
+    handlers = {signal.SIGINT: _signals.on_stop, signal.SIGTERM: _signals.on_stop, signal.SIGUSR1: _signals.on_save}
+    if threading.current_thread() is not threading.main_thread():  # which alone may set them
+        handlers = {}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        with _others():
+            yield
+    except Stopped as error:
+        name = "Ctrl-C" if _signals.stop == signal.SIGINT else signal.Signals(_signals.stop).name
+        _exit(program, f"stopped by {name}; {_signals.next}", 128 + _signals.stop, error)
+    except NonFiniteLoss as error:
+        _exit(program, f"error: {error}", 3, error)
+    except WriteError as error:
+        _exit(program, f"error: {error}; {_signals.next}", 4, error, everybody=True)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _exit(program, _out_of_memory(error, memory), 5, error, everybody=True)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        _exit(program, _out_of_memory(error, memory), 5, error, everybody=True)
+    except _Gone as error:
+        _exit(program, f"error: another process of this job is gone; {_signals.next}", 1, error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _signals = _Signals()
+
+
+def _out_of_memory(error: BaseException, options: str) -> str:
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    more = f" ({asked[1]} more were asked for)" if asked else ""
+    return f"error: out of memory{more}: lower {options}; {_signals.next}"
+
+
+def _exit(program: str, line: str, code: int, error: BaseException, everybody: bool = False) -> None:
+    """Print the line, of many processes in the first unless ``everybody`` may have something of its own to say."""
+    if everybody or distributed.rank() == 0:
+        sys.stdout.flush()
+        print(f"{program}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code) from error
