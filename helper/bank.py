@@ -1,6 +1,7 @@
 """The frozen teacher's embeddings of every view that training draws, computed once and kept on disk."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -103,11 +104,10 @@ def open_bank(
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{dataset.name}_{digest}"
+    distributed.check_alike(identity)
+    distributed.in_first(functools.partial(_describe, folder, identity, key))
+    distributed.check_shared(folder)
     first = distributed.rank() == 0
-    if first:
-        with checkpoint.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        _describe(folder, identity, key)
     chunks = _chunks(dataset, num_views)
     files = _BankFiles(folder, encoder.dim)
     if distributed.from_first(first and files.missing(chunks)):
@@ -120,6 +120,10 @@ def open_bank(
             mine = distributed.from_first(missing)[distributed.rank() :: distributed.count()]
             _build(files, mine, dataset, encoder, num_views, device)
             distributed.wait()
+            if any(distributed.collect(distributed.count() > 1 and bool(files.missing(chunks)))):
+                distributed.refuse(
+                    f"{folder} lost what several machines wrote into it: let one of them encode it first"
+                )
         finally:
             lock.release()
     rows = files.map(chunks[-1][2])
@@ -142,6 +146,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 def _describe(folder: Path, identity: dict, key: dict) -> None:
     """Write what the bank depends on into bank.json; where it is there, check that it is the same."""
+    with checkpoint.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     described = folder / "bank.json"
     if not described.exists():
         checkpoint.write_json(key, described)
@@ -205,13 +211,21 @@ class _BankFiles:
                     # Reserved, not only named: a full disk is an error here, and a crash when met in a mapped page.
                     getattr(os, "posix_fallocate", _truncate)(file.fileno(), 0, size)
 
-    def map_to_write(self, chunks: int, rows: int) -> tuple[np.memmap, np.memmap]:
-        """Rows (rows, dim) fp16 and checksums (chunks,), mapped for writing; there is room for them."""
+    def write(self, number: int, start: int, rows: np.ndarray) -> None:
+        """A chunk's rows, from row ``start`` of the file on, and its checksum; there is room for them.
+
+        Not through mapped memory, of which a network's file system writes back whole pages, with what another machine
+        wrote beside it in its old state.
+        """
+        data = rows.tobytes()
         with self.writing():
-            return (
-                np.memmap(self._rows, dtype=np.float16, mode="r+", shape=(rows, self.dim)),
-                np.memmap(self._checksums, dtype=np.uint32, mode="r+", shape=(chunks,)),
-            )
+            for path, part, offset in (
+                (self._rows, data, start * 2 * self.dim),
+                (self._checksums, np.uint32(zlib.crc32(data)).tobytes(), 4 * number),
+            ):
+                with open(path, "r+b") as file:
+                    file.seek(offset)
+                    file.write(part)
 
     def map(self, rows: int) -> Tensor:
         """The first ``rows`` rows, (rows, dim) fp16, mapped into memory."""
@@ -234,7 +248,6 @@ def _build(
     if not missing:
         return
     chunks = _chunks(dataset, num_views)
-    rows, checksums = files.map_to_write(len(chunks), chunks[-1][2])
     order = view_order(np.arange(len(dataset.train)), num_views)
     quiet = distributed.rank() > 0
     shown = {"unit": "chunk", "smoothing": 0.05, "mininterval": 1, "disable": quiet}
@@ -252,8 +265,4 @@ def _build(
             if not np.isfinite(encoded).all():
                 raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
             # In any order: only a chunk that is on disk whole matches its checksum.
-            rows[start:end] = encoded
-            checksums[number] = zlib.crc32(encoded.tobytes())
-    with files.writing():
-        rows.flush()
-        checksums.flush()
+            files.write(number, start, encoded)
