@@ -1,6 +1,7 @@
 """The frozen teacher's embeddings of every view that training draws, computed once and kept on disk."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -112,11 +113,10 @@ def open_bank(
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{dataset.name}_{digest}"
+    distributed.check_alike(identity)
+    distributed.in_first(functools.partial(_describe, folder, identity, key))
+    distributed.check_shared(folder)
     first = distributed.rank() == 0
-    if first:
-        with checkpoint.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        _describe(folder, identity, key)
     chunks = _chunks(dataset, num_views)
     files = ChunkFile(folder / "embeddings.fp16", folder / "crc32.u32", np.float16, (encoder.dim,))
     if distributed.from_first(first and files.missing(chunks)):
@@ -130,6 +130,10 @@ def open_bank(
             mine = distributed.from_first(missing)[distributed.rank() :: distributed.count()]
             _build(files, mine, dataset, encoder, num_views, device)
             distributed.wait()
+            if any(distributed.collect(distributed.count() > 1 and bool(files.missing(chunks)))):
+                distributed.refuse(
+                    f"{folder} lost what several machines wrote into it: let one of them encode it first"
+                )
         finally:
             lock.release()
     rows = files.map(0, chunks[-1].end)
@@ -153,6 +157,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 def _describe(folder: Path, identity: dict, key: dict) -> None:
     """Write what the bank depends on into bank.json; where it is there, check that it is the same."""
+    with checkpoint.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     described = folder / "bank.json"
     if not described.exists():
         checkpoint.write_json(key, described)
