@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         stage = None if run.state else pretrain.open_first_stage(opt, objective, name, run.options)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
+    facts = loaders.image_facts()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
@@ -56,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
             record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
             record["seconds"] = trained.earlier + time.perf_counter() - start
             print_record(record)
-            run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options), opt.save_freq)
+            run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, facts), opt.save_freq)
 
-    run.finish(model_file(student, teacher, run.options))
+    run.finish(model_file(student, teacher, run.options, facts))
     run.print_result()
 
 

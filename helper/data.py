@@ -28,6 +28,7 @@ class Loaders:
             is a class of its own.
         image_size: height and width of the images.
         labelled: how many of the rows that are trained on have a label.
+        classes: their names, in the order of the targets.
     """
 
     train: Loader
@@ -36,6 +37,11 @@ class Loaders:
     targets: Tensor
     image_size: int
     labelled: int
+    classes: list[str]
+
+    def image_facts(self) -> dict:
+        """What a user of the student has to know about its images: a student's file says so."""
+        return {"classes": self.classes, "image_size": self.image_size, "normalization": self.test.normalization}
 
 
 def check_labels(opt, share: float) -> None:
@@ -71,6 +77,11 @@ def check_labels(opt, share: float) -> None:
         )
 
 
+def normalization_of(options: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that a run's student sees its images normalised by: CLIP's, or with a CNN teacher RepDistiller's."""
+    return CLIP_NORMALIZATION if options.get("clip_tn", 1) else CIFAR100_NORMALIZATION
+
+
 def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     """The loaders that the options describe; of many processes, each gets its share.
 
@@ -87,7 +98,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     """
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
-        "normalization": CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION,
+        "normalization": normalization_of(vars(opt)),
         "images": images,
         "rank": distributed.rank(),
         "processes": distributed.count(),
@@ -122,4 +133,4 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     unknown = rows[targets[rows] < 0]
     classes = targets.clone()
     classes[unknown] = len(dataset.classes) + unknown
-    return Loaders(train, test, val, classes, dataset.train.images.shape[-1], labelled)
+    return Loaders(train, test, val, classes, dataset.train.images.shape[-1], labelled, dataset.classes)

@@ -18,6 +18,7 @@ from models.weights import sha256_of
 
 from . import checkpoint
 from .bank import OnTheFly, open_bank
+from .report import StoredRun
 from .runtime import DTYPES, autocast, teacher_precision
 
 
@@ -156,6 +157,55 @@ def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> Cli
         head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
     embed = open_embeddings(dataset, encoder, opt.teacher_views, opt.save_dir, opt.device, opt.amp)
     return ClipTeacher(embed, head, identity, encoder.dim).to(opt.device)
+
+
+def open_teacher(run: StoredRun, state: dict, dataset: ImageDataset, device: str) -> ClipTeacher | CnnTeacher:
+    """The teacher of a finished run, with the head that it had when its student was saved.
+
+    Args:
+        state: the content of the student's file.
+        dataset: the run's, whose test split a CLIP is asked for; it is looked up in the run's bank.
+        device: 'cpu' or 'cuda', for which a CLIP is made.
+
+    Raises:
+        ValueError: the run has no teacher, or its teacher or data set are others by now.
+        OSError: the teacher's weights are missing.
+    """
+    options = run.options
+    if options["distill"] == "none":
+        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
+    _check_same(run, "dataset_sha256", dataset.fingerprint())
+    if not options["clip_tn"]:
+        _check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
+        backbone, resolution = load_cnn(options["path_t"], len(dataset.classes), Needs())
+        head = _restore_head(run, state, backbone.num_features)
+        return CnnTeacher(backbone, head, amp="off", resolution=resolution)
+    same_device = device == options["device"]
+    amp = options["amp"] if same_device else "off"
+    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution"))
+    _check_same(run, "clip_sha256", encoder.sha256)
+    # The bank's test split is enough; one that was built on another device is of another precision.
+    views = min(options["teacher_views"], 1) if same_device else 0
+    embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
+    return ClipTeacher(embed, _restore_head(run, state, encoder.dim), dim=encoder.dim)
+
+
+def _check_same(run: StoredRun, name: str, value: str) -> None:
+    if run.options[name] != value:
+        raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
+
+
+def _restore_head(run: StoredRun, state: dict, dim: int) -> TeacNet | None:
+    """The teacher's head in a student's file, where it has one."""
+    if "teacher_layer" not in state:
+        return None
+    layer = state["teacher_layer"]
+    try:
+        head = TeacNet(dim, *layer["cl_Net.weight"].shape[::-1])
+        head.load_state_dict(layer)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{run.folder}: its student's file does not fit its options.json") from error
+    return head
 
 
 def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
