@@ -2,10 +2,9 @@
 
 import time
 
-from dataset import load_dataset
 from distiller_zoo import METHODS
 from helper import distributed, pretrain, training
-from helper.data import build_loaders
+from helper.data import build_loaders, open_dataset
 from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.objective import build_objective
@@ -28,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             run.print_result()
             return
-        dataset = load_dataset(opt.dataset, opt.data_dir)
+        dataset = open_dataset(vars(opt))
         opt = resolve(opt, run.recorded, len(dataset.train))
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)

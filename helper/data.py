@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset
+from dataset import ImageDataset, load_dataset
 from dataset.loader import Loader, holdout_rows, keep_labels
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
 from distiller_zoo import METHODS
@@ -42,6 +42,19 @@ class Loaders:
     def image_facts(self) -> dict:
         """What a user of the student has to know about its images: a student's file says so."""
         return {"classes": self.classes, "image_size": self.image_size, "normalization": self.test.normalization}
+
+
+def open_dataset(options: dict) -> ImageDataset:
+    """The data set of a run, without the classes that the run leaves out.
+
+    Args:
+        options: of the run; what began before ``leave_out`` was recorded left nothing out.
+
+    Raises:
+        ValueError, OSError: see ``load_dataset`` and ``ImageDataset.without``.
+    """
+    dataset = load_dataset(options["dataset"], options["data_dir"])
+    return dataset.without(options["leave_out"]) if options.get("leave_out") else dataset
 
 
 def check_labels(opt, share: float) -> None:

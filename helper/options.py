@@ -13,6 +13,7 @@ from .parser import (
     ListMethods,
     Parser,
     epoch_list,
+    names_file,
     network,
     number,
     positive,
@@ -77,11 +78,12 @@ def add_run_options(
     return group
 
 
-def add_data_options(parser: Parser) -> None:
+def add_data_options(parser: Parser) -> argparse._ArgumentGroup:
     """The data set and where it lies."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
     group.add_argument("--data_dir", default="./data", help="folder of the data sets")
+    return group
 
 
 def add_label_options(parser: Parser, what: str, low: float | None = None) -> None:
@@ -237,7 +239,13 @@ def student_parser() -> Parser:
         "a CNN they always do",
     )
 
-    add_data_options(parser)
+    add_data_options(parser).add_argument(
+        "--leave_out",
+        type=names_file,
+        metavar="FILE",
+        help="do without the images of the classes that are named in this file, one a line: what a student makes of "
+        "classes that it has never seen, evaluate.py --zero_shot tells",
+    )
     add_label_options(parser, "from the others the student learns by distillation alone")
     parser.add_argument_group("selection").add_argument(
         "--holdout",
@@ -387,6 +395,54 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     return opt
 
 
+def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check evaluate.py's options."""
+    parser = Parser("What a finished student knows, beside its teacher. Without a question: accuracy and agreement.")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a finished run, or a file of weights: RepDistiller's, ours")
+    add("--checkpoint", default="best", metavar="best|last|PATH", help="which of a run's files")
+    add("--no_teacher", action="store_true", help="ask the student alone")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=tuple(DATASETS), help="with the same classes; if unset, the run's own")
+    group.add_argument("--data_dir", help="folder of the data sets; if unset, the run's own")
+    group = parser.add_argument_group("questions")
+    what = "transfer: a linear probe and nearest neighbours on frozen features of this data set"
+    group.add_argument("--probe", choices=tuple(DATASETS), help=what)
+    group.add_argument("--probe_dir", help="its folder; if unset, --data_dir, or ./data")
+    what = "classify by the classes' names; of a student of --joint teacher, with a CLIP that understands texts"
+    group.add_argument("--zero_shot", action="store_true", help=what)
+    what = "zero-shot: the names to choose from, one a line; if unset, the data set's classes"
+    group.add_argument("--labels", type=names_file, metavar="FILE", help=what)
+    what = "accuracy on the corrupted images in CIFAR-100-C/ (or CIFAR-10-C/) under --data_dir"
+    group.add_argument("--corruptions", action="store_true", help=what)
+    group = parser.add_argument_group("search")
+    group.add_argument("--search", metavar="TEXT", help="rank images by a text")
+    group.add_argument("--search_image", metavar="FILE", help="rank images by an image, with any student")
+    group.add_argument("--images", metavar="DIR", help="the folder that is searched, with all folders in it")
+    group.add_argument("--top", type=positive_int, default=20, help="images on the contact sheet")
+    group.add_argument("--out", metavar="PNG", help="the contact sheet; if unset, RUN/search_TEXT.png")
+    group.add_argument("--force", action="store_true", help="overwrite it, and the scores beside it")
+    opt = parser.parse_args(argv)
+
+    opt.zero_shot = opt.zero_shot or opt.labels is not None
+    opt.probe_dir = opt.probe_dir or opt.data_dir or "./data"
+    opt.searches = opt.search is not None or opt.search_image is not None
+    if opt.search is not None and opt.search_image is not None:
+        parser.error("--search and --search_image both say what to search for; leave one of them out")
+    if opt.searches and opt.images is None:
+        parser.error("--search needs --images, the folder that is searched")
+    if opt.search is not None and not opt.search.strip():
+        parser.error("--search: the text is empty")
+    if not opt.searches and (opt.images is not None or opt.out is not None):
+        parser.error("--images and --out belong to a search: say for what, --search TEXT or --search_image FILE")
+    if opt.searches and (len(opt.runs) > 1 or opt.probe or opt.zero_shot or opt.corruptions):
+        parser.error("a search is done by one RUN, and alone: leave the others out")
+    if len(opt.runs) > 1 and opt.checkpoint not in ("best", "last"):
+        parser.error(f"--checkpoint {opt.checkpoint} is a file of one RUN, not of {len(opt.runs)}")
+    return opt
+
+
 def sized_name(model: str, resolution: int | None) -> str:
     """A student's or a CNN's name in names of runs and files, with the size of its input where it is enlarged."""
     short = parse_name(model).short
@@ -406,7 +462,9 @@ def _optimizer_name(opt: argparse.Namespace) -> str:
 
 def _data_name(opt: argparse.Namespace) -> str:
     """The part of a run's name that tells what it learns from."""
-    return opt.dataset if opt.labels == 1 else f"{opt.dataset}_labels{opt.labels:g}"
+    left_out = f"_without{len(opt.leave_out)}" if getattr(opt, "leave_out", None) else ""
+    labels = f"_labels{opt.labels:g}" if opt.labels < 1 else ""
+    return f"{opt.dataset}{left_out}{labels}"
 
 
 def teacher_run_name(opt: argparse.Namespace) -> str:

@@ -17,10 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataset import load_dataset
 from dataset.loader import Loader
 from distiller_zoo.EGA import standardize
 
+from .data import open_dataset
 from .parser import Parser
 from .report import StoredRun, read_run, run_labels
 from .student import model_path, open_student
@@ -93,9 +93,9 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     """
     options = run.options
     device = options["device"] if torch.cuda.is_available() else "cpu"
-    dataset = load_dataset(options["dataset"], options["data_dir"])
+    dataset = open_dataset(options)
     student = open_student(run)
-    teacher = open_teacher(run, student.state, dataset, device).to(device)
+    teacher = open_teacher(run, student.state, dataset, device)
 
     rows = graph_rows(dataset.test.targets, num_classes, per_class)
     common = {"rows": rows, "normalization": student.normalization}

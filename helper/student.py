@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor, v2
 
-from dataset import load_dataset
 from distiller_zoo import Needs
 from models import create_classifier, create_student
 from models.heads import Classifier, Student, check_image_size
@@ -18,7 +17,7 @@ from models.library import load_into, synchronize_norms
 from models.weights import read_state, sha256_of
 
 from . import checkpoint
-from .data import normalization_of
+from .data import normalization_of, open_dataset
 from .options import sized_name
 from .report import StoredRun, read_run
 from .teacher import ClipTeacher, CnnTeacher
@@ -154,7 +153,7 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
     if "classes" in state:
         classes, size, normalization = state["classes"], state["image_size"], state["normalization"]
     else:
-        dataset = load_dataset(run.options["dataset"], run.options["data_dir"])
+        dataset = open_dataset(run.options)
         classes, size = dataset.classes, dataset.test.images.shape[-1]
         normalization = normalization_of(run.options)
     try:
