@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         name, stem = student_run_name(opt), sized_name(opt.model_s, opt.student_resolution)
         run = Run(opt, "student_model", "student_tensorboards", name, stem)
         if run.finished:
-            run.print_result()
+            print_result(run)
             return
         dataset = open_dataset(vars(opt))
         opt = resolve(opt, run.recorded, len(dataset.train))
@@ -59,7 +59,13 @@ def main(argv: list[str] | None = None) -> None:
             run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, facts), opt.save_freq)
 
     run.finish(model_file(student, teacher, run.options, facts))
+    print_result(run)
+
+
+def print_result(run: Run) -> None:
     run.print_result()
+    print(f"evaluate it: python evaluate.py {run.folder}")
+    print(f"export it:   python export.py {run.folder} --format onnx")
 
 
 if __name__ == "__main__":

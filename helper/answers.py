@@ -105,7 +105,7 @@ def table(section: str, dataset: str, subjects: list[Subject], results: list[dic
     rows = []
     for group, label in zip(groups, run_labels([group[0] for group in groups], ("seed", "trial")), strict=True):
         options = group[0].options
-        names = {"student": f"{options['model_s']}: {label}", "teacher": f"teacher: {options['model_t']}"}
+        names = {"student": f"{options['model_s']}: {label}", "teacher": f"teacher: {options.get('model_t')}"}
         for side, name in names.items():
             values = [found[id(run)].get(side) for run in group]
             if None not in values:

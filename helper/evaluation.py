@@ -12,7 +12,7 @@ from . import measures
 from .answers import write_confusion
 from .bank import OnTheFly
 from .loops import scores
-from .subjects import Predictions, Subject, class_targets
+from .subjects import Predictions, Subject, class_numbers
 from .teacher import ClipTeacher
 from .util import AverageMeter, accuracy, predicted_class
 
@@ -30,11 +30,12 @@ class Accuracy:
 
     def check(self, subject: Subject) -> None:
         """Raise a ValueError where the data set has other classes."""
-        class_targets(subject)
+        class_numbers(subject)
 
     def __call__(self, subject: Subject) -> dict[str, dict]:
         """'accuracy' by 'student' and 'teacher'; where there are both, the student's 'agreement'."""
-        targets, loader = class_targets(subject), subject.loader(subject.dataset.test)
+        test = subject.dataset.test
+        targets, loader = class_numbers(subject)[test.targets], subject.loader(test)
         networks = subject.networks()
         seen = {side: subject.predict(network, loader) for side, network in networks.items()}
         logits = {side: out.logits for side, out in seen.items() if out.logits is not None}
@@ -111,7 +112,7 @@ class Corruptions:
     def check(self, subject: Subject) -> None:
         """Raise a ValueError where there are no such files, or not of the student's classes."""
         self.folder(subject)
-        class_targets(subject)
+        class_numbers(subject)
 
     def folder(self, subject: Subject) -> Path:
         """Where the files of a subject's data set are.
@@ -131,7 +132,7 @@ class Corruptions:
     def __call__(self, subject: Subject) -> dict[str, dict]:
         """'corruptions' by 'student' and 'teacher'."""
         folder = self.folder(subject)
-        labels = torch.from_numpy(np.load(folder / "labels.npy").astype(np.int64))
+        labels = class_numbers(subject)[torch.from_numpy(np.load(folder / "labels.npy").astype(np.int64))]
         files = sorted(path for path in folder.glob("*.npy") if path.stem != "labels")
         count = len(labels) // _SEVERITIES
         networks = subject.networks(own=False)

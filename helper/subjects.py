@@ -182,8 +182,8 @@ def _open_file(path: Path, dataset_of: Callable[[dict], ImageDataset]) -> tuple[
     return TrainedStudent(run, path, state, network, classes, size, normalization_of(options)), dataset
 
 
-def class_targets(subject: Subject) -> Tensor:
-    """The test split's targets as the student counts its classes.
+def class_numbers(subject: Subject) -> Tensor:
+    """What each class of the data set, in its order, is to the student: the place of its logit.
 
     Raises:
         ValueError: the data set has other classes.
@@ -197,7 +197,7 @@ def class_targets(subject: Subject) -> Tensor:
             f"{subject.dataset.name} has other classes than {subject.where} was trained on: {' and '.join(parts)}; "
             "use --probe, or --zero_shot where the student understands texts"
         )
-    return torch.tensor([known.index(name) for name in asked])[subject.dataset.test.targets]
+    return torch.tensor([known.index(name) for name in asked])
 
 
 def listed(names: list[str], few: int = 5) -> str:
