@@ -171,23 +171,43 @@ def open_teacher(run: StoredRun, state: dict, dataset: ImageDataset, device: str
         ValueError: the run has no teacher, or its teacher or data set are others by now.
         OSError: the teacher's weights are missing.
     """
+    _check_same(run, "dataset_sha256", dataset.fingerprint())
+    same_device = device == run.options["device"]
+    amp = run.options["amp"] if same_device else "off"
+    network, head = open_teacher_network(run, state, len(dataset.classes), device, amp)
+    if not isinstance(network, FrozenEncoder):
+        return CnnTeacher(network.backbone, head, amp="off", resolution=network.resolution)
+    # The bank's test split is enough; one that was built on another device is of another precision.
+    views = min(run.options["teacher_views"], 1) if same_device else 0
+    embed = open_embeddings(dataset, network, views, str(run.folder.parents[1]), device, amp)
+    return ClipTeacher(embed, head, dim=network.dim)
+
+
+def open_teacher_network(
+    run: StoredRun, state: dict, num_classes: int, device: str = "cpu", amp: str = "off"
+) -> tuple[FrozenEncoder | Classifier, TeacNet | None]:
+    """A finished run's frozen encoder, or its CNN; and the head on it, where it had one.
+
+    Args:
+        state: see ``open_teacher``.
+        num_classes: number of classes.
+        device, amp: what an encoder is made for.
+
+    Raises:
+        ValueError, OSError: see ``open_teacher``.
+    """
     options = run.options
     if options["distill"] == "none":
         raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
-    _check_same(run, "dataset_sha256", dataset.fingerprint())
-    if not options["clip_tn"]:
-        _check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
-        backbone, resolution = load_cnn(options["path_t"], len(dataset.classes), Needs())
-        head = _restore_head(run, state, backbone.num_features)
-        return CnnTeacher(backbone, head, amp="off", resolution=resolution)
-    same_device = device == options["device"]
-    amp = options["amp"] if same_device else "off"
-    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution"))
-    _check_same(run, "clip_sha256", encoder.sha256)
-    # The bank's test split is enough; one that was built on another device is of another precision.
-    views = min(options["teacher_views"], 1) if same_device else 0
-    embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
-    return ClipTeacher(embed, _restore_head(run, state, encoder.dim), dim=encoder.dim)
+    if options["clip_tn"]:
+        network = load_encoder(
+            options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution")
+        )
+        _check_same(run, "clip_sha256", network.sha256)
+        return network, _restore_head(run, state, network.dim)
+    backbone, resolution = load_cnn(options["path_t"], num_classes, Needs())
+    _check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
+    return Classifier(backbone, resolution=resolution).eval(), _restore_head(run, state, backbone.num_features)
 
 
 def _check_same(run: StoredRun, name: str, value: str) -> None:
