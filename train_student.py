@@ -4,7 +4,7 @@ import time
 
 from distiller_zoo import METHODS
 from helper import distributed, pretrain, training
-from helper.data import build_loaders, open_dataset
+from helper.data import build_loaders, load_data
 from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.objective import build_objective
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             print_result(run)
             return
-        dataset = open_dataset(vars(opt))
+        dataset = load_data(vars(opt))
         opt = resolve(opt, run.recorded, len(dataset.train))
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)

@@ -44,7 +44,7 @@ class Loaders:
         return {"classes": self.classes, "image_size": self.image_size, "normalization": self.test.normalization}
 
 
-def open_dataset(options: dict) -> ImageDataset:
+def load_data(options: dict) -> ImageDataset:
     """The data set of a run, without the classes that the run leaves out.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dataset.loader import Loader
 from distiller_zoo.EGA import standardize
 
-from .data import open_dataset
+from .data import load_data
 from .parser import Parser
 from .report import StoredRun, read_run, run_labels
 from .student import model_path, open_student
@@ -93,7 +93,7 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     """
     options = run.options
     device = options["device"] if torch.cuda.is_available() else "cpu"
-    dataset = open_dataset(options)
+    dataset = load_data(options)
     student = open_student(run)
     teacher = open_teacher(run, student.state, dataset, device)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor, v2
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, PILToTensor, Resize, ToTensor, v2
 
+from dataset import ImageDataset
 from distiller_zoo import Needs
 from models import create_classifier, create_student
 from models.heads import Classifier, Student, check_image_size
@@ -17,7 +18,7 @@ from models.library import load_into, synchronize_norms
 from models.weights import read_state, sha256_of
 
 from . import checkpoint
-from .data import normalization_of, open_dataset
+from .data import load_data, normalization_of
 from .options import sized_name
 from .report import StoredRun, read_run
 from .teacher import ClipTeacher, CnnTeacher
@@ -68,10 +69,14 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
     sized = {"resolution": options.get("student_resolution")}
     # The weights know the joint space's width, which is the teacher's own or what the options say.
     dim = len(state["layer"]["fit_dim_Net.weight"]) if state["layer"] else None
+    name, began_from_file, _ = options["model_s"].partition("=")  # that file need not be there any more
     if options.get("clip_tn", 1):
-        student = create_student(options["model_s"], dim, num_classes, **sized)
+        student = create_student(name, dim, num_classes, **sized)
     else:
-        student = create_classifier(options["model_s"], num_classes, dim, **sized)
+        student = create_classifier(name, num_classes, dim, **sized)
+    net = getattr(student.backbone, "net", None)
+    if hasattr(net, "transform_input"):  # torchvision's Inceptions normalise otherwise from published weights
+        net.transform_input = bool(began_from_file or options.get("pretrained_s"))
     student.backbone.load_state_dict(state["model"])
     student.head.load_state_dict(state["layer"])
     return student.eval()
@@ -153,7 +158,7 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
     if "classes" in state:
         classes, size, normalization = state["classes"], state["image_size"], state["normalization"]
     else:
-        dataset = open_dataset(run.options)
+        dataset = load_data(run.options)
         classes, size = dataset.classes, dataset.test.images.shape[-1]
         normalization = normalization_of(run.options)
     try:
@@ -161,6 +166,22 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
     except (KeyError, RuntimeError) as error:
         raise ValueError(other) from error
     return TrainedStudent(run, path, state, network, classes, size, normalization)
+
+
+def open_dataset(run: StoredRun, data_dir: str | None = None) -> ImageDataset:
+    """The data set of a run.
+
+    Args:
+        data_dir: where it is, if not where the run had it.
+
+    Raises:
+        ValueError: it is another by now.
+        OSError: it is not there.
+    """
+    dataset = load_data(run.options | ({} if data_dir is None else {"data_dir": data_dir}))
+    if dataset.fingerprint() != run.options["dataset_sha256"]:
+        raise ValueError(f"the run in {run.folder} was trained with another dataset than is there now")
+    return dataset
 
 
 class Predictor(nn.Module):
@@ -180,11 +201,18 @@ class Predictor(nn.Module):
         return self.student(image).embedding
 
 
-def image_transform(size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> Compose:
-    """From a PIL image to the tensor (3, size, size) that a student takes: what its run's test pass sees."""
-    resize = [Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)]
+def image_transform(size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None) -> Compose:
+    """From a PIL image to the tensor (3, size, size) that a student takes: what its run's test pass sees.
+
+    Args:
+        size: height and width in pixels.
+        normalization: mean and std of each channel; None for 8-bit pixels.
+    """
+    resize = [v2.RGB(), Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)]
+    if normalization is None:
+        return Compose([*resize, PILToTensor()])
     # Not v2's conversion, which multiplies by 1 / 255 and rounds otherwise than a division.
-    return Compose([v2.RGB(), *resize, ToTensor(), Normalize(*normalization)])
+    return Compose([*resize, ToTensor(), Normalize(*normalization)])
 
 
 def load_student(run: StoredRun | str | Path, which: str = "best") -> tuple[Predictor, Compose, list[str]]:

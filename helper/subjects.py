@@ -14,7 +14,7 @@ from distiller_zoo import Needs
 from models.heads import Classifier, Student
 
 from . import checkpoint
-from .data import EVAL_BATCH_SIZE, normalization_of, open_dataset
+from .data import EVAL_BATCH_SIZE, load_data, normalization_of
 from .report import StoredRun
 from .runtime import autocast
 from .student import TrainedStudent, open_student, restore_student
@@ -134,7 +134,7 @@ def open_subjects(paths: Sequence[str], opt, device: str) -> list[Subject]:
             wanted["data_dir"] = opt.data_dir
         key = (wanted["dataset"], wanted["data_dir"], tuple(wanted["leave_out"] or ()))
         if key not in loaded:
-            loaded[key] = open_dataset(wanted)
+            loaded[key] = load_data(wanted)
         return loaded[key]
 
     return [_open_subject(Path(path), opt, device, dataset_of) for path in paths]

@@ -180,25 +180,46 @@ def open_teacher(
         ValueError: the run has no teacher, or its teacher or data set are others by now.
         OSError: the teacher's weights are missing.
     """
-    options, own = run.options, num_classes is None
-    if options["distill"] == "none":
-        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
+    own = num_classes is None
     if own:
         check_same(run, "dataset_sha256", dataset.fingerprint())
-    same_device = device == options["device"]
-    amp = options["amp"] if same_device else "off"
-    if not options["clip_tn"]:
-        check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
-        backbone, resolution = load_cnn(options["path_t"], num_classes or len(dataset.classes), Needs())
-        head = _restore_head(run, state, backbone.num_features)
-        teacher = CnnTeacher(backbone, head, amp=amp, resolution=resolution)
+    same_device = device == run.options["device"]
+    amp = run.options["amp"] if same_device else "off"
+    network, head = open_teacher_network(run, state, num_classes or len(dataset.classes), device, amp)
+    if not isinstance(network, FrozenEncoder):
+        teacher = CnnTeacher(network.backbone, head, amp=amp, resolution=network.resolution)
         return teacher.to(device, memory_format=torch.channels_last)
-    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution"))
-    check_same(run, "clip_sha256", encoder.sha256)
     # The bank's test split is enough; one that was built on another device is of another precision.
-    views = min(options["teacher_views"], 1) if own and same_device else int(encode_once)
-    embed = open_embeddings(dataset, encoder, views, str(run.folder.absolute().parents[1]), device, amp)
-    return ClipTeacher(embed, _restore_head(run, state, encoder.dim), dim=encoder.dim).to(device)
+    views = min(run.options["teacher_views"], 1) if own and same_device else int(encode_once)
+    embed = open_embeddings(dataset, network, views, str(run.folder.absolute().parents[1]), device, amp)
+    return ClipTeacher(embed, head, dim=network.dim).to(device)
+
+
+def open_teacher_network(
+    run: StoredRun, state: dict, num_classes: int, device: str = "cpu", amp: str = "off"
+) -> tuple[FrozenEncoder | Classifier, TeacNet | None]:
+    """A finished run's frozen encoder, or its CNN; and the head on it, where it had one.
+
+    Args:
+        state: see ``open_teacher``.
+        num_classes: number of classes.
+        device, amp: what an encoder is made for.
+
+    Raises:
+        ValueError, OSError: see ``open_teacher``.
+    """
+    options = run.options
+    if options["distill"] == "none":
+        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
+    if options["clip_tn"]:
+        network = load_encoder(
+            options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution")
+        )
+        check_same(run, "clip_sha256", network.sha256)
+        return network, _restore_head(run, state, network.dim)
+    backbone, resolution = load_cnn(options["path_t"], num_classes, Needs())
+    check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
+    return Classifier(backbone, resolution=resolution).eval(), _restore_head(run, state, backbone.num_features)
 
 
 def check_same(run: StoredRun, name: str, value: str) -> None:
