@@ -6,7 +6,7 @@ from helper.options import parse_evaluate_options
 from helper.probe import Transfer
 from helper.runtime import resolve_device
 from helper.search import search
-from helper.subjects import open_subjects
+from helper.subjects import open_subjects, save_dir
 from helper.util import exit_on_bad_input
 from helper.zero_shot import ZeroShot
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
             return
 
         subjects = open_subjects(opt.runs, opt, device)
-        questions = [Transfer(opt.probe, opt.probe_dir)] if opt.probe is not None else []
+        questions = [Transfer(opt, save_dir(subjects[0].run))] if opt.probe is not None else []
         questions += [ZeroShot(opt.labels)] if opt.zero_shot else []
         questions += [Corruptions(opt.data_dir)] if opt.corruptions else []
         questions = questions or [Accuracy()]

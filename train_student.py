@@ -4,7 +4,7 @@ import time
 
 from distiller_zoo import METHODS
 from helper import distributed, pretrain, training
-from helper.data import build_loaders, load_data
+from helper.data import build_loaders, open_dataset
 from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.objective import build_objective
@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             print_result(run)
             return
-        dataset = load_data(vars(opt))
-        opt = resolve(opt, run.recorded, len(dataset.train))
+        dataset = open_dataset(vars(opt))
+        opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
-        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {opt.dataset}, {len(loaders.train)} steps of "
+        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {dataset.name}, {len(loaders.train)} steps of "
         f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
     with exit_on_non_finite_loss("train_student.py"):

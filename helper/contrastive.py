@@ -9,8 +9,8 @@ from clip.model import CLIP
 from torch import Tensor
 
 from dataset import Split
-from dataset.loader import Batch, Loader
-from dataset.views import CLIP_NORMALIZATION, crop_resize_flip, normalize
+from dataset.loader import Batch, Loader, on_device
+from dataset.views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
 from models.clip_teacher import tokenize
 from models.encoders import TextEncoder
 
@@ -76,16 +76,19 @@ class Images:
     Args:
         split: the images that the loader's rows refer to.
         resolution: height and width of the result, in pixels.
-        device: where the images are kept, as one tensor.
+        device: where the pixels are made, and the images kept where they fit.
+        views: of the data set.
     """
 
-    def __init__(self, split: Split, resolution: int, device: torch.device):
-        self.images = split.images.to(device)
+    def __init__(self, split: Split, resolution: int, device: torch.device, views: Views = CIFAR_VIEWS):
+        self.images = on_device(split.images, device)
         self.resolution = resolution
+        self.views = views
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B, 3, resolution, resolution) float32, normalised as CLIP's inputs are."""
-        pixels = crop_resize_flip(self.images[batch.index], batch.teacher_view, self.resolution)
+        stored = self.images[batch.index.to(self.images.device)].to(batch.index.device)
+        pixels = self.views.teacher(stored, batch.index, batch.teacher_view, self.resolution)
         return normalize(pixels, CLIP_NORMALIZATION)
 
 

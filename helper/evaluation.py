@@ -35,7 +35,7 @@ class Accuracy:
     def __call__(self, subject: Subject) -> dict[str, dict]:
         """'accuracy' by 'student' and 'teacher'; where there are both, the student's 'agreement'."""
         test = subject.dataset.test
-        targets, loader = class_numbers(subject)[test.targets], subject.loader(test)
+        targets, loader = class_numbers(subject)[test.targets], subject.loader(test, subject.dataset.views)
         networks = subject.networks()
         seen = {side: subject.predict(network, loader) for side, network in networks.items()}
         logits = {side: out.logits for side, out in seen.items() if out.logits is not None}
@@ -143,7 +143,7 @@ class Corruptions:
                 rows = slice(severity * count, (severity + 1) * count)
                 images = torch.from_numpy(stored[rows].transpose(0, 3, 1, 2).copy())
                 split = Split(images, labels[rows])
-                loader = subject.loader(split)
+                loader = subject.loader(split, subject.dataset.views)
                 for side, network in networks.items():
                     if isinstance(network, ClipTeacher):
                         corrupted = ImageDataset(path.stem, subject.dataset.classes, split, split)

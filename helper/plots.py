@@ -20,7 +20,7 @@ from torch import Tensor
 from dataset.loader import Loader
 from distiller_zoo.EGA import standardize
 
-from .data import load_data
+from .data import open_dataset
 from .parser import Parser
 from .report import StoredRun, read_run, run_labels
 from .student import model_path, open_student
@@ -93,12 +93,12 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     """
     options = run.options
     device = options["device"] if torch.cuda.is_available() else "cpu"
-    dataset = load_data(options)
+    dataset = open_dataset(options | {"save_dir": str(run.folder.absolute().parents[1])})
     student = open_student(run)
     teacher = open_teacher(run, student.state, dataset, device)
 
     rows = graph_rows(dataset.test.targets, num_classes, per_class)
-    common = {"rows": rows, "normalization": student.normalization}
+    common = {"rows": rows, "views": dataset.views, "normalization": student.normalization}
     loader = Loader(dataset.test, "test", len(rows), torch.device(device), **common)
     (batch,) = loader.epoch()
     outputs = (teacher("test", batch), student.network.to(device)(batch.image))

@@ -1,10 +1,12 @@
 """What frozen features are worth on another data set: a linear probe and nearest neighbours."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import ImageDataset, Split, load_dataset
+from dataset import Split, load_dataset
 from dataset.loader import Loader, holdout_rows
 
 from .subjects import Subject
@@ -120,18 +122,21 @@ class Transfer:
     A teacher that several runs share is encoded and asked once.
 
     Args:
-        name, data_dir: of the data set; its images without a label are left out.
+        opt: ``probe``, the data set, whose images without a label are left out; ``probe_dir`` and ``image_size``.
+        save_dir: the folder of all results, where image files that are decoded go.
 
     Raises:
         ValueError, OSError: see ``load_dataset``.
     """
 
-    def __init__(self, name: str, data_dir: str):
-        full = load_dataset(name, data_dir)
+    def __init__(self, opt, save_dir: str):
+        size = opt.image_size if opt.probe == "folder" else None
+        full = load_dataset(opt.probe, opt.probe_dir, image_size=size, save_dir=save_dir)
         train, test = (_labelled(split) for split in (full.train, full.test))
         if not len(train) or not len(test):
-            raise ValueError(f"--probe {name} needs labels in its training and in its test split")
-        self.dataset = ImageDataset(name, full.classes, train, test)
+            raise ValueError(f"--probe {opt.probe} needs labels in its training and in its test split")
+        whole = len(train) == len(full.train) and len(test) == len(full.test)
+        self.dataset = full if whole else dataclasses.replace(full, train=train, test=test, sha256=None)
         self._teachers: dict[tuple, dict] = {}
 
     def data(self, subject: Subject) -> str:
@@ -144,7 +149,7 @@ class Transfer:
     def __call__(self, subject: Subject) -> dict[str, dict]:
         """'transfer' by 'student' and 'teacher'."""
         results, options = {}, subject.run.options
-        loaders = [subject.loader(split, name) for name, split in self._splits()]
+        loaders = [subject.loader(split, self.dataset.views, name) for name, split in self._splits()]
         if subject.trained.network is not None:
             results["student"] = self._ask(subject, subject.trained.network, loaders)
         if subject.has_teacher:

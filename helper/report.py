@@ -33,7 +33,7 @@ _PAPER_CURVES = {"alone": "about 72.1", "edge": "about 75.0", "node": "about 74.
 
 # Options that say nothing about how two runs of one method differ.
 _SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "save_steps", "device", "teacher_acc"}
-_SAME |= {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
+_SAME |= {"max_bad_images"} | {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from models.heads import Classifier, Student, check_image_size
 from models.library import load_into, synchronize_norms
 from models.weights import read_state, sha256_of
 
-from . import checkpoint
-from .data import load_data, normalization_of
+from . import checkpoint, data
+from .data import normalization_of
 from .options import sized_name
 from .report import StoredRun, read_run
 from .teacher import ClipTeacher, CnnTeacher
@@ -158,8 +158,8 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
     if "classes" in state:
         classes, size, normalization = state["classes"], state["image_size"], state["normalization"]
     else:
-        dataset = load_data(run.options)
-        classes, size = dataset.classes, dataset.test.images.shape[-1]
+        dataset = data.open_dataset(run.options)
+        classes, size = dataset.classes, dataset.views.size
         normalization = normalization_of(run.options)
     try:
         network = restore_student(run.options, state, len(classes))
@@ -178,7 +178,7 @@ def open_dataset(run: StoredRun, data_dir: str | None = None) -> ImageDataset:
         ValueError: it is another by now.
         OSError: it is not there.
     """
-    dataset = load_data(run.options | ({} if data_dir is None else {"data_dir": data_dir}))
+    dataset = data.open_dataset(run.options | ({} if data_dir is None else {"data_dir": data_dir}))
     if dataset.fingerprint() != run.options["dataset_sha256"]:
         raise ValueError(f"the run in {run.folder} was trained with another dataset than is there now")
     return dataset

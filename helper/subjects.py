@@ -1,5 +1,6 @@
 """Who is evaluated: a finished run's student and teacher, or the network in a file of weights."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ from torch import Tensor
 
 from dataset import ImageDataset, Split
 from dataset.loader import Loader
-from dataset.views import resize
+from dataset.views import Views, resize
 from distiller_zoo import Needs
 from models.heads import Classifier, Student
 
 from . import checkpoint
-from .data import EVAL_BATCH_SIZE, load_data, normalization_of
+from .data import eval_batch_size, normalization_of, open_dataset
 from .report import StoredRun
 from .runtime import autocast
 from .student import TrainedStudent, open_student, restore_student
@@ -62,14 +63,15 @@ class Subject:
         found = {} if self.trained.network is None else {"student": self.trained.network}
         return found | ({"teacher": self.teacher(self.dataset, own and self.own)} if self.has_teacher else {})
 
-    def loader(self, split: Split, name: str = "test") -> Loader:
-        """Batches of a split, as the run's test pass saw them, at the size that the student takes."""
-        images = _resized(split.images, self.trained.image_size)
+    def loader(self, split: Split, views: Views, name: str = "test") -> Loader:
+        """Batches of a split's test views, as the run's test pass saw them: at the size that the student takes."""
+        size = self.trained.image_size
         return Loader(
-            Split(images, split.targets),
+            split,
             name,
-            EVAL_BATCH_SIZE[self.device],
+            eval_batch_size(self.device, size),
             torch.device(self.device),
+            views=views if views.size == size else SeenAt(views, size),
             normalization=self.trained.normalization,
         )
 
@@ -108,10 +110,24 @@ def predict(network: Student | Classifier | ClipTeacher | CnnTeacher, loader: Lo
     return Predictions(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    return torch.cat([resize(part, size) for part in images.split(1000)])
+@dataclass(frozen=True)
+class SeenAt:
+    """The views of a data set, which a student sees at another size: the one that it was trained for."""
+
+    views: Views
+    size: int
+
+    def __getattr__(self, name: str):
+        return getattr(self.views, name)
+
+    def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        """See ``CropViews``."""
+        return resize(self.views.student(images, index, view), self.size)
+
+
+def save_dir(run: StoredRun) -> str:
+    """The folder of all results that a run is in, SAVE of SAVE/student_model/NAME; of a file alone, ./save."""
+    return str(run.folder.absolute().parents[1]) if run.history else "./save"
 
 
 def open_subjects(paths: Sequence[str], opt, device: str) -> list[Subject]:
@@ -119,34 +135,37 @@ def open_subjects(paths: Sequence[str], opt, device: str) -> list[Subject]:
 
     Args:
         paths: folders of finished runs, or files of weights.
-        opt: ``checkpoint``, ``dataset``, ``data_dir`` and ``no_teacher``.
+        opt: ``checkpoint``, ``dataset``, ``data_dir``, ``image_size`` and ``no_teacher``.
 
     Raises:
         ValueError, OSError: neither, or its weights or its data set are not there or not what they were.
     """
-    loaded: dict[tuple, ImageDataset] = {}
+    loaded: dict[str, ImageDataset] = {}
 
-    def dataset_of(options: dict) -> ImageDataset:
-        wanted = {"dataset": "cifar100", "data_dir": "./data", "leave_out": None} | options
+    def dataset_of(options: dict, save_dir: str) -> ImageDataset:
+        recorded = ("dataset", "data_dir", "image_size", "max_bad_images", "holdout", "leave_out")
+        wanted = {"dataset": "cifar100", "data_dir": "./data"}
+        wanted |= {name: options[name] for name in recorded if name in options} | {"save_dir": save_dir}
         if opt.dataset is not None:
-            wanted |= {"dataset": opt.dataset, "leave_out": None}
+            wanted |= {"dataset": opt.dataset, "holdout": None, "leave_out": None}
+            wanted["image_size"] = opt.image_size if opt.dataset == "folder" else None
         if opt.data_dir is not None:
             wanted["data_dir"] = opt.data_dir
-        key = (wanted["dataset"], wanted["data_dir"], tuple(wanted["leave_out"] or ()))
+        key = json.dumps(wanted)
         if key not in loaded:
-            loaded[key] = load_data(wanted)
+            loaded[key] = open_dataset(wanted)
         return loaded[key]
 
     return [_open_subject(Path(path), opt, device, dataset_of) for path in paths]
 
 
-def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict], ImageDataset]) -> Subject:
+def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict, str], ImageDataset]) -> Subject:
     if path.is_file():
         trained, dataset = _open_file(path, dataset_of)
         has_teacher = trained.network is None
     else:
         trained = open_student(path, opt.checkpoint)
-        dataset = dataset_of(trained.run.options)
+        dataset = dataset_of(trained.run.options, save_dir(trained.run))
         has_teacher = trained.run.options["distill"] != "none" and not opt.no_teacher
     own = trained.run.options.get("dataset_sha256") == dataset.fingerprint()
     if trained.run.history and opt.dataset is None:
@@ -156,13 +175,13 @@ def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict], Ima
     return Subject(trained, has_teacher, dataset, own, device)
 
 
-def _open_file(path: Path, dataset_of: Callable[[dict], ImageDataset]) -> tuple[TrainedStudent, ImageDataset]:
+def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> tuple[TrainedStudent, ImageDataset]:
     """What a file holds, of ours, the release's or RepDistiller's: a student, a CNN, or a frozen encoder's head."""
     state = checkpoint.load(path)
     options = state["options"] if isinstance(state.get("options"), dict) else {}
-    dataset = dataset_of(options)
+    dataset = dataset_of(options, "./save")
     classes = state.get("classes", dataset.classes)
-    size = state.get("image_size", dataset.test.images.shape[-1])
+    size = state.get("image_size", dataset.views.size)
     network = None
     try:
         if "clip_sha256" in state:

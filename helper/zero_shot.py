@@ -84,7 +84,7 @@ class ZeroShot:
         targets = torch.tensor([place.get(name, -1) for name in dataset.classes])[dataset.test.targets]
         asked = targets >= 0
         unseen = torch.tensor([name not in subject.trained.classes for name in names])
-        loader, results = subject.loader(dataset.test), {}
+        loader, results = subject.loader(dataset.test, dataset.views), {}
         for side, network in subject.networks().items():
             embedding = subject.predict(network, loader).embedding[asked]
             similarity = F.normalize(embedding, dim=1) @ weights.T
