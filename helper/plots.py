@@ -17,21 +17,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataset import ImageDataset
 from dataset.loader import Loader
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
-from distiller_zoo import Needs
 from distiller_zoo.EGA import standardize
-from models.heads import Classifier, Student, TeacNet
-from models.weights import sha256_of
 
-from . import checkpoint
 from .data import open_dataset
-from .options import sized_name
 from .parser import Parser
 from .report import StoredRun, read_run, run_labels
-from .student import restore_student
-from .teacher import ClipTeacher, CnnTeacher, load_cnn, load_encoder, open_embeddings
+from .student import model_path, open_student
+from .teacher import open_teacher
 from .util import exit_on_bad_input
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the line style changes once they are used up.
@@ -87,43 +80,6 @@ def edge_matrix(embedding: Tensor) -> Tensor:
     return z @ z.T
 
 
-def _check_same(run: StoredRun, name: str, value: str) -> None:
-    if run.options[name] != value:
-        raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
-
-
-def _clip_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[ClipTeacher, Student]:
-    """A run's CLIP with its head, and its best student."""
-    options, num_classes = run.options, len(dataset.classes)
-    same_device = device == options["device"]
-    amp = options["amp"] if same_device else "off"
-    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution"))
-    _check_same(run, "clip_sha256", encoder.sha256)
-    # The bank's test split is enough; one that was built on another device is of another precision.
-    views = min(options["teacher_views"], 1) if same_device else 0
-    embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
-    head = None
-    if "teacher_layer" in state:
-        head = TeacNet(encoder.dim, options["feature_dim"], num_classes)
-        head.load_state_dict(state["teacher_layer"])
-    return ClipTeacher(embed, head, dim=encoder.dim), restore_student(options, state, num_classes)
-
-
-def _cnn_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[CnnTeacher, Classifier]:
-    """A run's CNN teacher and its best student, with their projections where the run had them."""
-    options, num_classes = run.options, len(dataset.classes)
-    _check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
-    (backbone, resolution), head = load_cnn(options["path_t"], num_classes, Needs()), None
-    if "teacher_layer" in state:
-        head = TeacNet(backbone.num_features, options["feature_dim"], num_classes)
-        head.load_state_dict(state["teacher_layer"])
-    return CnnTeacher(backbone, head, amp="off", resolution=resolution), restore_student(options, state, num_classes)
-
-
-def _best_model(run: StoredRun) -> Path:
-    return run.folder / f"{sized_name(run.options['model_s'], run.options.get('student_resolution'))}_best.pth"
-
-
 @torch.no_grad()
 def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12) -> Graphs:
     """The teacher's and the best student's edge matrices of some test samples.
@@ -136,28 +92,17 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
         OSError: data set or teacher are missing.
     """
     options = run.options
-    if options["distill"] == "none":
-        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
     device = options["device"] if torch.cuda.is_available() else "cpu"
-    dataset = open_dataset(options | {"save_dir": str(run.folder.parents[1])})
-    if not _best_model(run).is_file():
-        raise ValueError(f"{run.folder} holds no weights to draw the graphs of: {_best_model(run).name} is missing")
-    state = checkpoint.load(_best_model(run))
-    _check_same(run, "dataset_sha256", dataset.fingerprint())
-    networks, normalization = _clip_networks, CLIP_NORMALIZATION
-    if not options["clip_tn"]:
-        networks, normalization = _cnn_networks, CIFAR100_NORMALIZATION
-    try:
-        teacher, student = networks(run, dataset, state, device)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{run.folder}: its best model does not fit its options.json") from error
-    teacher.to(device)
-    student.to(device).eval()
+    dataset = open_dataset(options | {"save_dir": str(run.folder.absolute().parents[1])})
+    student = open_student(run)
+    teacher = open_teacher(run, student.state, dataset, device)
 
     rows = graph_rows(dataset.test.targets, num_classes, per_class)
-    loader = Loader(dataset.test, "test", len(rows), torch.device(device), rows=rows, normalization=normalization)
+    common = {"rows": rows, "views": dataset.views, "normalization": student.normalization}
+    loader = Loader(dataset.test, "test", len(rows), torch.device(device), **common)
     (batch,) = loader.epoch()
-    edges = (edge_matrix(out.embedding).cpu() for out in (teacher("test", batch), student(batch.image)))
+    outputs = (teacher("test", batch), student.network.to(device)(batch.image))
+    edges = (edge_matrix(out.embedding).cpu() for out in outputs)
     targets = dataset.test.targets[rows]
     classes = [dataset.classes[target] for target in targets.unique_consecutive()]
     return Graphs(*edges, rows, targets, classes)
@@ -189,7 +134,7 @@ def plot_runs(
     else:
         taught = [run for run in runs if run.options["distill"] != "none"]
         shown = next((run for run in taught if run.options["distill"] == "ega"), taught[0] if taught else None)
-    with_weights = shown is not None and (graph_of is not None or _best_model(shown).is_file())
+    with_weights = shown is not None and (graph_of is not None or model_path(shown).is_file())
     graphs = embedding_graphs(shown) if with_weights else None
 
     named = shown or runs[0]

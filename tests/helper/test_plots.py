@@ -6,10 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset
 import train_student
 import train_teacher
-from conftest import make_dataset
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
 from helper import plots
 from helper.plots import embedding_graphs, graph_rows, plot_runs
@@ -17,32 +15,6 @@ from helper.report import StoredRun, read_run, table
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
-
-
-@pytest.fixture(scope="module")
-def save(tmp_path_factory, tiny_clip):
-    """Runs of three methods, one of them without a teacher: {method: folder}."""
-    root = tmp_path_factory.mktemp("save")
-    folders = {}
-    with pytest.MonkeyPatch.context() as patch:
-        made = make_dataset()
-        patch.setitem(dataset.DATASETS, "tiny", lambda data_dir: made)
-        for method in ("none", "kd", "ega"):
-            options = {
-                "--distill": method,
-                "--dataset": "tiny",
-                "--clip_mode": tiny_clip,
-                "--model_s": "resnet8",
-                "--save_dir": root,
-                "--device": "cpu",
-                "--amp": "off",
-                "--feature_dim": 8,
-                "--batch_size": 32,
-                "--epochs": 2,
-            }
-            train_student.main([str(word) for pair in options.items() for word in pair])
-            (folders[method],) = (root / "student_model").glob(f"*_{method}_*")
-    return folders
 
 
 @pytest.fixture
@@ -76,11 +48,11 @@ def test_rows_are_ordered_by_class():
     assert few.tolist() == [1, 0, 2]
 
 
-def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(save, tiny_dataset, tiny_clip, monkeypatch):
+def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(finished, tiny_dataset, tiny_clip, monkeypatch):
     seen = []
     real = plots.edge_matrix
     monkeypatch.setattr(plots, "edge_matrix", lambda embedding: seen.append(embedding) or real(embedding))
-    graphs = embedding_graphs(read_run(save["ega"]), num_classes=4, per_class=3)
+    graphs = embedding_graphs(read_run(finished["ega"]), num_classes=4, per_class=3)
 
     assert graphs.targets.tolist() == sorted(graphs.targets.tolist())
     assert graphs.targets.tolist() == tiny_dataset.test.targets[graphs.rows].tolist()
@@ -89,7 +61,7 @@ def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(save, tiny_data
         np.testing.assert_allclose(edges.numpy(), np.corrcoef(embedding.numpy()), atol=1e-6)
 
     # The embeddings are those of the stored weights, on unchanged test images.
-    state = torch.load(save["ega"] / "resnet8_best.pth", weights_only=True)
+    state = torch.load(finished["ega"] / "resnet8_best.pth", weights_only=True)
     image = normalize(tiny_dataset.test.images[graphs.rows], CLIP_NORMALIZATION)
     student, head = create_student("resnet8", 8, 5).eval(), TeacNet(16, 8, 5)
     student.backbone.load_state_dict(state["model"])
@@ -101,24 +73,26 @@ def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(save, tiny_data
         torch.testing.assert_close(seen[0], head(x)[0], atol=5e-3, rtol=5e-3)
 
 
-def test_nothing_is_encoded_twice(save, tiny_dataset, monkeypatch):
+def test_nothing_is_encoded_twice(finished, tiny_dataset, monkeypatch):
     def encode(*args):
         raise AssertionError("the bank holds it")
 
     monkeypatch.setattr("helper.bank.encode_view", encode)
-    embedding_graphs(read_run(save["kd"]))
+    embedding_graphs(read_run(finished["kd"]))
 
 
-def test_picture_of_several_runs(save, tiny_dataset, capsys):
-    plots.main([str(folder) for folder in save.values()])
-    path = save["ega"].parents[1] / "plots" / f"{save['ega'].name}.png"
+def test_picture_of_several_runs(finished, tiny_dataset, capsys):
+    plots.main([str(folder) for folder in finished.values()])
+    path = finished["ega"].parents[1] / "plots" / f"{finished['ega'].name}.png"
     assert capsys.readouterr().out.strip() == str(path)
     assert_is_picture(path)
 
 
-def test_picture_of_a_student_alone_has_curves_only(save, tiny_dataset, tmp_path):
-    alone = assert_is_picture(plot_runs([save["none"]], tmp_path / "deep" / "alone.png"))
-    other = assert_is_picture(plot_runs([save["none"], save["kd"]], tmp_path / "kd.png", graph_of=save["kd"]))
+def test_picture_of_a_student_alone_has_curves_only(finished, tiny_dataset, tmp_path):
+    alone = assert_is_picture(plot_runs([finished["none"]], tmp_path / "deep" / "alone.png"))
+    other = assert_is_picture(
+        plot_runs([finished["none"], finished["kd"]], tmp_path / "kd.png", graph_of=finished["kd"])
+    )
     assert alone[1] < other[1]
 
 
@@ -146,16 +120,16 @@ def test_curves_of_few_and_of_many_runs(tmp_path, count, largest, scale):
     assert accuracy.get_yscale() == "linear"
 
 
-def test_a_run_is_read_from_its_two_small_files(save, tiny_dataset, tmp_path, capsys):
+def test_a_run_is_read_from_its_two_small_files(finished, tiny_dataset, tmp_path, capsys):
     """As kept for the record, without weights: the same table, and the curves, of its terms too."""
     kept = []
-    for folder in save.values():
+    for folder in finished.values():
         kept.append(tmp_path / "runs" / folder.name)
         kept[-1].mkdir(parents=True)
         for name in ("options.json", "metrics.jsonl"):
             shutil.copy(folder / name, kept[-1])
-    assert table([read_run(folder) for folder in kept]) == table([read_run(folder) for folder in save.values()])
-    whole = assert_is_picture(plot_runs(list(save.values()), tmp_path / "whole.png"))
+    assert table([read_run(folder) for folder in kept]) == table([read_run(folder) for folder in finished.values()])
+    whole = assert_is_picture(plot_runs(list(finished.values()), tmp_path / "whole.png"))
     curves = assert_is_picture(plot_runs(kept, tmp_path / "curves.png"))
     assert curves[0] == whole[0]
     assert curves[1] < whole[1]
@@ -171,12 +145,12 @@ def assert_refused(capsys, words: str, *argv):
     assert err.count("\n") == 1
 
 
-def test_bad_input(save, tiny_dataset, tmp_path, capsys):
+def test_bad_input(finished, tiny_dataset, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert_refused(capsys, "not the folder of a run", tmp_path / "nowhere", "--out", out)
 
     broken = tmp_path / "save" / "student_model" / "run"
-    shutil.copytree(save["ega"], broken)
+    shutil.copytree(finished["ega"], broken)
     first, second = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text(first)
     assert_refused(capsys, "not finished", broken, "--out", out)
@@ -186,16 +160,16 @@ def test_bad_input(save, tiny_dataset, tmp_path, capsys):
     (broken / "options.json").write_text("{")
     assert_refused(capsys, "corrupt", broken, "--out", out)
 
-    assert_refused(capsys, "no teacher", save["none"], "--graph_of", save["none"], "--out", out)
-    assert_refused(capsys, "none of the runs", save["none"], "--graph_of", save["kd"], "--out", out)
+    assert_refused(capsys, "no teacher", finished["none"], "--graph_of", finished["none"], "--out", out)
+    assert_refused(capsys, "none of the runs", finished["none"], "--graph_of", finished["kd"], "--out", out)
     (tmp_path / "file").touch()
-    assert_refused(capsys, "file", save["none"], "--out", tmp_path / "file" / "out.png")
+    assert_refused(capsys, "file", finished["none"], "--out", tmp_path / "file" / "out.png")
     assert not out.exists()
 
 
-def test_other_data_than_the_run_s_is_refused(save, tiny_dataset, tmp_path, capsys):
+def test_other_data_than_the_run_s_is_refused(finished, tiny_dataset, tmp_path, capsys):
     other = tmp_path / "save" / "student_model" / "run"
-    shutil.copytree(save["ega"], other)
+    shutil.copytree(finished["ega"], other)
     options = json.loads((other / "options.json").read_text())
     (other / "options.json").write_text(json.dumps(options | {"dataset_sha256": "0"}))
     assert_refused(capsys, "another dataset", other)
