@@ -10,7 +10,8 @@ import train_student
 import train_teacher
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
 from helper import plots
-from helper.plots import embedding_graphs, graph_rows, plot_runs
+from helper.class_plots import class_rows
+from helper.plots import embedding_graphs, plot_runs
 from helper.report import StoredRun, read_run, table
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
@@ -41,10 +42,10 @@ def assert_is_picture(path) -> tuple[int, int]:
 
 def test_rows_are_ordered_by_class():
     targets = torch.randint(20, (1000,), generator=torch.Generator().manual_seed(0))
-    rows = graph_rows(targets, num_classes=5, per_class=4)
+    rows = class_rows(targets, num_classes=5, per_class=4)
     assert targets[rows].tolist() == [target for target in (0, 5, 10, 14, 19) for _ in range(4)]
     assert len(rows.unique()) == 20
-    few = graph_rows(torch.tensor([7, 3, 7]), num_classes=5, per_class=4)
+    few = class_rows(torch.tensor([7, 3, 7]), num_classes=5, per_class=4)
     assert few.tolist() == [1, 0, 2]
 
 
