@@ -84,14 +84,6 @@ def _open(runs: list[StoredRun]) -> tuple[list[TrainedStudent], ImageDataset]:
     return [open_student(run) for run in runs], open_dataset(runs[0])
 
 
-def _names(runs: list[StoredRun]) -> list[str]:
-    """As ``run_labels``, but that a run without a teacher goes by that."""
-    return [
-        "student alone" + label.removeprefix("none") if run.options["distill"] == "none" else label
-        for run, label in zip(runs, run_labels(runs), strict=True)
-    ]
-
-
 def _percent(accuracy: float | None) -> str:
     return "" if accuracy is None else f" ({accuracy:.1f} %)"
 
@@ -107,7 +99,7 @@ def embedding_figure(runs: list[StoredRun]) -> Figure:
     targets = dataset.test.targets[rows]
     panels = [
         (name + _percent(opened.state.get("test_acc")), outputs_on_test(opened, dataset, rows)[0])
-        for name, opened in zip(_names(runs), students, strict=True)
+        for name, opened in zip(run_labels(runs), students, strict=True)
     ]
     taught = next((opened for opened in students if opened.run.options["distill"] != "none"), None)
     if taught is not None:
@@ -123,7 +115,7 @@ def embedding_figure(runs: list[StoredRun]) -> Figure:
             axis.scatter(*points[targets == target].T, s=14, lw=0, label=dataset.classes[target], **style)
         axis.set_title(textwrap.fill(title, 46))
         axis.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
-        axis.spines[:].set_color("#cccccc")
+        axis.spines[:].set(visible=True, color="#cccccc")
     handles, labels = axis.get_legend_handles_labels()
     longest = max(map(len, labels))
     columns = max(1, min(10, 40 * len(panels) // (longest + 4)))
@@ -154,10 +146,13 @@ def gain_figure(runs: list[StoredRun]) -> Figure:
     others = [place for place in range(len(runs)) if place != alone]
     figure = Figure(figsize=(13, 3.6 * len(others)), layout="constrained")
     FigureCanvasAgg(figure)
-    names = _names(runs)
+    names = run_labels(runs)
     for axis, place in zip(figure.subplots(len(others), 1, squeeze=False)[:, 0], others, strict=True):
-        _draw_gain(axis, accuracies[place] - accuracies[alone], dataset.classes)
-        axis.set_title(f"{names[place]}: points gained over the {names[alone]}", loc="left")
+        gain = accuracies[place] - accuracies[alone]
+        _draw_gain(axis, gain, dataset.classes)
+        axis.set_title(
+            f"{names[place]}: points gained over {names[alone]}, {gain.nanmean():+.1f} in the mean", loc="left"
+        )
     return figure
 
 
@@ -165,10 +160,9 @@ def _draw_gain(axis: Axes, gain: Tensor, classes: list[str]) -> None:
     order = gain.argsort(descending=True, stable=True)
     order = order[~gain[order].isnan()]
     gain = gain[order]
-    axis.bar(range(len(order)), gain, width=0.8, color=[COLOURS[0] if x >= 0 else COLOURS[1] for x in gain])
-    mean = float(gain.mean())
-    axis.axhline(mean, color="#555555", ls="--", lw=1)
-    axis.annotate(f"mean {mean:+.1f}", (len(order) - 0.4, mean), va="bottom", ha="right", color="#555555")
+    colours = [COLOURS[0] if x >= 0 else COLOURS[1] for x in gain]
+    axis.bar(range(len(order)), gain.tolist(), width=0.8, color=colours)
+    axis.axhline(float(gain.mean()), color="#555555", ls="--", lw=1)
     axis.axhline(0, color="black", lw=0.8)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     axis.set(xlim=(-0.8, len(order) - 0.2), ylabel="points")
