@@ -114,8 +114,8 @@ def _others() -> Iterator[None]:
 def exits(program: str, memory: str) -> Iterator[None]:
     """End with one line and an exit code of this module's, where what it wraps cannot go on; decorates ``main``.
 
-    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What was ignored when the script was started,
-    by nohup say, stays so.
+    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What ends a script and was ignored when it was
+    started, by nohup say, stays so.
 
     Args:
         program: its name in the line.
@@ -128,7 +128,7 @@ def exits(program: str, memory: str) -> Iterator[None]:
         handlers = {}
     before = {number: signal.getsignal(number) for number in handlers}
     for number, handler in handlers.items():
-        if before[number] is not signal.SIG_IGN:
+        if before[number] is not signal.SIG_IGN or number == signal.SIGUSR1:  # which torchrun has to ignore itself
             signal.signal(number, handler)
     try:
         with _others():
