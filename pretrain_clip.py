@@ -11,14 +11,20 @@ import time
 import torch
 from clip.model import CLIP, convert_weights
 
-from dataset import load_dataset
 from dataset.loader import Loader, deal
 from helper import checkpoint, distributed, training
 from helper.contrastive import Images, caption_tokens, zero_shot_accuracy
-from helper.data import EVAL_BATCH_SIZE
+from helper.data import eval_batch_size, open_dataset
 from helper.exits import exits
 from helper.meters import print_record
-from helper.options import add_data_options, add_run_options, add_training_speed_options, recorded_options
+from helper.options import (
+    add_data_options,
+    add_run_options,
+    add_training_speed_options,
+    check_data,
+    data_name,
+    recorded_options,
+)
 from helper.parser import Parser, number, positive, positive_int, weight
 from helper.run import Run
 from helper.runtime import resolve
@@ -65,6 +71,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_speed_options(add_run_options(parser, epochs=8, batch_size=128), "the image encoder")
     opt = parser.parse_args(argv)
 
+    check_data(parser, opt)
     if isinstance(opt.vision_layers, tuple):
         if opt.vision_patch is not None:
             parser.error("--vision_patch is a ViT's, but four --vision_layers make a ResNet; leave one of them out")
@@ -91,7 +98,7 @@ def run_name(opt: argparse.Namespace) -> str:
         vision = f"vit{opt.vision_layers}-{opt.vision_patch}"
     return (
         f"{vision}_w{opt.vision_width}_px{opt.resolution}_dim{opt.embed_dim}_text{opt.text_layers}-{opt.text_width}"
-        f"_{opt.dataset}_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
+        f"_{data_name(opt)}_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
     )
 
 
@@ -157,21 +164,22 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             print_result(run)
             return
-        dataset = load_dataset(opt.dataset, opt.data_dir)
+        dataset = open_dataset(vars(opt))
         captioned = dataset.captioned()
-        opt = resolve(opt, run.recorded, len(captioned))
+        opt, views = resolve(opt, run.recorded, len(captioned)), dataset.views
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint())
         device = torch.device(opt.device)
         # The views for a teacher are the ones that are resized to its resolution.
-        place = {"images": False, "rank": distributed.rank(), "processes": distributed.count()}
+        place = {"images": False, "views": views, "rank": distributed.rank(), "processes": distributed.count()}
         how = {"training": True, "seed": opt.seed, "max_steps": opt.max_steps}
-        loader = Loader(captioned, "captioned", opt.batch_size, device, **how, **place)
-        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE[opt.device], device, **place)
+        rows = (captioned.targets >= 0).nonzero().flatten()  # the others have no caption
+        loader = Loader(captioned, "captioned", opt.batch_size, device, rows=rows, **how, **place)
+        size = eval_batch_size(opt.device, opt.resolution)
+        test_loader = Loader(dataset.test, "test", size, device, **place)
         check_batch_norm(opt, loader)
         run.start()
 
-    pixels = Images(captioned, opt.resolution, device)
-    test_pixels = Images(dataset.test, opt.resolution, device)
+    pixels, test_pixels = (Images(split, opt.resolution, device, views) for split in (captioned, dataset.test))
     tokens = caption_tokens(dataset.classes).to(device)
     model = create_clip(opt)
     model = synchronize_norms(model) if opt.sync_bn else model
@@ -189,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         run.end_epoch(record, trained.state_dict(), {"model": model.state_dict()}, opt.save_freq)
 
     if distributed.rank() == 0:
-        sample = next(Loader(dataset.test, "test", EVAL_BATCH_SIZE[opt.device], device, images=False).epoch())
+        sample = next(Loader(dataset.test, "test", size, device, images=False, views=views).epoch())
         checkpoint.save(published_state(model, test_pixels(sample)), path)
     run.finish({})
     print_result(run)

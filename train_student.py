@@ -2,10 +2,9 @@
 
 import time
 
-from dataset import load_dataset
 from distiller_zoo import METHODS
 from helper import distributed, pretrain, training
-from helper.data import build_loaders
+from helper.data import build_loaders, open_dataset
 from helper.exits import exits
 from helper.loops import Evaluation
 from helper.meters import print_record
@@ -28,10 +27,10 @@ def main(argv: list[str] | None = None) -> None:
         name, stem = student_run_name(opt), sized_name(opt.model_s, opt.student_resolution)
         run = Run(opt, "student_model", "student_tensorboards", name, stem)
         if run.finished:
-            run.print_result()
+            print_result(run)
             return
-        dataset = load_dataset(opt.dataset, opt.data_dir)
-        opt = resolve(opt, run.recorded, len(dataset.train))
+        dataset = open_dataset(vars(opt))
+        opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
@@ -41,10 +40,11 @@ def main(argv: list[str] | None = None) -> None:
         stage = None if run.state else pretrain.open_first_stage(opt, objective, name, run.options)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
+    facts = loaders.image_facts()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
-        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {opt.dataset}, {len(loaders.train)} steps of "
+        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {dataset.name}, {len(loaders.train)} steps of "
         f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
     if stage is not None:
@@ -57,10 +57,16 @@ def main(argv: list[str] | None = None) -> None:
         record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
         record["seconds"] = trained.earlier + time.perf_counter() - start
         print_record(record)
-        run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options), opt.save_freq)
+        run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, facts), opt.save_freq)
 
-    run.finish(model_file(student, teacher, run.options))
+    run.finish(model_file(student, teacher, run.options, facts))
+    print_result(run)
+
+
+def print_result(run: Run) -> None:
     run.print_result()
+    print(f"evaluate it: python evaluate.py {run.folder}")
+    print(f"export it:   python export.py {run.folder} --format onnx")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import errno
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from models.weights import load_plain
 
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there")
 _ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
@@ -77,14 +78,10 @@ def load(path: Path) -> dict:
     try:
         # RepDistiller keeps its parsed options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):  # as all but very old ones are; torch does not look at the checksums in it
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {damaged} differs")
+            state = load_plain(path)
     except OSError:
         raise
-    except Exception as error:  # on a damaged file torch.load raises whatever it stumbles over
+    except Exception as error:  # on a damaged file torch raises whatever it stumbles over
         raise ValueError(f"{path} is not a checkpoint of this project, or is corrupt") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this project")

@@ -5,12 +5,13 @@
 """
 
 import contextlib
+import functools
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -41,6 +42,17 @@ class _Signals:
         self.held = 0
         self.save = False
         self.next = "no epoch is finished: the same command begins with the first"
+
+    def take(self) -> dict:
+        """Handle the signals from now on; gives the handlers that they had."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may set them
+            return {}
+        handlers = {signal.SIGINT: self.on_stop, signal.SIGTERM: self.on_stop, signal.SIGUSR1: self.on_save}
+        before = {number: signal.getsignal(number) for number in handlers}
+        for number, handler in handlers.items():
+            if before[number] is not signal.SIG_IGN or number == signal.SIGUSR1:  # torchrun has to ignore that itself
+                signal.signal(number, handler)
+        return before
 
     def on_stop(self, number: int, frame) -> None:
         now = time.monotonic()
@@ -93,26 +105,8 @@ def save_asked(step: int) -> bool:
     return asked
 
 
-class _Gone(Exception):
-    """Another process of the job is gone."""
-
-
-@contextlib.contextmanager
-def _others() -> Iterator[None]:
-    """Raise ``_Gone`` where a message to another process fails because that one ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        failed = isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)
-        if distributed.count() == 1 or not failed:
-            raise
-        time.sleep(_GRACE)
-        raise _Gone from error
-
-
-@contextlib.contextmanager
-def exits(program: str, memory: str) -> Iterator[None]:
-    """End with one line and an exit code of this module's, where what it wraps cannot go on; decorates ``main``.
+def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
+    """Have a script's ``main`` end with one line and an exit code of this module's, where it cannot go on.
 
     SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What ends a script and was ignored when it was
     started, by nohup say, stays so.
@@ -121,43 +115,63 @@ def exits(program: str, memory: str) -> Iterator[None]:
         program: its name in the line.
         memory: the options that lower what it takes of that.
     """
-    global _signals
-    _signals = _Signals()
-    handlers = {signal.SIGINT: _signals.on_stop, signal.SIGTERM: _signals.on_stop, signal.SIGUSR1: _signals.on_save}
-    if threading.current_thread() is not threading.main_thread():  # which alone may set them
-        handlers = {}
-    before = {number: signal.getsignal(number) for number in handlers}
-    for number, handler in handlers.items():
-        if before[number] is not signal.SIG_IGN or number == signal.SIGUSR1:  # which torchrun has to ignore itself
-            signal.signal(number, handler)
-    try:
-        with _others():
-            yield
-    except Stopped as error:
+
+    def decorate(main: Callable) -> Callable:
+        @functools.wraps(main)
+        def ending(*args, **kwargs) -> None:
+            global _signals
+            _signals, error = _Signals(), None
+            before = _signals.take()
+            # Python looks for signals where functions are called. No call comes before they are held, so that none
+            # breaks in after what is caught here.
+            try:
+                main(*args, **kwargs)
+            except BaseException as caught:
+                _signals.held += 1
+                error = caught
+            else:
+                _signals.held += 1
+            try:
+                if error is not None:
+                    _end(program, memory, error)
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                _signals = _Signals()
+
+        return ending
+
+    return decorate
+
+
+def _end(program: str, memory: str, error: BaseException) -> None:
+    """Print the line and exit, or raise the error where it is a mistake of the program, or has been told."""
+    if distributed.count() > 1 and isinstance(error, RuntimeError) and _is_of_messages(error):
+        time.sleep(_GRACE)
+        if _signals.stop is None:
+            _exit(program, f"error: another process of this job is gone; {_signals.next}", 1, error)
+        error = Stopped()
+    if isinstance(error, Stopped):
         name = "Ctrl-C" if _signals.stop == signal.SIGINT else signal.Signals(_signals.stop).name
         _exit(program, f"stopped by {name}; {_signals.next}", 128 + _signals.stop, error)
-    except NonFiniteLoss as error:
+    if isinstance(error, NonFiniteLoss):
         _exit(program, f"error: {error}", 3, error)
-    except WriteError as error:
+    if isinstance(error, WriteError):
         _exit(program, f"error: {error}; {_signals.next}", 4, error, everybody=True)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        _exit(program, _out_of_memory(error, memory), 5, error, everybody=True)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        _exit(program, _out_of_memory(error, memory), 5, error, everybody=True)
-    except _Gone as error:
-        _exit(program, f"error: another process of this job is gone; {_signals.next}", 1, error)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _signals = _Signals()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        _exit(program, f"error: {_out_of_memory(error, memory)}; {_signals.next}", 5, error, everybody=True)
+    raise error
+
+
+def _is_of_messages(error: RuntimeError) -> bool:
+    """Whether a message to another process failed."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)
 
 
 def _out_of_memory(error: BaseException, options: str) -> str:
     asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
     more = f" ({asked[1]} more were asked for)" if asked else ""
-    return f"error: out of memory{more}: lower {options}; {_signals.next}"
+    return f"out of memory{more}: lower {options}"
 
 
 def _exit(program: str, line: str, code: int, error: BaseException, everybody: bool = False) -> None:

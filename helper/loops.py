@@ -100,7 +100,8 @@ class Step:
         optimizers: the student's first.
         scaler: of the gradients.
         loader: whose batches they are.
-        capture: records what a function does and gives a function that does it again; None to do without.
+        capture: records what a function does and gives a function that does it again; None to do without, as where
+            a thread reads images meanwhile.
     """
 
     def __init__(
@@ -114,7 +115,8 @@ class Step:
         self.losses = distributed.parallel(losses)
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
-        self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
+        self._capture = None if loader.reads_ahead else capture
+        self._before_capture = _STEPS_BEFORE_CAPTURE
         self._replay = self._captured_with = self._numbers = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
@@ -189,9 +191,7 @@ def train_epoch(
     if begun is not None:
         done, logged = begun
         log.load_state_dict(logged)
-    for number, draw in enumerate(step.loader.draws(epoch), start=1):
-        if number <= done:
-            continue
+    for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
         if rate is not None:
             for optimizer in step.optimizers:
                 set_learning_rate(rate(number), optimizer)
@@ -201,6 +201,11 @@ def train_epoch(
         if number < log.steps and (save_asked(number) or due):
             save(number, log.state_dict())
     return log.result()
+
+
+def scores(logits: Tensor, target: Tensor) -> Tensor:
+    """(3,): mean cross-entropy, top-1 and top-5 accuracy in percent, of logits (B, classes)."""
+    return torch.stack([F.cross_entropy(logits, target), *accuracy(logits, target, topk=(1, 5))])
 
 
 @torch.no_grad()
@@ -227,10 +232,8 @@ def validate(
         out = None if student is None else _eval_student(student, batch, opt)
         out_t = None if teacher is None else teacher(loader.name, batch)
         main = out_t if out is None else out
-        logits = main.logits.float()
-        top1, top5 = accuracy(logits, batch.target, topk=(1, 5))
-        values[f"{prefix}_loss"] = F.cross_entropy(logits, batch.target)
-        values[f"{prefix}_acc"], values[f"{prefix}_acc_top5"] = top1, top5
+        named = (f"{prefix}_loss", f"{prefix}_acc", f"{prefix}_acc_top5")
+        values |= zip(named, scores(main.logits.float(), batch.target), strict=True)
         if out is not None and out_t is not None:
             (values["teacher_acc"],) = accuracy(out_t.logits, batch.target)
         names = tuple(values)

@@ -81,7 +81,7 @@ def assert_equal_files(one: Path, other: Path) -> None:
         assert torch.equal(a, b)
 
 
-# The context manager by itself
+# The decorator by itself
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -131,8 +131,7 @@ def test_a_signal_that_is_lost_in_a_finaliser_stops_at_the_next_step(capsys):
 def test_what_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with exits("train.py", memory="--batch_size"):
-            send(signal.SIGINT)
+        exits("train.py", memory="--batch_size")(send)(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -161,8 +160,8 @@ def test_memory_that_the_host_does_not_have(capsys):
 
 def test_mistakes_of_the_program_keep_their_traceback():
     for error in (RuntimeError("shapes differ"), ValueError("other"), OSError("other")):
-        with pytest.raises(type(error)), exits("train.py", memory="--batch_size"):
-            raise error
+        with pytest.raises(type(error)):
+            exits("train.py", memory="--batch_size")(failing(error))()
 
 
 # A run that is stopped
