@@ -12,13 +12,12 @@ import time
 import torch
 from clip.model import CLIP, convert_weights
 
-from dataset import load_dataset
 from dataset.loader import Loader, epoch_seed
 from helper import checkpoint
 from helper.contrastive import Images, caption_tokens, train_contrastive, zero_shot_accuracy
-from helper.data import EVAL_BATCH_SIZE
+from helper.data import eval_batch_size, open_dataset
 from helper.meters import print_record
-from helper.options import add_data_options, add_run_options, recorded_options
+from helper.options import add_data_options, add_run_options, check_data, data_name, recorded_options
 from helper.parser import Parser, number, positive, positive_int, weight
 from helper.run import Run
 from helper.runtime import resolve
@@ -64,6 +63,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_run_options(parser, epochs=8, batch_size=128, save_steps=False)
     opt = parser.parse_args(argv)
 
+    check_data(parser, opt)
     if isinstance(opt.vision_layers, tuple):
         if opt.vision_patch is not None:
             parser.error("--vision_patch is a ViT's, but four --vision_layers make a ResNet; leave one of them out")
@@ -92,7 +92,7 @@ def run_name(opt: argparse.Namespace) -> str:
         vision = f"vit{opt.vision_layers}-{opt.vision_patch}"
     return (
         f"{vision}_w{opt.vision_width}_px{opt.resolution}_dim{opt.embed_dim}_text{opt.text_layers}-{opt.text_width}"
-        f"_{opt.dataset}_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
+        f"_{data_name(opt)}_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
     )
 
 
@@ -142,9 +142,9 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             print_result(run)
             return
-        dataset = load_dataset(opt.dataset, opt.data_dir)
+        dataset = open_dataset(vars(opt))
         captioned = dataset.captioned()
-        opt = resolve(opt, run.recorded, len(captioned))
+        opt, views = resolve(opt, run.recorded, len(captioned)), dataset.views
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint())
         device = torch.device(opt.device)
         # The views for a teacher are the ones that are resized to its resolution.
@@ -153,16 +153,18 @@ def main(argv: list[str] | None = None) -> None:
             "captioned",
             opt.batch_size,
             device,
+            rows=(captioned.targets >= 0).nonzero().flatten(),  # the others have no caption
             training=True,
             seed=opt.seed,
             images=False,
             max_steps=opt.max_steps,
+            views=views,
         )
-        test_loader = Loader(dataset.test, "test", EVAL_BATCH_SIZE[opt.device], device, images=False)
+        size = eval_batch_size(opt.device, opt.resolution)
+        test_loader = Loader(dataset.test, "test", size, device, images=False, views=views)
         run.start()
 
-    pixels = Images(captioned, opt.resolution, device)
-    test_pixels = Images(dataset.test, opt.resolution, device)
+    pixels, test_pixels = (Images(split, opt.resolution, device, views) for split in (captioned, dataset.test))
     tokens = caption_tokens(dataset.classes).to(device)
     model = create_clip(opt).to(device, memory_format=torch.channels_last)
     matrices = [p for p in model.parameters() if p.dim() > 1]

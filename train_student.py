@@ -2,10 +2,9 @@
 
 import time
 
-from dataset import load_dataset
 from distiller_zoo import METHODS
 from helper import distributed, pretrain, training
-from helper.data import build_loaders
+from helper.data import build_loaders, open_dataset
 from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.objective import build_objective
@@ -26,10 +25,10 @@ def main(argv: list[str] | None = None) -> None:
         name, stem = student_run_name(opt), sized_name(opt.model_s, opt.student_resolution)
         run = Run(opt, "student_model", "student_tensorboards", name, stem)
         if run.finished:
-            run.print_result()
+            print_result(run)
             return
-        dataset = load_dataset(opt.dataset, opt.data_dir)
-        opt = resolve(opt, run.recorded, len(dataset.train))
+        dataset = open_dataset(vars(opt))
+        opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
-        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {opt.dataset}, {len(loaders.train)} steps of "
+        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {dataset.name}, {len(loaders.train)} steps of "
         f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
     with exit_on_non_finite_loss("train_student.py"):
@@ -60,7 +59,13 @@ def main(argv: list[str] | None = None) -> None:
             run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, facts), opt.save_freq)
 
     run.finish(model_file(student, teacher, run.options, facts))
+    print_result(run)
+
+
+def print_result(run: Run) -> None:
     run.print_result()
+    print(f"evaluate it: python evaluate.py {run.folder}")
+    print(f"export it:   python export.py {run.folder} --format onnx")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Callable
 
-import clip
 import torch
 import torch.nn.functional as F
 from clip.model import CLIP
 from torch import Tensor
 
 from dataset import Split
-from dataset.loader import Batch, Loader
-from dataset.views import CLIP_NORMALIZATION, crop_resize_flip, normalize
+from dataset.loader import Batch, Loader, on_device
+from dataset.views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
+from models.clip_teacher import tokenize
+from models.encoders import TextEncoder
 
 from .meters import EpochLog, Totals
 from .runtime import autocast
@@ -32,15 +33,14 @@ TEMPLATES = (
 )
 
 
-def caption_tokens(classes: list[str], templates: tuple[str, ...] = TEMPLATES) -> Tensor:
-    """Every caption of every class, (classes, templates, length) int, cut after the longest caption's last token.
-
-    CLIP's text encoder is causal and reads its result at the end-of-text token, so that the padding which is cut
-    away here never counted.
-    """
-    tokens = clip.tokenize([template.format(name) for name in classes for template in templates])
-    length = int(tokens.argmax(dim=-1).max()) + 1
-    return tokens[:, :length].view(len(classes), len(templates), length)
+def caption_tokens(
+    classes: list[str],
+    templates: tuple[str, ...] = TEMPLATES,
+    tokenize: Callable[[list[str]], Tensor] = tokenize,
+) -> Tensor:
+    """Every caption of every class, (classes, templates, length) int; by default in CLIP's tokens."""
+    tokens = tokenize([template.format(name) for name in classes for template in templates])
+    return tokens.view(len(classes), len(templates), -1)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, caption: Tensor, logit_scale: Tensor) -> Tensor:
@@ -76,16 +76,19 @@ class Images:
     Args:
         split: the images that the loader's rows refer to.
         resolution: height and width of the result, in pixels.
-        device: where the images are kept, as one tensor.
+        device: where the pixels are made, and the images kept where they fit.
+        views: of the data set.
     """
 
-    def __init__(self, split: Split, resolution: int, device: torch.device):
-        self.images = split.images.to(device)
+    def __init__(self, split: Split, resolution: int, device: torch.device, views: Views = CIFAR_VIEWS):
+        self.images = on_device(split.images, device)
         self.resolution = resolution
+        self.views = views
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B, 3, resolution, resolution) float32, normalised as CLIP's inputs are."""
-        pixels = crop_resize_flip(self.images[batch.index], batch.teacher_view, self.resolution)
+        stored = self.images[batch.index.to(self.images.device)].to(batch.index.device)
+        pixels = self.views.teacher(stored, batch.index, batch.teacher_view, self.resolution)
         return normalize(pixels, CLIP_NORMALIZATION)
 
 
@@ -188,11 +191,11 @@ def learning_rate(step: int, total: int, opt) -> float:
 
 
 @torch.no_grad()
-def class_embeddings(model: CLIP, tokens: Tensor) -> Tensor:
+def class_embeddings(model: CLIP | TextEncoder, tokens: Tensor) -> Tensor:
     """Zero-shot classifier weights (CLIP, section 3.1.4): each class's mean over its normalised captions.
 
     Args:
-        model: the CLIP.
+        model: the CLIP, or its text encoder.
         tokens: (classes, templates, length), see ``caption_tokens``.
 
     Returns:

@@ -9,9 +9,10 @@ import onnxruntime
 import safetensors.torch
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from dataset.decode import BadImage, read_rgb
 from models import create_model
 from models.heads import enlarge
 
@@ -92,18 +93,12 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """A picture from a file, upright.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+def _read_image(path: str) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # on a damaged file Pillow raises whatever it stumbles over
-        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+        return read_rgb(path)
+    except (BadImage, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} cannot be read as an image ({reason})") from error
 
 
 @torch.no_grad()
@@ -117,8 +112,9 @@ def predict(folder: Path, files: list[str], top: int = 3) -> list[str]:
     if config["accuracy"] is None:
         raise ValueError(f"the student in {folder} was trained without labels: its classifier says nothing")
     facts = config["input"]
-    transform = image_transform(facts["size"], None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"]))
-    images = [transform(read_image(file)) for file in files]
+    normalization = None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"])
+    transform = image_transform(facts["size"], normalization, facts["stored_size"])
+    images = [transform(_read_image(file)) for file in files]
     run, labels = open_file(folder / config["file"], config), (folder / "labels.txt").read_text().splitlines()
     lines = []
     for file, image in zip(files, images, strict=True):

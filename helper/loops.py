@@ -113,7 +113,7 @@ class Step:
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
         self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
-        self._replay = self._captured_with = self._numbers = None
+        self._replay = self._captured_with = self._still = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
         """Train on what ``Loader.draws`` gave, in an epoch counted from 1."""
@@ -127,10 +127,10 @@ class Step:
             constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
             constants.append(self.losses.objective.beta_in(epoch))
             if constants != self._captured_with:
-                self._numbers, self._replay = draw.numbers.clone(), None
-                still = Draw(self._numbers, draw.shares)
+                stored = None if draw.stored is None else draw.stored.clone()
+                self._still, self._replay = Draw(draw.numbers.clone(), draw.shares, stored=stored), None
                 try:
-                    self._replay = self._capture(lambda: self._run(still, epoch))
+                    self._replay = self._capture(lambda: self._run(self._still, epoch))
                 except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
                     reason = str(error).partition("\n")[0]
                     print(f"steps are not captured, which makes them slower: {reason}", flush=True)
@@ -138,7 +138,9 @@ class Step:
                     self._run(draw, epoch)
                     return
                 self._captured_with = constants
-            self._numbers.copy_(draw.numbers)
+            self._still.numbers.copy_(draw.numbers)
+            if draw.stored is not None:
+                self._still.stored.copy_(draw.stored)
             self._replay()
 
     def _run(self, draw: Draw, epoch: int) -> None:
@@ -179,14 +181,17 @@ def train_epoch(
     if begun is not None:
         done, logged = begun
         log.load_state_dict(logged)
-    for number, draw in enumerate(step.loader.draws(epoch), start=1):
-        if number <= done:
-            continue
+    for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
         step(draw, epoch)
         log.update(number, sum(draw.shares))
         if save_steps and number % save_steps == 0 and number < log.steps:
             save(number, log.state_dict())
     return log.result()
+
+
+def scores(logits: Tensor, target: Tensor) -> Tensor:
+    """(3,): mean cross-entropy, top-1 and top-5 accuracy in percent, of logits (B, classes)."""
+    return torch.stack([F.cross_entropy(logits, target), *accuracy(logits, target, topk=(1, 5))])
 
 
 @torch.no_grad()
@@ -213,10 +218,8 @@ def validate(
         out = None if student is None else _eval_student(student, batch, opt)
         out_t = None if teacher is None else teacher(loader.name, batch)
         main = out_t if out is None else out
-        logits = main.logits.float()
-        top1, top5 = accuracy(logits, batch.target, topk=(1, 5))
-        values[f"{prefix}_loss"] = F.cross_entropy(logits, batch.target)
-        values[f"{prefix}_acc"], values[f"{prefix}_acc_top5"] = top1, top5
+        named = (f"{prefix}_loss", f"{prefix}_acc", f"{prefix}_acc_top5")
+        values |= zip(named, scores(main.logits.float(), batch.target), strict=True)
         if out is not None and out_t is not None:
             (values["teacher_acc"],) = accuracy(out_t.logits, batch.target)
         names = tuple(values)

@@ -42,14 +42,15 @@ def describe(opened: TrainedStudent, form: str, file: str, takes_pixels: bool) -
             "name": "pixels" if takes_pixels else "image",
             "dtype": "uint8" if takes_pixels else "float32",
             "size": opened.image_size,
+            "stored_size": opened.stored_size or opened.image_size,
             "mean": mean,
             "std": std,
         },
         "training": trained | {"epoch": opened.state["epoch"]},
     }
     if name.library == "timm":  # so that timm's own local-dir:FOLDER finds what it needs
-        size = resolution or opened.image_size
-        seen = {"input_size": [3, size, size], "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+        size, share = resolution or opened.image_size, opened.image_size / (opened.stored_size or opened.image_size)
+        seen = {"input_size": [3, size, size], "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": share}
         config |= {"model_args": options, "pretrained_cfg": seen | {"num_classes": len(opened.classes)}}
     return config
 
@@ -58,11 +59,15 @@ def usage(config: dict) -> str:
     """Lines of Python that classify a picture with an exported file, from within its folder."""
     facts, size = config["input"], config["input"]["size"]
     mean, std = (f"np.array({values}).reshape(3, 1, 1)" for values in (facts["mean"], facts["std"]))
-    lines = ["import numpy as np", "from PIL import Image"]
+    lines = ["import numpy as np", "from PIL import Image, ImageOps"]
+    stored, border = facts["stored_size"], (facts["stored_size"] - size) // 2
     first = [
-        f'picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}), Image.BICUBIC)',
+        'picture = Image.open("picture.png").convert("RGB")',
+        f"picture = ImageOps.fit(picture, ({stored}, {stored}), Image.BICUBIC)",
         "pixels = np.asarray(picture).transpose(2, 0, 1)[None]",
     ]
+    if border:
+        first[1] += f".crop({(border, border, border + size, border + size)})"
     if facts["dtype"] == "float32":
         first += [f"mean, std = {mean}, {std}", "image = ((pixels / 255 - mean) / std).astype(np.float32)"]
     given = facts["name"]

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dataset import DATASETS
+from dataset import DATASETS, FROM_FILES, check_image_size
+from dataset.folder import folder_name
 from distiller_zoo import METHODS
 from models import model_dict
 from models.clip_teacher import PUBLISHED, short_name
@@ -14,6 +15,7 @@ from .parser import (
     ListMethods,
     Parser,
     epoch_list,
+    names_file,
     network,
     number,
     positive,
@@ -78,11 +80,43 @@ def add_run_options(
     return group
 
 
-def add_data_options(parser: Parser) -> None:
+def add_data_options(parser: Parser) -> argparse._ArgumentGroup:
     """The data set and where it lies."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
-    group.add_argument("--data_dir", default="./data", help="folder of the data sets")
+    choices = (*DATASETS, *FROM_FILES)
+    group.add_argument("--dataset", choices=choices, default="cifar100", help="data set; folder: images of one's own")
+    what = "folder of the data sets; of --dataset folder, the one with train/CLASS/ and test/CLASS/ or val/CLASS/"
+    group.add_argument("--data_dir", default="./data", help=what)
+    group.add_argument(
+        "--image_size",
+        type=positive_int,
+        metavar="R",
+        help="folder: height and width of the student's images in pixels",
+    )
+    what = "leave out up to so many image files that cannot be decoded"
+    group.add_argument("--max_bad_images", type=number(int, 0), default=0, metavar="N", help=what)
+    return group
+
+
+def add_holdout_option(parser: Parser) -> None:
+    """The rows that the best epoch is chosen on."""
+    parser.add_argument_group("selection").add_argument(
+        "--holdout",
+        type=number(float, 0, 0.5, above=True),
+        metavar="F",
+        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set; of a "
+        "folder without test images it becomes the test set",
+    )
+
+
+def check_data(parser: Parser, opt: argparse.Namespace) -> None:
+    """Whether the options of the data set go together."""
+    try:
+        check_image_size(opt.dataset, opt.image_size)
+    except ValueError as error:
+        parser.error(str(error))
+    if opt.max_bad_images and opt.dataset not in FROM_FILES:
+        parser.error(f"--max_bad_images: {opt.dataset} is not decoded from image files; leave it out")
 
 
 def add_label_options(parser: Parser, what: str, low: float | None = None) -> None:
@@ -238,14 +272,15 @@ def student_parser() -> Parser:
         "a CNN they always do",
     )
 
-    add_data_options(parser)
-    add_label_options(parser, "from the others the student learns by distillation alone")
-    parser.add_argument_group("selection").add_argument(
-        "--holdout",
-        type=number(float, 0, 0.5, above=True),
-        metavar="F",
-        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set",
+    add_data_options(parser).add_argument(
+        "--leave_out",
+        type=names_file,
+        metavar="FILE",
+        help="do without the images of the classes that are named in this file, one a line: what a student makes of "
+        "classes that it has never seen, evaluate.py --zero_shot tells",
     )
+    add_label_options(parser, "from the others the student learns by distillation alone")
+    add_holdout_option(parser)
     group = add_optimizer_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
     group.add_argument("--learning_rate_t", type=positive, default=0.01, help="of the teacher's head; never decayed")
     add_training_speed_options(add_run_options(parser), "the student")
@@ -256,6 +291,7 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check train_student.py's options; what is unset becomes the method's and the teacher's own."""
     parser = student_parser()
     opt = parser.parse_args(argv)
+    check_data(parser, opt)
     _resolve_teacher(parser, opt)
     method, clip = METHODS[opt.distill], bool(opt.clip_tn)
     if clip and method.needs_maps:
@@ -363,10 +399,12 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_bank_options(group)
     add_data_options(parser)
     add_label_options(parser, "the others are left out", low=0)
+    add_holdout_option(parser)
     slow = " and ".join(_LEARNING_RATES)
     add_optimizer_options(parser, f"head; if unset, 0.01; of a CNN {_LEARNING_RATE}, {slow} 0.01")
     add_training_speed_options(add_run_options(parser), "a CNN")
     opt = parser.parse_args(argv)
+    check_data(parser, opt)
     opt.path_t, opt.joint = None, "projected"  # the head, or the CNN, is trained here
     if opt.clip_tn is None:
         opt.clip_tn = int(opt.model not in model_dict)
@@ -385,6 +423,59 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--teacher_views is a frozen encoder's: a CNN sees every view")
     opt.teacher_views = None
     _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model, _LEARNING_RATE))
+    return opt
+
+
+def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check evaluate.py's options."""
+    parser = Parser("What a finished student knows, beside its teacher. Without a question: accuracy and agreement.")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a finished run, or a file of weights: RepDistiller's, ours")
+    add("--checkpoint", default="best", metavar="best|last|PATH", help="which of a run's files")
+    add("--no_teacher", action="store_true", help="ask the student alone")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
+    group = parser.add_argument_group("data")
+    choices = (*DATASETS, *FROM_FILES)
+    group.add_argument("--dataset", choices=choices, help="with the same classes; if unset, the run's own")
+    group.add_argument("--data_dir", help="folder of the data sets; if unset, the run's own")
+    what = "of --dataset folder and --probe folder: what the images are resized to"
+    group.add_argument("--image_size", type=positive_int, metavar="R", help=what)
+    group = parser.add_argument_group("questions")
+    what = "transfer: a linear probe and nearest neighbours on frozen features of this data set"
+    group.add_argument("--probe", choices=choices, help=what)
+    group.add_argument("--probe_dir", help="its folder; if unset, --data_dir, or ./data")
+    what = "classify by the classes' names; of a student of --joint teacher, with a CLIP that understands texts"
+    group.add_argument("--zero_shot", action="store_true", help=what)
+    what = "zero-shot: the names to choose from, one a line; if unset, the data set's classes"
+    group.add_argument("--labels", type=names_file, metavar="FILE", help=what)
+    what = "accuracy on the corrupted images in CIFAR-100-C/ (or CIFAR-10-C/) under --data_dir"
+    group.add_argument("--corruptions", action="store_true", help=what)
+    group = parser.add_argument_group("search")
+    group.add_argument("--search", metavar="TEXT", help="rank images by a text")
+    group.add_argument("--search_image", metavar="FILE", help="rank images by an image, with any student")
+    group.add_argument("--images", metavar="DIR", help="the folder that is searched, with all folders in it")
+    group.add_argument("--top", type=positive_int, default=20, help="images on the contact sheet")
+    group.add_argument("--out", metavar="PNG", help="the contact sheet; if unset, RUN/search_TEXT.png")
+    group.add_argument("--force", action="store_true", help="overwrite it, and the scores beside it")
+    opt = parser.parse_args(argv)
+
+    if opt.image_size and "folder" not in (opt.dataset, opt.probe):
+        parser.error(f"--image_size {opt.image_size} is of --dataset folder or --probe folder; leave it out")
+    opt.zero_shot = opt.zero_shot or opt.labels is not None
+    opt.probe_dir = opt.probe_dir or opt.data_dir or "./data"
+    opt.searches = opt.search is not None or opt.search_image is not None
+    if opt.search is not None and opt.search_image is not None:
+        parser.error("--search and --search_image both say what to search for; leave one of them out")
+    if opt.searches and opt.images is None:
+        parser.error("--search needs --images, the folder that is searched")
+    if opt.search is not None and not opt.search.strip():
+        parser.error("--search: the text is empty")
+    if not opt.searches and (opt.images is not None or opt.out is not None):
+        parser.error("--images and --out belong to a search: say for what, --search TEXT or --search_image FILE")
+    if opt.searches and (len(opt.runs) > 1 or opt.probe or opt.zero_shot or opt.corruptions):
+        parser.error("a search is done by one RUN, and alone: leave the others out")
+    if len(opt.runs) > 1 and opt.checkpoint not in ("best", "last"):
+        parser.error(f"--checkpoint {opt.checkpoint} is a file of one RUN, not of {len(opt.runs)}")
     return opt
 
 
@@ -446,17 +537,20 @@ def _optimizer_name(opt: argparse.Namespace) -> str:
     return "".join(f"_{part}" for part in parts)
 
 
-def _data_name(opt: argparse.Namespace) -> str:
+def data_name(opt: argparse.Namespace) -> str:
     """The part of a run's name that tells what it learns from."""
-    return opt.dataset if opt.labels == 1 else f"{opt.dataset}_labels{opt.labels:g}"
+    name = folder_name(opt.data_dir, opt.image_size) if opt.dataset == "folder" else opt.dataset
+    left_out = f"_without{len(opt.leave_out)}" if getattr(opt, "leave_out", None) else ""
+    labels = getattr(opt, "labels", 1)
+    return name + left_out + (f"_labels{labels:g}" if labels < 1 else "")
 
 
 def teacher_run_name(opt: argparse.Namespace) -> str:
     """The release's name of a head and RepDistiller's of a CNN, with the seed and the trial."""
     if opt.clip_tn:
-        name = f"{opt.model_t}_f{opt.feature_dim}_{_data_name(opt)}_lr_{opt.learning_rate:g}"
+        name = f"{opt.model_t}_f{opt.feature_dim}_{data_name(opt)}_lr_{opt.learning_rate:g}"
     else:
-        name = f"{opt.model_t}_{_data_name(opt)}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}"
+        name = f"{opt.model_t}_{data_name(opt)}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}"
     return f"{name}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
 
 
@@ -473,7 +567,7 @@ def student_run_name(opt: argparse.Namespace) -> str:
     start = "_pretrained" if opt.pretrained_s else "" if opt.init_s is None else "_init"
     student = sized_name(opt.model_s, opt.student_resolution) + start
     return (
-        f"S{student}_T{opt.model_t}{space}_{_data_name(opt)}_{opt.distill}{protocol}{standard}"
+        f"S{student}_T{opt.model_t}{space}_{data_name(opt)}_{opt.distill}{protocol}{standard}"
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
         f"_batchsize{opt.batch_size}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
     )

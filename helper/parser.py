@@ -4,8 +4,8 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from dataset.views import NUM_VIEWS
 from distiller_zoo import method_table
 from models import check_model_name
 
@@ -67,12 +67,10 @@ def epoch_list(text: str) -> list[int]:
 
 
 def teacher_views(text: str) -> str | int:
-    """auto, all, or 0 to 162."""
-    if text == "all":
-        return NUM_VIEWS
-    if text != "auto" and not (text.isdigit() and int(text) <= NUM_VIEWS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 to {NUM_VIEWS}")
-    return text if text == "auto" else int(text)
+    """auto, all, or a number from 0 on; what the data set makes of them is known when it is there."""
+    if text not in ("auto", "all") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 on")
+    return text if text in ("auto", "all") else int(text)
 
 
 def network(text: str) -> str:
@@ -82,6 +80,20 @@ def network(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def names_file(text: str) -> list[str]:
+    """The names in a text file, one a line; empty lines do not count."""
+    try:
+        names = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as a file of names, one a line") from error
+    names = [name for name in names if name]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text} holds no name; one a line is expected")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise argparse.ArgumentTypeError(f"{text} names {', '.join(repeated)} more than once")
+    return names
 
 
 def trial_name(text: str) -> str:

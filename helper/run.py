@@ -12,6 +12,7 @@ from .logger import Logger
 _FREE = {
     "epochs",
     "data_dir",
+    "max_bad_images",
     "clip_root",
     "save_dir",
     "clip_mode",
@@ -52,7 +53,7 @@ class Run:
 
     Args:
         opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here, and all are compared with those
-            of the run that is resumed, but for what is still ``auto``.
+            of the run that is resumed, but for what is still ``auto`` or ``all``.
         kind: 'student_model', say: the folder in SAVE of such runs.
         tb_kind: likewise of TensorBoard's events.
         name: of the run.
@@ -83,7 +84,7 @@ class Run:
             self._claim()
         distributed.wait()
         self._load(opt.resume)
-        self._check({name: value for name, value in vars(opt).items() if value != "auto"})
+        self._check({name: value for name, value in vars(opt).items() if value not in ("auto", "all")})
         if self.steps and len(self.history) >= self.epochs and not self.finished:
             raise ValueError(
                 f"{self.folder} is inside epoch {self.first_epoch}: use --epochs {self.first_epoch} or more"

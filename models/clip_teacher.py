@@ -10,7 +10,7 @@ import torch
 from clip.model import CLIP, build_model
 from torch import Tensor
 
-from .encoders import FrozenEncoder
+from .encoders import FrozenEncoder, TextEncoder
 from .names import LIBRARIES, parse_name
 from .weights import sha256_of
 
@@ -114,6 +114,28 @@ def _is_torchscript(path: str | os.PathLike) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """Byte pairs of texts, (N, length) int, cut after the longest text's last token.
+
+    CLIP's text encoder is causal and reads its result at the end-of-text token, so that the padding which is cut
+    away here never counted.
+
+    Raises:
+        ValueError: a text is too long for CLIP.
+    """
+    try:
+        tokens = clip.tokenize(texts)
+    except RuntimeError as error:
+        raise ValueError(f"a text is too long for CLIP ({' '.join(str(error).split())[:200]})") from error
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+
+
+def load_text_encoder(clip_mode: str, root: str) -> TextEncoder:
+    """The text encoder of a published CLIP or of a checkpoint, in float32; see ``fetch_clip`` and ``load_clip``."""
+    model = load_clip(fetch_clip(clip_mode, root)[0]).float()
+    return TextEncoder(tokenize, model.encode_text)
 
 
 class ImageEncoder(FrozenEncoder):

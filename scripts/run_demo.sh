@@ -25,8 +25,8 @@ for distill in none kd ega; do
     "$PYTHON" train_student.py --dataset shapes --distill "$distill" --clip_mode "$clip_mode" --model_s "$model_s" \
         --epochs "$epochs" --batch_size "$batch_size" --lr_decay_epochs "$lr_decay_epochs" --eval_freq "$eval_freq" \
         --save_dir "$save_dir" "$@" | tee "$log"
-    # A run's last line ends with its folder.
-    runs+=("$(tail -n 1 "$log" | sed 's/.*, in //')")
+    # The line with a run's accuracy ends with its folder.
+    runs+=("$(sed -n 's/.*accuracy.*, in //p' "$log" | tail -n 1)")
 done
 
 echo
