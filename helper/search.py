@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from . import checkpoint
-from .report import read_run
-from .student import load_student
+from .report import StoredRun, read_run
+from .student import Predictor, load_student
 from .zero_shot import check_understands_text, load_text_encoder
 
 _BATCH = 256
@@ -41,61 +42,49 @@ def search(opt, device: str) -> Path:
     """
     run = read_run(opt.runs[0])
     query = opt.search if opt.search is not None else Path(opt.search_image).name
-    words = "-".join("".join(c if c.isalnum() else " " for c in query).split())[:60] or "query"
-    picture = run.folder / f"search_{words}.png" if opt.out is None else Path(opt.out)
-    scores_file = picture.with_suffix(".csv")
-    for path in (picture, scores_file):
-        if path.exists() and not opt.force:
-            raise ValueError(f"{path} is there already: use --force to overwrite it, or another --out")
-    if picture.suffix.lower() != ".png":
-        raise ValueError(f"--out {picture}: the contact sheet is a .png file")
+    picture, scores = _outputs(opt, run.folder, query)
     if opt.search is not None:
         check_understands_text(run)
     files = image_files(Path(opt.images))
-
     net, transform, _ = load_student(run, opt.checkpoint)
     net.to(device)
     if opt.search is not None:
-        text = load_text_encoder(run)
-        with torch.no_grad():
-            wanted = F.normalize(text.encode_text(text.tokenize([query])).float(), dim=1)
+        wanted = embed_text(run, query)
     else:
         image = read_image(Path(opt.search_image))
         if image is None:
             raise ValueError(f"--search_image {opt.search_image} cannot be read as an image")
-        wanted = embed_images(net, [transform(image)], device)
-    found, unreadable, embeddings, batch = [], [], [], []
-    for path in files:
-        image = read_image(path)
-        if image is None:
-            unreadable.append(path)
-            continue
-        found.append(path)
-        batch.append(transform(image))
-        if len(batch) == _BATCH:
-            embeddings.append(embed_images(net, batch, device))
-            batch = []
-    if batch:
-        embeddings.append(embed_images(net, batch, device))
-    if unreadable:
-        print(f"skipped, not to be read as images: {', '.join(map(str, unreadable))}")
+        wanted = _embed(net, [transform(image)], device)[0]
+    found, embeddings = embed_files(net, transform, files, device)
     if not found:
         raise ValueError(f"--images {opt.images}: none of its images can be read")
 
-    similarity = (torch.cat(embeddings) @ wanted.T).flatten()
+    similarity = embeddings @ wanted
     order = similarity.argsort(descending=True, stable=True).tolist()
     ranked = [(float(similarity[row]), found[row]) for row in order]
     example = None if opt.search_image is None else Path(opt.search_image)
     title = f'"{query}"' if example is None else f"images like {query}"
-    title = f"{title} in {len(found)} images of {opt.images}"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    _write_scores(ranked, scores_file)
+    _write_scores(ranked, scores)
     sheet = io.BytesIO()
-    contact_sheet(ranked[: opt.top], title, example).save(sheet, "PNG")
+    contact_sheet(ranked[: opt.top], f"{title} in {len(found)} images of {opt.images}", example).save(sheet, "PNG")
     checkpoint.write_bytes(sheet.getvalue(), picture)
     for rank, (score, path) in enumerate(ranked[: opt.top], start=1):
         print(f"{rank:3d}  {score:.4f}  {path}")
     return picture
+
+
+def _outputs(opt, folder: Path, query: str) -> tuple[Path, Path]:
+    """The files of the contact sheet and of the scores, neither of which is there, unless it may be overwritten."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in query).split())[:60] or "query"
+    picture = folder / f"search_{words}.png" if opt.out is None else Path(opt.out)
+    if picture.suffix.lower() != ".png":
+        raise ValueError(f"--out {picture}: the contact sheet is a .png file")
+    scores = picture.with_suffix(".csv")
+    for path in (picture, scores):
+        if path.exists() and not opt.force:
+            raise ValueError(f"{path} is there already: use --force to overwrite it, or another --out")
+    return picture, scores
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -123,9 +112,32 @@ def read_image(path: Path) -> Image.Image | None:
 
 
 @torch.no_grad()
-def embed_images(net, images: list[Tensor], device: str) -> Tensor:
+def _embed(net: Predictor, images: list[Tensor], device: str) -> Tensor:
     """Embeddings (B, D) of unit norm, on the CPU."""
     return F.normalize(net.embed(torch.stack(images).to(device)).float(), dim=1).cpu()
+
+
+def embed_files(net: Predictor, transform: Compose, files: list[Path], device: str) -> tuple[list[Path], Tensor]:
+    """Those of the files that are images, and their embeddings (N, D) of unit norm; one line names the others."""
+    found, unreadable, embeddings, batch = [], [], [], []
+    for path in files:
+        image = read_image(path)
+        (unreadable if image is None else found).append(path)
+        if image is not None:
+            batch.append(transform(image))
+        if batch and (len(batch) == _BATCH or path is files[-1]):
+            embeddings.append(_embed(net, batch, device))
+            batch = []
+    if unreadable:
+        print(f"skipped, not to be read as images: {', '.join(map(str, unreadable))}")
+    return found, torch.cat(embeddings) if embeddings else torch.empty(0)
+
+
+@torch.no_grad()
+def embed_text(run: StoredRun, text: str) -> Tensor:
+    """A text's embedding (D,) of unit norm, in the space of a run's CLIP and its student."""
+    encoder = load_text_encoder(run)
+    return F.normalize(encoder.encode_text(encoder.tokenize([text]))[0].float(), dim=0)
 
 
 def _write_scores(ranked: list[tuple[float, Path]], path: Path) -> None:

@@ -23,6 +23,49 @@ from .teacher import ClipTeacher, CnnTeacher, architecture, check_same, load_cnn
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a network makes of N images, on the CPU.
+
+    logits: (N, classes); None of a network that does not classify.
+    embedding: (N, D), in the joint space where there is one.
+    features: (N, F), pooled; of a frozen encoder its embedding.
+    """
+
+    logits: Tensor | None
+    embedding: Tensor
+    features: Tensor
+
+
+@torch.no_grad()
+def predict(network: Student | Classifier | ClipTeacher | CnnTeacher, loader: Loader, amp: str) -> Predictions:
+    """What a network makes of the images of a loader, in order; a student under autocast, as in its run's test pass."""
+    parts = []
+    for batch in loader.epoch():
+        if isinstance(network, Student | Classifier):
+            with autocast(loader.device.type, amp):
+                out = network(batch.image)
+        else:
+            out = network(loader.name, batch)
+        parts.append([None if x is None else x.float().cpu() for x in (out.logits, out.embedding, out.features[-1])])
+    return Predictions(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class SeenAt:
+    """The views of a data set, which a student sees at another size: the one that it was trained for."""
+
+    views: Views
+    size: int
+
+    def __getattr__(self, name: str):
+        return getattr(self.views, name)
+
+    def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        """See ``CropViews``."""
+        return resize(self.views.student(images, index, view), self.size)
+
+
+@dataclass(frozen=True)
 class Subject:
     """Who is asked: a run's student beside its teacher, or what a file of weights holds.
 
@@ -75,54 +118,11 @@ class Subject:
             normalization=self.trained.normalization,
         )
 
-    def predict(self, network: Student | Classifier | ClipTeacher | CnnTeacher, loader: Loader) -> "Predictions":
+    def predict(self, network: Student | Classifier | ClipTeacher | CnnTeacher, loader: Loader) -> Predictions:
         """What one of its networks makes of a loader's images."""
         options = self.run.options
         amp = options["amp"] if options.get("device") == self.device else "off"
         return predict(network, loader, amp)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a network makes of N images, on the CPU.
-
-    logits: (N, classes); None of a network that does not classify.
-    embedding: (N, D), in the joint space where there is one.
-    features: (N, F), pooled; of a frozen encoder its embedding.
-    """
-
-    logits: Tensor | None
-    embedding: Tensor
-    features: Tensor
-
-
-@torch.no_grad()
-def predict(network: Student | Classifier | ClipTeacher | CnnTeacher, loader: Loader, amp: str) -> Predictions:
-    """What a network makes of the images of a loader, in order; a student under autocast, as in its run's test pass."""
-    parts = []
-    for batch in loader.epoch():
-        if isinstance(network, Student | Classifier):
-            with autocast(loader.device.type, amp):
-                out = network(batch.image)
-        else:
-            out = network(loader.name, batch)
-        parts.append([None if x is None else x.float().cpu() for x in (out.logits, out.embedding, out.features[-1])])
-    return Predictions(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-@dataclass(frozen=True)
-class SeenAt:
-    """The views of a data set, which a student sees at another size: the one that it was trained for."""
-
-    views: Views
-    size: int
-
-    def __getattr__(self, name: str):
-        return getattr(self.views, name)
-
-    def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """See ``CropViews``."""
-        return resize(self.views.student(images, index, view), self.size)
 
 
 def save_dir(run: StoredRun) -> str:
@@ -220,4 +220,5 @@ def class_numbers(subject: Subject) -> Tensor:
 
 
 def listed(names: list[str], few: int = 5) -> str:
+    """The first of some names, and how many more there are."""
     return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")

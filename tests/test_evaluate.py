@@ -21,11 +21,12 @@ import train_student
 import train_teacher
 from conftest import make_dataset
 from dataset import ImageDataset, Split
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize, resize
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize, resize
 from helper.contrastive import TEMPLATES
 from helper.student import load_student
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder, load_clip
+from models.heads import TeacNet
 
 
 def other_dataset() -> ImageDataset:
@@ -37,17 +38,21 @@ def other_dataset() -> ImageDataset:
         targets[:unlabelled] = -1
         return Split(resize(split.images, 48), targets)
 
-    return ImageDataset("other", ["red", "green", "blue"], larger(made.train, 5), larger(made.test, 0))
+    splits = (larger(made.train, 5), larger(made.test, 0))
+    return ImageDataset("other", ["red", "green", "blue"], *splits, views=CropViews(48))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def datasets():
-    """--dataset tiny; other, of other classes; cifar10, which is tiny with its classes in another order."""
+    """--dataset tiny; other, of other classes; cifar10 and large, which are tiny with its classes in another order, or
+    in larger pictures."""
     made = make_dataset()
     order = torch.tensor([4, 3, 2, 1, 0])
     turned = [Split(split.images, order[split.targets]) for split in (made.train, made.test)]
     known = {"tiny": made, "other": other_dataset()}
     known["cifar10"] = ImageDataset("cifar10", made.classes[::-1], *turned)
+    large = [Split(resize(split.images, 48), split.targets) for split in (made.train, made.test)]
+    known["large"] = ImageDataset("large", made.classes, *large, views=CropViews(48))
     with pytest.MonkeyPatch.context() as patch:
         for name, data in known.items():
             patch.setitem(dataset.DATASETS, name, lambda data_dir, data=data: data)
@@ -159,6 +164,19 @@ def test_another_data_set_of_the_same_classes_in_another_order(runs):
     own, other = (answers(runs["ega0"], "accuracy", data) for data in ("tiny", "cifar10"))
     assert other["student"]["per_class"] == own["student"]["per_class"]
     assert other["teacher"]["top1"] == pytest.approx(own["teacher"]["top1"], abs=5)  # encoded anew, not from the bank
+
+
+def test_larger_pictures_are_seen_by_each_at_its_own_size(runs, datasets, tiny_clip):
+    ask(runs["ega0"], "--dataset", "large")
+    found, test = answers(runs["ega0"], "accuracy", data="large"), datasets["large"].test
+    net, _, _ = load_student(runs["ega0"])
+    head = TeacNet(16, 8, 5)
+    head.load_state_dict(torch.load(runs["ega0"] / "resnet8_best.pth", weights_only=True)["teacher_layer"])
+    small = normalize(resize(test.images, 32), CLIP_NORMALIZATION)
+    with torch.no_grad():
+        expected = {"student": net(small), "teacher": head(ImageEncoder(str(tiny_clip), "")(small))[1]}
+    for side, logits in expected.items():
+        assert found[side]["cross_entropy"] == pytest.approx(float(F.cross_entropy(logits, test.targets)), rel=1e-4)
 
 
 def test_seeds_are_averaged_in_one_table(runs, capsys):
@@ -397,6 +415,12 @@ def refused(capsys, words: str, *argv) -> None:
 
 def test_bad_input_ends_in_one_line(runs, pictures, tmp_path, capsys):
     images = ("--images", pictures)
+    (tmp_path / "unknown.txt").write_text("colour 1\nmauve\n")
+    with pytest.raises(SystemExit) as stopped:
+        train_student.main(
+            ["--dataset", "tiny", "--leave_out", str(tmp_path / "unknown.txt"), "--save_dir", str(tmp_path)]
+        )
+    assert stopped.value.code == 2 and "tiny has no class 'mauve'" in capsys.readouterr().err
     refused(capsys, "not the folder of a run", tmp_path)
     refused(capsys, "not the folder of a run", tmp_path / "nowhere.pth")
     refused(capsys, "it has red, green, blue and it lacks colour 0", runs["ega0"], "--dataset", "other")
