@@ -66,7 +66,7 @@ def open_weights(path: Path, config: dict) -> Runner:
     return lambda image: [network(enlarge(image, config["resolution"]))]
 
 
-OPENERS = {"onnx": open_onnx, "exported": open_program, "safetensors": open_weights}
+_OPENERS = {"onnx": open_onnx, "exported": open_program, "safetensors": open_weights}
 
 
 def open_file(path: Path, config: dict) -> Runner:
@@ -74,8 +74,18 @@ def open_file(path: Path, config: dict) -> Runner:
 
     Args:
         config: the content of config.json.
+
+    Raises:
+        ValueError: it is missing or damaged.
     """
-    return OPENERS[config["format"]](path, config)
+    try:
+        return _OPENERS[config["format"]](path, config)
+    except ValueError:
+        raise
+    except Exception as error:  # on a damaged file the runtimes raise whatever they stumble over
+        raise ValueError(
+            f"{path} cannot be loaded: is it missing or damaged? ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def read_config(folder: Path) -> dict:
@@ -87,10 +97,13 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no exported student: export one first, or give its folder as --out")
-    config = json.loads(path.read_text())
-    if not isinstance(config, dict) or "format" not in config:
-        raise ValueError(f"{path} is not what export.py writes")
-    return config
+    try:
+        config = json.loads(path.read_text())
+        if config["format"] in _OPENERS:
+            return config
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged") from error
+    raise ValueError(f"{path} is not what export.py writes")
 
 
 def _read_image(path: str) -> Image.Image:
@@ -115,7 +128,10 @@ def predict(folder: Path, files: list[str], top: int = 3) -> list[str]:
     normalization = None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"])
     transform = image_transform(facts["size"], normalization, facts["stored_size"])
     images = [transform(_read_image(file)) for file in files]
-    run, labels = open_file(folder / config["file"], config), (folder / "labels.txt").read_text().splitlines()
+    run, labels = (
+        open_file(folder / config["file"], config),
+        (folder / "labels.txt").read_text(encoding="utf-8").splitlines(),
+    )
     lines = []
     for file, image in zip(files, images, strict=True):
         shares = run(image[None])[0][0].softmax(0)

@@ -126,11 +126,9 @@ def card(config: dict, table: str) -> str:
         taught = f"taught by {trained['model_t']} ({METHODS[trained['distill']].citation})"
     labels = "" if trained["labels"] == 1 else f", a share of {trained['labels']:g} of its images labelled"
     accuracy = "not measured: there were no labels" if config["accuracy"] is None else f"{config['accuracy']:.2f} %"
-    what = (
-        "8-bit pixels (B, 3, H, W) in RGB order"
-        if facts["dtype"] == "uint8"
-        else (f"(pixels / 255 − mean) / std, mean {facts['mean']}, std {facts['std']}")
-    )
+    what = f"(pixels / 255 − mean) / std, mean {facts['mean']}, std {facts['std']}"
+    if facts["dtype"] == "uint8":
+        what = "8-bit pixels (B, 3, H, W), RGB"
     outputs = "logits (B, classes)"
     if config["format"] != "safetensors":
         outputs += " and embeddings (B, D)"
@@ -156,6 +154,6 @@ A {config["architecture"]}{source} for {config["num_classes"]} classes (`labels.
 
 def write_beside(folder: Path, config: dict, classes: list[str], table: str) -> None:
     """Write labels.txt, README.md and config.json."""
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes))
-    (folder / "README.md").write_text(card(config, table))
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    (folder / "README.md").write_text(card(config, table), encoding="utf-8")
     checkpoint.write_json(config, folder / "config.json")

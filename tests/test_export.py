@@ -250,6 +250,13 @@ def test_bad_input(run, onnx, data, tmp_path, capsys):
     (tmp_path / "b.png").write_text("no picture")
     good = save_picture(data, tmp_path / "good.png")
     assert_refused(capsys, "b.png cannot be read", run, "--out", folder, "--predict", good, tmp_path / "b.png")
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.onnx").write_bytes(b"not ONNX")
+    assert_refused(capsys, "model.onnx cannot be loaded", "--out", tmp_path / "damaged", "--predict", good)
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    assert_refused(capsys, "config.json is damaged", "--out", tmp_path / "damaged", "--predict", good)
+    (tmp_path / "damaged" / "config.json").write_text("{}")
+    assert_refused(capsys, "config.json is", "--out", tmp_path / "damaged", "--predict", good)
     assert capsys.readouterr().out == ""
     assert snapshot(run.parent) == before
     assert (tmp_path / "one" / "labels.txt").read_text() == "mine"
