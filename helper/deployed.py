@@ -83,9 +83,8 @@ def open_file(path: Path, config: dict) -> Runner:
     except ValueError:
         raise
     except Exception as error:  # on a damaged file the runtimes raise whatever they stumble over
-        raise ValueError(
-            f"{path} cannot be loaded: is it missing or damaged? ({' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be loaded: is it missing or damaged? ({reason})") from error
 
 
 def read_config(folder: Path) -> dict:
@@ -110,8 +109,7 @@ def _read_image(path: str) -> Image.Image:
     try:
         return read_rgb(path)
     except (BadImage, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path} cannot be read as an image ({reason})") from error
+        raise ValueError(f"{path} cannot be read as an image ({getattr(error, 'strerror', None) or error})") from error
 
 
 @torch.no_grad()
@@ -128,10 +126,8 @@ def predict(folder: Path, files: list[str], top: int = 3) -> list[str]:
     normalization = None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"])
     transform = image_transform(facts["size"], normalization, facts["stored_size"])
     images = [transform(_read_image(file)) for file in files]
-    run, labels = (
-        open_file(folder / config["file"], config),
-        (folder / "labels.txt").read_text(encoding="utf-8").splitlines(),
-    )
+    run = open_file(folder / config["file"], config)
+    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
     lines = []
     for file, image in zip(files, images, strict=True):
         shares = run(image[None])[0][0].softmax(0)
