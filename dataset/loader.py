@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import Split
 from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
@@ -22,16 +22,35 @@ from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
 _AHEAD = 2
 
 # The copies on GPUs of images that are in memory, one for all that use them.
-_on_gpu = WeakIdKeyDictionary()
+_on_gpu = WeakTensorKeyDictionary()
 
 
 def on_device(images: Tensor, device: torch.device) -> Tensor:
-    """Images on the device; as they are where they would take more than half of a GPU's free memory."""
+    """Images (N, 3, H, W) on the device; as they are where they would take more than half of a GPU's free memory."""
+    if not _channels_last(images):
+        images = images.contiguous()
     if device.type == "cpu":
         return images
     if images not in _on_gpu and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
         _on_gpu[images] = images.to(device)
     return _on_gpu.get(images, images)
+
+
+def _channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last)
+
+
+def take(images: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Some of the images that ``on_device`` gave, (B, 3, H, W) on the device, by their row numbers (B,)."""
+    if images.device.type != "cpu":
+        return images[index]
+    # One thread copies them as they lie in memory, channels first or last; torch's indexing takes ten times as long.
+    last = _channels_last(images)
+    images = images.permute(0, 2, 3, 1) if last else images
+    taken = torch.empty(len(index), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")
+    np.take(images.numpy(), index.cpu().numpy(), axis=0, out=taken.numpy(), mode="clip")
+    taken = taken.permute(0, 3, 1, 2) if last else taken
+    return taken.to(device, non_blocking=True)
 
 
 class Batch(NamedTuple):
@@ -89,6 +108,7 @@ class Loader:
     each in the test view.
 
     Attributes:
+        reads_ahead: a thread reads the images of the next batches, which lie neither on the device nor in memory.
         waited: seconds that were spent waiting for images to be read, so far.
 
     Args:
@@ -141,8 +161,8 @@ class Loader:
         self.processes = processes
         self.rows = torch.arange(len(split)) if rows is None else rows
         self.images = on_device(split.images, device) if images else None
-        far = self.images is not None and self.images.device.type != device.type
-        self._reads_ahead = far or (images and split.mapped and device.type == "cpu")
+        far = images and self.images.device.type != device.type
+        self.reads_ahead = far or (images and split.mapped and device.type == "cpu")
         self.waited = 0.0
         self.targets = split.targets.to(device)
         has_label = split.targets >= 0
@@ -168,7 +188,7 @@ class Loader:
     def draws(self, epoch: int = 0, done: int = 0) -> Iterator[Draw]:
         """What each batch of an epoch is made of, after so many of them."""
         draws = self._draws(epoch, done)
-        return self._read_ahead(draws) if self._reads_ahead else draws
+        return self._read_ahead(draws) if self.reads_ahead else draws
 
     def _draws(self, epoch: int, done: int) -> Iterator[Draw]:
         host = torch.stack(self._draw(epoch))
@@ -188,28 +208,19 @@ class Loader:
 
     def _read_ahead(self, draws: Iterator[Draw]) -> Iterator[Draw]:
         """The draws with their images, on the device."""
-        with ThreadPoolExecutor(1) as thread:
+        current = (torch.cuda.current_device(),) if self.device.type == "cuda" else ()
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if current else None, initargs=current) as thread:
             ahead = deque()
             while True:
                 for draw in itertools.islice(draws, _AHEAD - len(ahead)):
-                    ahead.append((draw, thread.submit(self._read, draw.host[0])))
+                    ahead.append((draw, thread.submit(take, self.images, draw.host[0], self.device)))
                 if not ahead:
                     return
                 draw, reading = ahead.popleft()
                 start = time.perf_counter()
                 stored = reading.result()
                 self.waited += time.perf_counter() - start
-                yield draw._replace(stored=stored.to(self.device, non_blocking=True))
-
-    def _read(self, index: Tensor) -> Tensor:
-        """Images by their row numbers, as they are stored, in memory that a GPU copies from."""
-        # In the order in which they lie in memory, channels first or last.
-        last = self.images.is_contiguous(memory_format=torch.channels_last)
-        images = self.images.permute(0, 2, 3, 1) if last else self.images
-        stored = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        # One thread's copying, which leaves the cores to the step, as torch's own would not.
-        np.take(images.numpy(), index.numpy(), axis=0, out=stored.numpy(), mode="clip")
-        return stored.permute(0, 3, 1, 2) if last else stored
+                yield draw._replace(stored=stored)
 
     def batch(self, draw: Draw) -> Batch:
         """Make a batch, on the device."""
@@ -217,7 +228,7 @@ class Loader:
         shares, host = draw.shares, None if draw.host is None else (draw.host[0], draw.host[2])
         image = None
         if self.images is not None:
-            stored = self.images[index] if draw.stored is None else draw.stored
+            stored = take(self.images, index, self.device) if draw.stored is None else draw.stored
             image = normalize(self.views.student(stored, index, view), self.normalization)
         weight = len(shares) * shares[self.rank] / sum(shares)
         spread = shares if len(shares) > 1 else None

@@ -18,6 +18,8 @@ from torch import Tensor
 CLIP_NORMALIZATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CIFAR100_NORMALIZATION = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
+_CPU = torch.device("cpu")
+
 # Pillow keeps bicubic weights as integers of this many fractional bits.
 _FRACTION_BITS = 22
 
@@ -341,9 +343,9 @@ class CropViews:
         """So many views, uniform among all, (count,) int64."""
         return torch.randint(self.count, (count,), generator=generator)
 
-    def order(self, rows: int, num_views: int) -> Tensor:
+    def order(self, rows: int, num_views: int, device: torch.device = _CPU) -> Tensor:
         """The first views of each of so many images, (rows, num_views) integers, the test view first."""
-        return torch.from_numpy(view_order(np.arange(rows), num_views, self.padding))
+        return torch.from_numpy(view_order(np.arange(rows), num_views, self.padding)).to(device)
 
     def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
         """What a student sees.
@@ -400,9 +402,9 @@ class ResizedCropViews:
         """So many views, none of which is likely ever to be drawn again, (count,) int64."""
         return torch.randint(1, 2**31, (count,), generator=generator)
 
-    def order(self, rows: int, num_views: int) -> Tensor:
-        """The first views of each of so many images, (rows, num_views) integers: their numbers."""
-        return torch.arange(num_views).expand(rows, num_views)
+    def order(self, rows: int, num_views: int, device: torch.device = _CPU) -> Tensor:
+        """The first views of each of so many images, (rows, num_views) integers: their numbers, one row for all."""
+        return torch.arange(num_views, device=device).expand(rows, num_views)
 
     def boxes(self, index: Tensor, view: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Where views lie in their images, squares of ``stored`` pixels.
@@ -458,12 +460,19 @@ CIFAR_VIEWS = CropViews(32)
 
 
 @functools.lru_cache(maxsize=16)
-def _channels(normalization: tuple, device: torch.device) -> tuple[Tensor, ...]:
-    """Mean and std as (C, 1, 1), copied to the device once."""
-    return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in normalization)
+def _channels(normalization: tuple, width: int | None, device: torch.device) -> tuple[Tensor, ...]:
+    """Mean and std on the device, as (C, 1, 1), or repeated for each pixel of a row, (width * C,)."""
+    channels = [torch.tensor(values, device=device) for values in normalization]
+    return tuple(x.view(-1, 1, 1) if width is None else x.repeat(width) for x in channels)
 
 
 def normalize(pixels: Tensor, normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """Scale 8-bit pixels (B, C, H, W) to [0, 1], subtract the channels' mean, divide by their std; float32."""
-    mean, std = _channels(normalization, pixels.device)
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    batch, channels, height, width = pixels.shape
+    if not pixels.is_contiguous(memory_format=torch.channels_last):
+        mean, std = _channels(normalization, None, pixels.device)
+        return pixels.float().div_(255).sub_(mean).div_(std)
+    # Row by row, which on a CPU is three times as fast as pixel by pixel.
+    mean, std = _channels(normalization, width, pixels.device)
+    x = pixels.permute(0, 2, 3, 1).flatten(2).float().div_(255).sub_(mean).div_(std)
+    return x.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -11,8 +11,10 @@ from models.heads import Classifier, Outputs, Student
 
 from . import distributed
 from .data import Loaders
+from .exits import save_asked
 from .meters import EpochLog, Totals
 from .objective import Objective, mean_cross_entropy, total_loss
+from .optim import set_learning_rate
 from .runtime import autocast
 from .teacher import ClipTeacher, CnnTeacher
 from .util import AverageMeter, accuracy
@@ -98,7 +100,8 @@ class Step:
         optimizers: the student's first.
         scaler: of the gradients.
         loader: whose batches they are.
-        capture: records what a function does and gives a function that does it again; None to do without.
+        capture: records what a function does and gives a function that does it again; None to do without, as where
+            a thread reads images meanwhile.
     """
 
     def __init__(
@@ -112,8 +115,9 @@ class Step:
         self.losses = distributed.parallel(losses)
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
-        self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
-        self._replay = self._captured_with = self._still = None
+        self._capture = None if loader.reads_ahead else capture
+        self._before_capture = _STEPS_BEFORE_CAPTURE
+        self._replay = self._captured_with = self._numbers = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
         """Train on what ``Loader.draws`` gave, in an epoch counted from 1."""
@@ -127,10 +131,10 @@ class Step:
             constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
             constants.append(self.losses.objective.beta_in(epoch))
             if constants != self._captured_with:
-                stored = None if draw.stored is None else draw.stored.clone()
-                self._still, self._replay = Draw(draw.numbers.clone(), draw.shares, stored=stored), None
+                self._numbers, self._replay = draw.numbers.clone(), None
+                still = Draw(self._numbers, draw.shares)
                 try:
-                    self._replay = self._capture(lambda: self._run(self._still, epoch))
+                    self._replay = self._capture(lambda: self._run(still, epoch))
                 except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
                     reason = str(error).partition("\n")[0]
                     print(f"steps are not captured, which makes them slower: {reason}", flush=True)
@@ -138,21 +142,24 @@ class Step:
                     self._run(draw, epoch)
                     return
                 self._captured_with = constants
-            self._still.numbers.copy_(draw.numbers)
-            if draw.stored is not None:
-                self._still.stored.copy_(draw.stored)
+            self._numbers.copy_(draw.numbers)
             self._replay()
 
     def _run(self, draw: Draw, epoch: int) -> None:
         batch = self.loader.batch(draw)
-        loss, losses, others = self.losses(batch, epoch)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        losses, others = self._backward(batch, epoch)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.totals.add(losses, others, len(batch.target), batch.labelled)
+
+    def _backward(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a batch's gradients to those of the weights; what it measured."""
+        loss, losses, others = self.losses(batch, epoch)
+        self.scaler.scale(loss).backward()
+        return losses, others
 
 
 def train_epoch(
@@ -164,12 +171,15 @@ def train_epoch(
     begun: tuple[int, dict] | None = None,
     save_steps: int | None = None,
     save: Callable[[int, dict], None] | None = None,
+    rate: Callable[[int], float] | None = None,
 ) -> dict[str, float]:
     """One epoch of training, counted from 1.
 
     Args:
         begun: how many of its steps are done, and what the log had then; None for a new epoch.
-        save_steps: ``save`` is called with these two after every so many steps, but for the last; None for never.
+        save_steps: ``save`` is called with these two after every so many steps, but for the last, and where SIGUSR1
+            asks for it; None for there alone.
+        rate: the learning rate in each of its steps, counted from 1; None where it is set already.
 
     Returns:
         train_loss and its terms, train_acc, images_per_second.
@@ -182,9 +192,13 @@ def train_epoch(
         done, logged = begun
         log.load_state_dict(logged)
     for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
+        if rate is not None:
+            for optimizer in step.optimizers:
+                set_learning_rate(rate(number), optimizer)
         step(draw, epoch)
         log.update(number, sum(draw.shares))
-        if save_steps and number % save_steps == 0 and number < log.steps:
+        due = save_steps is not None and number % save_steps == 0
+        if number < log.steps and (save_asked(number) or due):
             save(number, log.state_dict())
     return log.result()
 

@@ -42,14 +42,8 @@ _ENCODERS += "torchvision:NAME, each with =PATH for local weights"
 _NETWORKS = f"{', '.join(model_dict)}; timm:NAME or torchvision:NAME, any classifier of theirs"
 
 
-def add_run_options(
-    parser: Parser, epochs: int = 240, batch_size: int = 64, save_steps: bool = True
-) -> argparse._ArgumentGroup:
-    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last.
-
-    Args:
-        save_steps: whether it can be resumed inside an epoch.
-    """
+def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> argparse._ArgumentGroup:
+    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last."""
     group = parser.add_argument_group("run")
     group.add_argument("--save_dir", default="./save", help="folder of all results")
     group.add_argument(
@@ -65,9 +59,8 @@ def add_run_options(
     group.add_argument("--eval_freq", type=positive_int, default=1, help="test after every so many epochs")
     group.add_argument("--print_freq", type=positive_int, default=100, help="print after every so many steps")
     group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
-    if save_steps:
-        what = "an interrupted run goes on after the last of every so many steps; if unset, after the last epoch"
-        group.add_argument("--save_steps", type=positive_int, metavar="N", help=what)
+    what = "an interrupted run goes on after the last of every so many steps; if unset, after the last epoch"
+    group.add_argument("--save_steps", type=positive_int, metavar="N", help=what)
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
@@ -571,3 +564,7 @@ def student_run_name(opt: argparse.Namespace) -> str:
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
         f"_batchsize{opt.batch_size}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
     )
+
+
+if __name__ == "__main__":  # for scripts: the name of the run that these options of train_student.py describe
+    print(student_run_name(parse_student_options()))

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from .checkpoint import WriteError
+
 
 class NonFiniteLoss(RuntimeError):
     """A loss term was not finite; training must not go on, nor be saved."""
@@ -20,19 +22,11 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
     """
     try:
         yield
+    except WriteError:  # no fault of the input: see helper.exits
+        raise
     except (ValueError, OSError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-@contextlib.contextmanager
-def exit_on_non_finite_loss(program: str) -> Iterator[None]:
-    """End with exit code 3 and one line where a loss is not finite."""
-    try:
-        yield
-    except NonFiniteLoss as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        raise SystemExit(3) from error
 
 
 class AverageMeter:

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-import zipfile
 from pathlib import Path
 
 import clip
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .encoders import FrozenEncoder, TextEncoder
 from .names import LIBRARIES, parse_name
-from .weights import sha256_of
+from .weights import is_torchscript, load_plain, load_torchscript, sha256_of
 
 PUBLISHED = tuple(clip.available_models())
 
@@ -86,6 +85,9 @@ def load_clip(path: str | os.PathLike) -> CLIP:
     """
     state = _read_state(path)
     try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            build_model(dict(state))  # whether all fits, before memory is taken for the sizes that the file tells
         model = build_model(state)
     except (KeyError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -95,11 +97,10 @@ def load_clip(path: str | os.PathLike) -> CLIP:
 
 def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
-        if _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if is_torchscript(path):
+            # A mask is a tensor of the modules, but neither a parameter nor a buffer.
+            return {name: x for name, x in load_torchscript(path).items() if not name.endswith("attn_mask")}
+        state = load_plain(path)
     except OSError:
         raise
     except Exception as error:  # on a damaged file torch's loaders raise whatever they stumble over
@@ -107,13 +108,6 @@ def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a CLIP checkpoint: it holds more than named tensors")
     return dict(state)
-
-
-def _is_torchscript(path: str | os.PathLike) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def tokenize(texts: list[str]) -> Tensor:
