@@ -88,12 +88,13 @@ class ImageDataset:
         return dataclasses.replace(self, **parts, draw_captioned=None, sha256=None)
 
 
-from .cifar100 import load_cifar100  # noqa: E402  (the loaders need the classes above)
+from .cifar import load_cifar10, load_cifar100  # noqa: E402  (the loaders need the classes above)
 from .folder import load_folder  # noqa: E402
 from .shapes import load_shapes  # noqa: E402
+from .stl10 import load_stl10  # noqa: E402
 from .tinyimagenet import load_tinyimagenet  # noqa: E402
 
-DATASETS = {"cifar100": load_cifar100, "shapes": load_shapes}
+DATASETS = {"cifar100": load_cifar100, "cifar10": load_cifar10, "stl10": load_stl10, "shapes": load_shapes}
 
 # Decoded once from image files, into the folder of all results.
 FROM_FILES = {"tinyimagenet": load_tinyimagenet, "folder": load_folder}

@@ -78,7 +78,7 @@ def check_labels(opt, share: float) -> None:
         what = f"{distill} --mode relax" if distill == "crd" else distill
         raise ValueError(
             f"--distill {what} needs the class of every image, and only {share:.3g} of them have a label: use "
-            f"--labels 1, or one of {able}"
+            f"{'' if opt.labels == 1 else '--labels 1, or '}one of {able}"
         )
     if share > 0:
         return

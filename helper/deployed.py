@@ -1,6 +1,7 @@
 """Exported students at work: from a folder that export.py wrote, without the run that they are from."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def open_onnx(path: Path, config: dict | None = None) -> Runner:
 
 
 def open_program(path: Path, config: dict | None = None) -> Runner:
-    program = torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it reads the file's bytes in place
+        program = torch.export.load(path).module()
     return lambda image: list(program(image))
 
 

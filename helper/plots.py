@@ -1,8 +1,10 @@
-"""A picture of runs: their curves, and the teacher's and the student's embedding graphs.
+"""Pictures of runs: their curves, and the teacher's and the student's embedding graphs; what they make of each class.
 
-``python -m helper.plots RUN... [--out PNG]``, each RUN being the folder of a finished run of train_student.py.
+``python -m helper.plots [--embedding|--per_class] RUN... [--out PNG]``, each RUN being the folder of a finished run of
+train_student.py.
 """
 
+import contextlib
 import itertools
 import textwrap
 from dataclasses import dataclass
@@ -17,18 +19,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataset.loader import Loader
 from distiller_zoo.EGA import standardize
 
-from .data import open_dataset
+from .class_plots import COLOURS, class_rows, embedding_figure, gain_figure, outputs_on_test
 from .parser import Parser
 from .report import StoredRun, read_run, run_labels
-from .student import model_path, open_student
-from .teacher import open_teacher
+from .student import model_path, open_dataset, open_student
 from .util import exit_on_bad_input
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the line style changes once they are used up.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The line style changes once the colours are used up.
 _LINES = ("-", "--", ":", "-.")
 _TEACHER = "#555555"
 
@@ -58,29 +57,12 @@ class Graphs:
     classes: list[str]
 
 
-def graph_rows(targets: Tensor, num_classes: int = 10, per_class: int = 12) -> Tensor:
-    """The first samples of classes spread evenly over all, ordered by class.
-
-    Args:
-        targets: (N,) classes.
-        num_classes: how many classes at most.
-        per_class: how many samples of each at most.
-
-    Returns:
-        Row numbers.
-    """
-    present = targets.unique()
-    chosen = present[torch.linspace(0, len(present) - 1, min(num_classes, len(present))).round().long()]
-    return torch.cat([(targets == target).nonzero().flatten()[:per_class] for target in chosen])
-
-
 def edge_matrix(embedding: Tensor) -> Tensor:
     """Pearson correlations (N, N) of embeddings (N, D): the edges of their graph."""
     z = standardize(embedding.double())
     return z @ z.T
 
 
-@torch.no_grad()
 def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12) -> Graphs:
     """The teacher's and the best student's edge matrices of some test samples.
 
@@ -91,18 +73,9 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
         ValueError: the run has no teacher or no weights, or its teacher or data set are others by now.
         OSError: data set or teacher are missing.
     """
-    options = run.options
-    device = options["device"] if torch.cuda.is_available() else "cpu"
-    dataset = open_dataset(options | {"save_dir": str(run.folder.absolute().parents[1])})
-    student = open_student(run)
-    teacher = open_teacher(run, student.state, dataset, device)
-
-    rows = graph_rows(dataset.test.targets, num_classes, per_class)
-    common = {"rows": rows, "views": dataset.views, "normalization": student.normalization}
-    loader = Loader(dataset.test, "test", len(rows), torch.device(device), **common)
-    (batch,) = loader.epoch()
-    outputs = (teacher("test", batch), student.network.to(device)(batch.image))
-    edges = (edge_matrix(out.embedding).cpu() for out in outputs)
+    student, dataset = open_student(run), open_dataset(run)
+    rows = class_rows(dataset.test.targets, num_classes, per_class)
+    edges = [edge_matrix(outputs_on_test(student, dataset, rows, of_teacher)[0]) for of_teacher in (True, False)]
     targets = dataset.test.targets[rows]
     classes = [dataset.classes[target] for target in targets.unique_consecutive()]
     return Graphs(*edges, rows, targets, classes)
@@ -137,11 +110,40 @@ def plot_runs(
     with_weights = shown is not None and (graph_of is not None or model_path(shown).is_file())
     graphs = embedding_graphs(shown) if with_weights else None
 
-    named = shown or runs[0]
-    path = named.folder.parents[1] / "plots" / f"{named.folder.name}.png" if out is None else Path(out)
+    with _style():
+        return _save(_figure(runs, shown, graphs), shown or runs[0], "", out)
+
+
+def plot_classes(folders: list[str] | list[Path], what: str, out: str | Path | None = None) -> Path:
+    """Draw what runs make of each class, and save it.
+
+    Args:
+        folders: of the runs.
+        what: 'embedding' or 'per_class', see ``embedding_figure`` and ``gain_figure``.
+        out: the picture's file; by default SAVE/plots/NAME_WHAT.png, of the first run that has a teacher.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        ValueError, OSError: see these, and ``plot_runs``.
+    """
+    runs = [read_run(folder) for folder in folders]
+    named = next((run for run in runs if run.options["distill"] != "none"), runs[0])
+    with _style():
+        figure = {"embedding": embedding_figure, "per_class": gain_figure}[what](runs)
+        return _save(figure, named, f"_{what}", out)
+
+
+def _style() -> contextlib.AbstractContextManager:
+    return matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False})
+
+
+def _save(figure: Figure, named: StoredRun, ending: str, out: str | Path | None) -> Path:
+    """Save a picture, by default beside the run that it is named after."""
+    path = named.folder.parents[1] / "plots" / f"{named.folder.name}{ending}.png" if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False}):
-        _figure(runs, shown, graphs).savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
     return path
 
 
@@ -170,7 +172,7 @@ def _legend_columns(labels: list[str]) -> int:
 def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], shown: StoredRun | None) -> None:
     accuracy, loss = axes[:2]
     for place, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        style = {"color": _COLOURS[place % len(_COLOURS)], "ls": _LINES[place // len(_COLOURS) % len(_LINES)]}
+        style = {"color": COLOURS[place % len(COLOURS)], "ls": _LINES[place // len(COLOURS) % len(_LINES)]}
         _line(accuracy, *run.curve("test_acc"), label=label, **style)
         _line(loss, *run.curve("train_loss"), label=label, **style)
     if shown is not None:
@@ -185,7 +187,7 @@ def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], sho
         drawn = [name for name, (epochs, _) in terms.items() if epochs]
         for name, line in zip(drawn, _LINES, strict=False):
             # A colour stands for a run in every panel.
-            _line(axes[2], *terms[name], label=_TERMS[name], color=_COLOURS[place % len(_COLOURS)], ls=line)
+            _line(axes[2], *terms[name], label=_TERMS[name], color=COLOURS[place % len(COLOURS)], ls=line)
         title = f"Weighted terms of the training loss: {labels[place]}"
         axes[2].set(title=textwrap.fill(title, _TITLE_WIDTH), xlabel="epoch")
     for axis in axes[1:]:
@@ -246,9 +248,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--graph_of", metavar="RUN", help="the run whose graphs are drawn; if unset, the first with EGA or a teacher"
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--embedding",
+        action="store_const",
+        const="embedding",
+        dest="what",
+        help="in place of the curves, test images of at most 20 classes in each run's space and its teacher's (t-SNE)",
+    )
+    what.add_argument(
+        "--per_class",
+        action="store_const",
+        const="per_class",
+        dest="what",
+        help="in place of the curves, each class's gain over the run of --distill none",
+    )
     args = parser.parse_args(argv)
+    if args.what and args.graph_of:
+        parser.error(f"--graph_of is of the curves' picture, not of --{args.what}")
     with exit_on_bad_input(parser.prog):
-        print(plot_runs(args.runs, args.out, args.graph_of))
+        if args.what:
+            print(plot_classes(args.runs, args.what, args.out))
+        else:
+            print(plot_runs(args.runs, args.out, args.graph_of))
 
 
 if __name__ == "__main__":

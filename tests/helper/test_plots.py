@@ -9,9 +9,11 @@ from PIL import Image
 import train_student
 import train_teacher
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
-from helper import plots
-from helper.plots import embedding_graphs, graph_rows, plot_runs
+from helper import class_plots, plots
+from helper.class_plots import class_rows
+from helper.plots import embedding_graphs, plot_runs
 from helper.report import StoredRun, read_run, table
+from helper.student import load_student
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
@@ -41,10 +43,10 @@ def assert_is_picture(path) -> tuple[int, int]:
 
 def test_rows_are_ordered_by_class():
     targets = torch.randint(20, (1000,), generator=torch.Generator().manual_seed(0))
-    rows = graph_rows(targets, num_classes=5, per_class=4)
+    rows = class_rows(targets, num_classes=5, per_class=4)
     assert targets[rows].tolist() == [target for target in (0, 5, 10, 14, 19) for _ in range(4)]
     assert len(rows.unique()) == 20
-    few = graph_rows(torch.tensor([7, 3, 7]), num_classes=5, per_class=4)
+    few = class_rows(torch.tensor([7, 3, 7]), num_classes=5, per_class=4)
     assert few.tolist() == [1, 0, 2]
 
 
@@ -136,6 +138,53 @@ def test_a_run_is_read_from_its_two_small_files(finished, tiny_dataset, tmp_path
     assert_refused(capsys, "holds no weights", *kept, "--graph_of", kept[-1], "--out", tmp_path / "refused.png")
 
 
+def test_picture_of_embeddings_of_both_students_and_the_teacher(finished, tiny_dataset, tmp_path, capsys, monkeypatch):
+    seen = []
+    real = class_plots.plane
+    monkeypatch.setattr(class_plots, "plane", lambda embedding: seen.append(embedding) or real(embedding))
+    out = tmp_path / "deep" / "embedding.png"
+    plots.main(["--embedding", str(finished["none"]), str(finished["ega"]), "--out", str(out)])
+    assert capsys.readouterr().out.strip() == str(out)
+    assert_is_picture(out)
+
+    order = tiny_dataset.test.targets.argsort(stable=True)
+    image = normalize(tiny_dataset.test.images[order], CLIP_NORMALIZATION)
+    with torch.no_grad():
+        for embedding, method in zip(seen, ("none", "ega"), strict=False):
+            torch.testing.assert_close(embedding, load_student(finished[method])[0].embed(image), atol=1e-4, rtol=1e-4)
+    assert len(seen) == 3
+    assert seen[2].shape == seen[1].shape
+
+
+def test_the_legend_names_at_most_twenty_classes_outside_of_the_panels(finished, tiny_dataset):
+    figure = class_plots.embedding_figure([read_run(finished["none"])])
+    (axis,) = figure.axes
+    assert axis.get_legend() is None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == tiny_dataset.classes
+    assert len({(str(c.get_facecolor()), c.get_paths()[0].vertices.shape) for c in axis.collections}) == 5
+    targets = torch.arange(300) % 100
+    assert len(targets[class_rows(targets, class_plots._CLASSES, 3)].unique()) == 20
+
+
+def test_gain_of_each_class_over_the_student_alone(finished, tiny_dataset, tmp_path):
+    figure = class_plots.gain_figure([read_run(finished[method]) for method in ("kd", "none", "ega")])
+    assert len(figure.axes) == 2
+    targets = tiny_dataset.test.targets
+    for axis, method in zip(figure.axes, ("kd", "ega"), strict=True):
+        right = []
+        for name in (method, "none"):
+            with torch.no_grad():
+                logits = load_student(finished[name])[0](normalize(tiny_dataset.test.images, CLIP_NORMALIZATION))
+            right.append([100 * float((logits[targets == c].argmax(1) == c).float().mean()) for c in range(5)])
+        gain = {name: a - b for name, a, b in zip(tiny_dataset.classes, *right, strict=True)}
+        names = [text.get_text() for text in axis.get_xticklabels()]
+        assert sorted(names) == tiny_dataset.classes
+        heights = [bar.get_height() for bar in axis.patches]
+        assert heights == pytest.approx([gain[name] for name in names])
+        assert heights == sorted(heights, reverse=True)
+    assert_is_picture(plots.plot_classes([finished["none"], finished["kd"]], "per_class", tmp_path / "gain.png"))
+
+
 def assert_refused(capsys, words: str, *argv):
     with pytest.raises(SystemExit) as exit_:
         plots.main([str(word) for word in argv])
@@ -161,6 +210,8 @@ def test_bad_input(finished, tiny_dataset, tmp_path, capsys):
     assert_refused(capsys, "corrupt", broken, "--out", out)
 
     assert_refused(capsys, "no teacher", finished["none"], "--graph_of", finished["none"], "--out", out)
+    assert_refused(capsys, "compares runs with a student alone", "--per_class", finished["ega"], "--out", out)
+    assert_refused(capsys, "--graph_of is of the curves", "--embedding", finished["ega"], "--graph_of", finished["ega"])
     assert_refused(capsys, "none of the runs", finished["none"], "--graph_of", finished["kd"], "--out", out)
     (tmp_path / "file").touch()
     assert_refused(capsys, "file", finished["none"], "--out", tmp_path / "file" / "out.png")

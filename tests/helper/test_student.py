@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +88,18 @@ def test_what_cannot_be_opened(finished, tmp_path):
         shutil.copy(finished["ega"] / name, tmp_path / "run")
     with pytest.raises(ValueError, match="resnet8_best.pth is missing$"):
         load_student(tmp_path / "run")
+
+
+def test_the_lines_of_the_readme(finished, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## Use the student")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    shutil.copytree(finished["ega"], tmp_path / "save" / "student_model" / "NAME")
+    image = make_dataset().test.images[0]
+    to_pil(image).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    net, _, classes = load_student(finished["ega"])
+    with torch.no_grad():
+        shares = net(normalize(image[None], CLIP_NORMALIZATION)).softmax(1)[0]
+    assert capsys.readouterr().out.strip() == f"{classes[int(shares.argmax())]}: {shares.max():.1%}"
