@@ -262,6 +262,7 @@ class Campaign:
         self.random = random.Random(f"{seed} {trials}")  # those that a continued campaign adds are others
         self.inputs = self.make_inputs()
         self.unbroken: dict[str, tuple[dict[str, str], float]] = {}
+        self.sizes: dict[str, int] = {}
         self.lost = 0
 
     def make_inputs(self) -> dict[str, Path]:
@@ -299,6 +300,7 @@ class Campaign:
             ended = command(target, self.argv(target.options, save_dir), self.log)
             assert ended.whole, ended
             self.unbroken[name] = result(save_dir), ended.seconds
+            self.sizes[name] = sum(path.stat().st_size for path in save_dir.rglob("*"))
             shutil.rmtree(save_dir)
         return self.unbroken[name]
 
@@ -435,10 +437,11 @@ class Campaign:
         """A file system that is full at a random moment, and is then made larger."""
         target = TARGETS[name]
         expected, _ = self.expected(name, target)
+        largest = self.sizes[name]
         kind = f"a full file system: {name}"
         with self.save_dir() as save_dir:
             mount = save_dir.parent
-            size = self.random.randint(8, 1200)
+            size = self.random.randint(8, largest // 1024)
             if os.system(f"mount -t tmpfs -o size={size}k tmpfs {mount}"):
                 self.count("a full file system: not allowed here", "skipped")
                 return
@@ -449,7 +452,7 @@ class Campaign:
                     self.fault(kind, f"{size} KiB", ended)
                     return
                 full = not ended.whole
-                os.system(f"mount -o remount,size=64m {mount}")
+                os.system(f"mount -o remount,size=1g {mount}")
                 if self.check(kind, save_dir, expected, command(target, argv, self.log)) and full:
                     self.count(kind, "ended bit-identical")
             finally:
