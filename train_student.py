@@ -2,10 +2,9 @@
 
 import time
 
-from dataset import load_dataset
 from distiller_zoo import METHODS
 from helper import distributed, pretrain, training
-from helper.data import build_loaders
+from helper.data import build_loaders, open_dataset
 from helper.exits import exits
 from helper.loops import Evaluation
 from helper.meters import print_record
@@ -30,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             run.print_result()
             return
-        dataset = load_dataset(opt.dataset, opt.data_dir)
-        opt = resolve(opt, run.recorded, len(dataset.train))
+        dataset = open_dataset(vars(opt))
+        opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
-        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {opt.dataset}, {len(loaders.train)} steps of "
+        f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {dataset.name}, {len(loaders.train)} steps of "
         f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
     if stage is not None:

@@ -2,9 +2,8 @@
 
 import time
 
-from dataset import load_dataset
 from helper import distributed, training
-from helper.data import build_loaders
+from helper.data import build_loaders, open_dataset
 from helper.exits import exits
 from helper.loops import Evaluation
 from helper.meters import print_record
@@ -25,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished:
             run.print_result()
             return
-        dataset = load_dataset(opt.dataset, opt.data_dir)
-        opt = resolve(opt, run.recorded, len(dataset.train))
+        dataset = open_dataset(vars(opt))
+        opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset, images=not encoder)
         teacher = build_teacher(opt, dataset) if encoder else build_cnn(opt, len(dataset.classes), loaders.image_size)
         identity = teacher.identity if encoder else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine, median_seconds, print_table
+from dataset.views import CIFAR_VIEWS
 from helper.bank import CHUNK, encode_view
 from helper.parser import positive, positive_int
 from helper.runtime import resolve_amp, resolve_device, teacher_precision
@@ -51,7 +52,11 @@ def compare(name: str, resolution: int | None, batch: int, budget: float, device
 
     with torch.no_grad():
         seconds = median_seconds(
-            [lambda: encode_view(encoder, images, view), lambda: encoder(pixels), lambda: bare.net(pixels)],
+            [
+                lambda: encode_view(encoder, CIFAR_VIEWS, images, view, view),
+                lambda: encoder(pixels),
+                lambda: bare.net(pixels),
+            ],
             budget,
             device,
         )

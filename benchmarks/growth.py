@@ -19,7 +19,7 @@ from benchmarks.common import cores, machine, median_seconds, peak_memory, print
 from benchmarks.pipeline import Ours, load_images, time_encoding
 from benchmarks.random_clip import SIZES, write_archive
 from dataset import DATASETS, ImageDataset
-from dataset.views import NUM_VIEWS
+from dataset.views import CIFAR_VIEWS
 from distiller_zoo import EGA
 from helper import distributed
 from helper.bank import EmbeddingBank
@@ -70,11 +70,10 @@ def bank_row(dataset: ImageDataset, args: argparse.Namespace, views: int, encodi
     lookup = "-"
     if size < args.max_bank:
         device = torch.device(resolve_device(args.device))
-        bank = EmbeddingBank(
-            torch.zeros(rows, args.dim, dtype=torch.float16, device=device).fill_(1), num_train, num_test, views, device
-        )
+        filled = torch.zeros(rows, args.dim, dtype=torch.float16, device=device).fill_(1)
+        bank = EmbeddingBank(filled, num_train, num_test, views, device, dataset.views)
         index = torch.randint(num_train, (64,), device=device)
-        view = torch.full_like(index, NUM_VIEWS // 2 - 1)
+        view = torch.full_like(index, dataset.views.test)
         (seconds,) = median_seconds([lambda: bank("train", index, view)], 0.5, device.type)
         lookup = three_digits(1e3 * seconds)
     return [f"{views}", f"{rows}", f"{size:.0f}", f"{rows * encoding / 3600:.2f}", lookup]
@@ -108,7 +107,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     numbers = {"type": positive_int, "nargs": "+"}
     parser.add_argument("--batches", default=[64, 128, 256, 512, 1024, 2048, 4096], help="sizes of a step", **numbers)
-    parser.add_argument("--views", default=[1, 4, 16, 64, NUM_VIEWS], help="of the bank", **numbers)
+    parser.add_argument("--views", default=[1, 4, 16, 64, CIFAR_VIEWS.count], help="of the bank", **numbers)
     parser.add_argument("--processes", default=[1, 2, 4], help="of a job", **numbers)
     parser.add_argument("--job_batches", default=[64, 256], help="sizes of a job's step, of all processes", **numbers)
     parser.add_argument("--seconds", type=float, default=5, help="time to spend on each batch size")

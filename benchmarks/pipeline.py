@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,16 +23,23 @@ from benchmarks.random_clip import SIZES, write_archive
 from benchmarks.release_recipe import release_loader, release_steps
 from dataset import DATASETS, ImageDataset, Split, load_dataset
 from dataset.loader import Loader
-from dataset.views import NUM_VIEWS, view_order
 from distiller_zoo import EGA, METHODS
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
-from helper.data import EVAL_BATCH_SIZE
+from helper.data import eval_batch_size
 from helper.loops import Distillation, Objective, Step, train_epoch, validate
 from helper.optim import sgd
 from helper.options import parse_student_options
 from helper.parser import positive_int
-from helper.runtime import autocast, keep_freed_memory, resolve_amp, resolve_compile, resolve_device, step_capture
+from helper.runtime import (
+    autocast,
+    keep_freed_memory,
+    resolve_amp,
+    resolve_compile,
+    resolve_device,
+    resolve_teacher_views,
+    step_capture,
+)
 from helper.teacher import ClipTeacher, load_encoder
 from helper.util import exit_on_bad_input
 from models import create_student, model_dict
@@ -81,12 +87,12 @@ def time_release(dataset: ImageDataset, encoder: nn.Module, opt, steps: int, wor
 def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device: torch.device) -> float:
     """Seconds per image of building a bank: cropped, resized and encoded as the bank does it."""
     images = dataset.train.images[:CHUNK].to(device)
-    views = view_order(np.arange(len(images)), 2)[:, 1].astype(np.int64)
-    views = torch.from_numpy(views).to(device)
-    encode_view(encoder, images, views)
+    index = torch.arange(len(images), device=device)
+    view = dataset.views.order(len(images), 2)[:, 1].long().to(device)
+    encode_view(encoder, dataset.views, images, index, view)
     start = now(device.type)
     for _ in range(chunks):
-        encode_view(encoder, images, views).half().cpu()
+        encode_view(encoder, dataset.views, images, index, view).half().cpu()
     return (now(device.type) - start) / (chunks * len(images))
 
 
@@ -99,7 +105,8 @@ class Ours:
         keep_freed_memory()
         torch.manual_seed(opt.seed)
         rows = torch.randn(len(dataset.test) + opt.teacher_views * len(dataset.train), dim).half().to(self.device)
-        bank = EmbeddingBank(rows, len(dataset.train), len(dataset.test), opt.teacher_views, self.device)
+        sizes = (len(dataset.train), len(dataset.test), opt.teacher_views)
+        bank = EmbeddingBank(rows, *sizes, self.device, dataset.views)
         self.teacher = ClipTeacher(bank, TeacNet(dim, opt.feature_dim, len(dataset.classes)).to(self.device))
         self.student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes))
         self.student.to(self.device, memory_format=torch.channels_last)
@@ -127,6 +134,7 @@ class Ours:
             seed=opt.seed,
             teacher_views=opt.teacher_views,
             max_steps=steps,
+            views=self.dataset.views,
             rank=distributed.rank(),
             processes=distributed.count(),
         )
@@ -143,7 +151,9 @@ class Ours:
     def time_test_pass(self) -> float:
         """Seconds of a test pass of the student and the teacher."""
         opt = self.opt
-        loader = Loader(self.dataset.test, "test", EVAL_BATCH_SIZE[opt.device], self.device)
+        views = self.dataset.views
+        size = eval_batch_size(opt.device, views.size)
+        loader = Loader(self.dataset.test, "test", size, self.device, views=views)
         validate(loader, self.student, self.teacher, opt)
         start = now(opt.device)
         validate(loader, self.student, self.teacher, opt)
@@ -268,20 +278,18 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="this project's")
     parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch.compile this project's student")
-    args = parser.parse_args(argv)
-    if args.teacher_views > NUM_VIEWS:
-        parser.error(f"--teacher_views {args.teacher_views}: an image has {NUM_VIEWS} views")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv)
     with exit_on_bad_input("benchmarks.pipeline"), tempfile.TemporaryDirectory() as folder:
         opt = parse_student_options(["--model_s", args.model_s, "--batch_size", str(args.batch_size)])
-        opt.device, opt.teacher_views = resolve_device(args.device), args.teacher_views
+        opt.device = resolve_device(args.device)
         opt.amp = resolve_amp(args.amp, opt.device)
         opt.compile = resolve_compile(args.compile, opt.device, 0)
         dataset, data_name = load_images(args.dataset, args.data_dir)
+        opt.teacher_views = resolve_teacher_views(args.teacher_views, opt.device, dataset.views)
         longest = len(dataset.train) // args.batch_size
         if max(args.release_steps + _WARM_UP, args.steps) > longest:
             raise ValueError(
@@ -324,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         ("building the bank", "ms per image", "images to encode", "minutes", "paid back after epochs"),
         (
             _bank_row(encoding, views, len(dataset.train), len(dataset.test), saved=release - own)
-            for views in sorted({1, 16, NUM_VIEWS, opt.teacher_views})
+            for views in sorted({1, 16, dataset.views.count or 16, opt.teacher_views})
         ),
     )
 

@@ -16,7 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from dataset import Split
-from dataset.views import CLIP_NORMALIZATION, PADDING
+from dataset.views import CLIP_NORMALIZATION, CropViews
 from helper.util import AverageMeter, accuracy
 from models.heads import Student
 
@@ -51,7 +51,8 @@ class TwoViews(Dataset):
         self.data = np.ascontiguousarray(split.images.permute(0, 2, 3, 1).numpy())
         self.targets = split.targets.tolist()
         to_tensor = [transforms.ToTensor(), transforms.Normalize(*CLIP_NORMALIZATION)]
-        crop = transforms.RandomCrop(self.data.shape[1], padding=PADDING)
+        size = self.data.shape[1]
+        crop = transforms.RandomCrop(size, padding=CropViews(size).padding)
         flip = transforms.RandomHorizontalFlip()
         resize = transforms.Resize((resolution, resolution), InterpolationMode.BICUBIC)
         self.student_view = transforms.Compose([crop, flip, *to_tensor])

@@ -6,13 +6,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .views import CIFAR_VIEWS, Views
+
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, H, W) uint8 and their classes (N,) int64."""
+    """Images and their classes.
+
+    Attributes:
+        images: (N, 3, H, W) uint8 on the CPU. Photographs are fastest in channels_last memory format.
+        targets: (N,) int64; -1 for an image without a label.
+        mapped: the images lie in a file that is mapped into memory, so that reading them may take a while.
+    """
 
     images: Tensor
     targets: Tensor
+    mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -23,7 +32,9 @@ class ImageDataset:
     """A data set's splits and class names, in the order of the targets.
 
     ``draw_captioned`` makes the images that ``pretrain_clip.py`` trains on, for a data set that has more of
-    them than the training split; it is called where they are needed and nowhere else.
+    them than the training split; it is called where they are needed and nowhere else. ``views`` says which views
+    its images have, and turns them into pixels. ``sha256`` is the fingerprint, where it is known without reading all
+    pixels. ``holdout`` is the share of the training images that became the test split, where the data set had none.
     """
 
     name: str
@@ -31,33 +42,72 @@ class ImageDataset:
     train: Split
     test: Split
     draw_captioned: Callable[[], Split] | None = None
+    views: Views = CIFAR_VIEWS
+    sha256: str | None = None
+    holdout: float | None = None
 
     def captioned(self) -> Split:
         """The images for contrastive pre-training: the training split, unless the data set has more."""
         return self.train if self.draw_captioned is None else self.draw_captioned()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the pixels of the training and the test split."""
+        """SHA-256 of the pixels of the training and the test split, or of their checksums."""
+        if self.sha256 is not None:
+            return self.sha256
         digest = hashlib.sha256()
         for split in (self.train, self.test):
             digest.update(repr(tuple(split.images.shape)).encode())
-            digest.update(split.images.numpy())
+            for images in split.images.split(1000):  # of a file that is mapped, not all at once
+                digest.update(images.contiguous().numpy())
         return digest.hexdigest()
 
 
 from .cifar100 import load_cifar100  # noqa: E402  (the loaders need the classes above)
+from .folder import load_folder  # noqa: E402
 from .shapes import load_shapes  # noqa: E402
+from .tinyimagenet import load_tinyimagenet  # noqa: E402
 
 DATASETS = {"cifar100": load_cifar100, "shapes": load_shapes}
 
+# Decoded once from image files, into the folder of all results.
+FROM_FILES = {"tinyimagenet": load_tinyimagenet, "folder": load_folder}
 
-def load_dataset(name: str, data_dir: str) -> ImageDataset:
+
+def check_image_size(name: str, image_size: int | None) -> None:
+    """Raise a ValueError where a size is given to a data set that has its own, or none to one that has not."""
+    if name == "folder" and image_size is None:
+        raise ValueError("--dataset folder needs --image_size R, what the images are resized to")
+    if name != "folder" and image_size is not None:
+        raise ValueError(f"--image_size {image_size}: the images of {name} have a size of their own; leave it out")
+
+
+def load_dataset(
+    name: str,
+    data_dir: str,
+    *,
+    image_size: int | None = None,
+    save_dir: str = "./save",
+    max_bad_images: int = 0,
+    holdout: float | None = None,
+) -> ImageDataset:
     """Load a data set by name.
 
+    Args:
+        name: of ``DATASETS`` or ``FROM_FILES``.
+        data_dir: where it lies, or is downloaded to.
+        image_size: see ``load_folder``; of no other data set.
+        save_dir, max_bad_images: see ``open_images``; of data sets that are image files.
+        holdout: see ``load_folder``.
+
     Raises:
-        ValueError: for an unknown name.
-        OSError: where its files are missing or corrupt.
+        ValueError: for an unknown name, or a data set that is not as it has to be.
+        OSError: where its files are missing or corrupt, or there is no room for what is made of them.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    if name not in DATASETS and name not in FROM_FILES:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *FROM_FILES])}")
+    check_image_size(name, image_size)
+    if name == "folder":
+        return load_folder(data_dir, image_size, save_dir, max_bad_images, holdout)
+    if name in FROM_FILES:
+        return FROM_FILES[name](data_dir, save_dir, max_bad_images)
     return DATASETS[name](data_dir)

@@ -1,14 +1,56 @@
-"""Batches of a data set held in memory: no worker processes, the same on CPU and GPU."""
+"""Batches of a data set: no worker processes, the same on CPU and GPU.
 
+Images in memory, or on the GPU where they fit, are simply taken; those that lie elsewhere are read ahead by a thread.
+"""
+
+import itertools
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import Split
-from .views import CLIP_NORMALIZATION, NUM_VIEWS, TEST_VIEW, crop_flip, normalize, view_order
+from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
+
+# Batches that are read before they are asked for.
+_AHEAD = 2
+
+# The copies on GPUs of images that are in memory, one for all that use them.
+_on_gpu = WeakTensorKeyDictionary()
+
+
+def on_device(images: Tensor, device: torch.device) -> Tensor:
+    """Images (N, 3, H, W) on the device; as they are where they would take more than half of a GPU's free memory."""
+    if not _channels_last(images):
+        images = images.contiguous()
+    if device.type == "cpu":
+        return images
+    if images not in _on_gpu and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+        _on_gpu[images] = images.to(device)
+    return _on_gpu.get(images, images)
+
+
+def _channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last)
+
+
+def take(images: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Some of the images that ``on_device`` gave, (B, 3, H, W) on the device, by their row numbers (B,)."""
+    if images.device.type != "cpu":
+        return images[index]
+    # One thread copies them as they lie in memory, channels first or last; torch's indexing takes ten times as long.
+    last = _channels_last(images)
+    images = images.permute(0, 2, 3, 1) if last else images
+    taken = torch.empty(len(index), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")
+    np.take(images.numpy(), index.cpu().numpy(), axis=0, out=taken.numpy(), mode="clip")
+    taken = taken.permute(0, 3, 1, 2) if last else taken
+    return taken.to(device, non_blocking=True)
 
 
 class Batch(NamedTuple):
@@ -43,12 +85,14 @@ class Draw(NamedTuple):
     shares: samples on each process, in order of rank; B is this one's.
     host: the numbers on the CPU.
     labelled: samples with a label on each process, where there are several and not all samples have one.
+    stored: (B, 3, S, S) uint8 on the device, the images of the rows, where they were read ahead.
     """
 
     numbers: Tensor
     shares: tuple[int, ...]
     host: Tensor | None = None
     labelled: tuple[int, ...] | None = None
+    stored: Tensor | None = None
 
 
 def deal(count: int, processes: int) -> tuple[int, ...]:
@@ -59,22 +103,27 @@ def deal(count: int, processes: int) -> tuple[int, ...]:
 class Loader:
     """Batches of one split; order and views depend on (seed, epoch) alone.
 
-    In training, the student's view is drawn uniformly from all 162, the teacher's uniformly from the
-    image's first ``teacher_views`` (see ``view_order``), independently; ``shared`` draws one for both from
-    these. In evaluation, rows come in order and every view is the image itself.
+    In training, the student's view is drawn from all that its image has, the teacher's uniformly from the image's
+    first ``teacher_views``, independently; ``shared`` draws one for both from these. In evaluation, rows come in order,
+    each in the test view.
+
+    Attributes:
+        reads_ahead: a thread reads the images of the next batches, which lie neither on the device nor in memory.
+        waited: seconds that were spent waiting for images to be read, so far.
 
     Args:
         split: images and targets.
         name: 'train' or 'test': the part of the teacher's bank that ``index`` refers to.
         batch_size: of all processes together; the last batch may be smaller.
-        device: where the batches are made; the images move there once.
+        device: where the batches are made; the images move there once, where they fit.
         rows: (N,) the rows of the split that are used; all by default.
         training: shuffle and draw views.
         seed: of the order and the views.
-        teacher_views: how many views of each image the teacher has, 1 to 162.
+        teacher_views: how many views of each image the teacher has; None for all.
         shared: teacher and student see the same view.
         images: whether batches hold images.
         max_steps: at most so many batches per epoch.
+        views: of the data set.
         rank: this process's number among those that share each batch, from 0.
         processes: how many they are.
     """
@@ -89,10 +138,11 @@ class Loader:
         rows: Tensor | None = None,
         training: bool = False,
         seed: int = 0,
-        teacher_views: int = NUM_VIEWS,
+        teacher_views: int | None = None,
         shared: bool = False,
         images: bool = True,
         max_steps: int | None = None,
+        views: Views = CIFAR_VIEWS,
         normalization: tuple = CLIP_NORMALIZATION,
         rank: int = 0,
         processes: int = 1,
@@ -103,19 +153,23 @@ class Loader:
         self.training = training
         self.seed = seed
         self.shared = shared
-        self.teacher_views = teacher_views
+        self.views = views
+        self.teacher_views = None if teacher_views == views.count else teacher_views
         self.max_steps = max_steps
         self.normalization = normalization
         self.rank = rank
         self.processes = processes
         self.rows = torch.arange(len(split)) if rows is None else rows
-        self.images = split.images.to(device) if images else None
+        self.images = on_device(split.images, device) if images else None
+        far = images and self.images.device.type != device.type
+        self.reads_ahead = far or (images and split.mapped and device.type == "cpu")
+        self.waited = 0.0
         self.targets = split.targets.to(device)
         has_label = split.targets >= 0
         self._has_label = None if bool(has_label[self.rows].all()) else has_label
         self._order = None
-        if training and teacher_views < NUM_VIEWS:
-            self._order = torch.from_numpy(view_order(np.arange(len(split)), teacher_views))
+        if training and self.teacher_views is not None:
+            self._order = views.order(len(split), self.teacher_views)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -131,14 +185,18 @@ class Loader:
         """The batches of one epoch."""
         yield from map(self.batch, self.draws(epoch))
 
-    def draws(self, epoch: int = 0) -> Iterator[Draw]:
-        """What each batch of an epoch is made of."""
+    def draws(self, epoch: int = 0, done: int = 0) -> Iterator[Draw]:
+        """What each batch of an epoch is made of, after so many of them."""
+        draws = self._draws(epoch, done)
+        return self._read_ahead(draws) if self.reads_ahead else draws
+
+    def _draws(self, epoch: int, done: int) -> Iterator[Draw]:
         host = torch.stack(self._draw(epoch))
         numbers = host.to(self.device)
         has_label = None
         if self._has_label is not None and self.processes > 1:
             has_label = self._has_label[host[0]]
-        for start in range(0, self.num_samples, self.batch_size):
+        for start in range(done * self.batch_size, self.num_samples, self.batch_size):
             size = min(self.batch_size, self.num_samples - start)
             shares = deal(size, self.processes)
             labelled = None
@@ -148,13 +206,30 @@ class Loader:
             own = slice(first, first + shares[self.rank])
             yield Draw(numbers[:, own], shares, host[:, own], labelled)
 
+    def _read_ahead(self, draws: Iterator[Draw]) -> Iterator[Draw]:
+        """The draws with their images, on the device."""
+        current = (torch.cuda.current_device(),) if self.device.type == "cuda" else ()
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if current else None, initargs=current) as thread:
+            ahead = deque()
+            while True:
+                for draw in itertools.islice(draws, _AHEAD - len(ahead)):
+                    ahead.append((draw, thread.submit(take, self.images, draw.host[0], self.device)))
+                if not ahead:
+                    return
+                draw, reading = ahead.popleft()
+                start = time.perf_counter()
+                stored = reading.result()
+                self.waited += time.perf_counter() - start
+                yield draw._replace(stored=stored)
+
     def batch(self, draw: Draw) -> Batch:
         """Make a batch, on the device."""
         index, view, teacher_view = draw.numbers
         shares, host = draw.shares, None if draw.host is None else (draw.host[0], draw.host[2])
         image = None
         if self.images is not None:
-            image = normalize(crop_flip(self.images[index], view), self.normalization)
+            stored = take(self.images, index, self.device) if draw.stored is None else draw.stored
+            image = normalize(self.views.student(stored, index, view), self.normalization)
         weight = len(shares) * shares[self.rank] / sum(shares)
         spread = shares if len(shares) > 1 else None
         target, labelled, label_weight = self.targets[index], None, 1.0
@@ -169,21 +244,22 @@ class Loader:
         """Row, student's view and teacher's view of every sample of the epoch, in order, on the CPU."""
         count = len(self.rows)
         if not self.training:
-            view = torch.full((count,), TEST_VIEW)
+            view = torch.full((count,), self.views.test)
             return self.rows, view, view
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         index = self.rows[torch.randperm(count, generator=generator)]
         if self.shared:
             view = self._draw_teacher_view(index, generator)
             return index, view, view
-        view = torch.randint(NUM_VIEWS, (count,), generator=generator)
+        view = self.views.draw(count, generator)
         # Drawn after the student's, whose order and views are then the same for every teacher.
         return index, view, self._draw_teacher_view(index, generator)
 
     def _draw_teacher_view(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """One of the views that the teacher has of each image."""
-        drawn = torch.randint(self.teacher_views, (len(index),), generator=generator)
-        return drawn if self._order is None else self._order[index, drawn].long()
+        if self._order is None:
+            return self.views.draw(len(index), generator)
+        return self._order[index, torch.randint(self.teacher_views, (len(index),), generator=generator)].long()
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

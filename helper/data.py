@@ -6,15 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset
+from dataset import ImageDataset, load_dataset
 from dataset.loader import Loader, holdout_rows, keep_labels
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, NUM_VIEWS
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
 from distiller_zoo import METHODS
 
 from . import distributed
 
-# Samples per batch of the test pass, by device: any number gives the same result, a large one is fast.
-EVAL_BATCH_SIZE = {"cpu": 500, "cuda": 2500}
+# Samples of 32 pixels per batch of the test pass, by device: any number gives the same result, a large one is fast.
+_EVAL_BATCH_SIZE = {"cpu": 500, "cuda": 2500}
+
+
+def eval_batch_size(device: str, image_size: int) -> int:
+    """Samples per batch of the test pass, which all take about the same memory."""
+    return max(1, _EVAL_BATCH_SIZE[device] * 32**2 // image_size**2)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Loaders:
         val: of the rows that are held out of the training split; None where none are.
         targets: (N,) class of every training row, -1 for the rows that are not trained on; an image without a label
             is a class of its own.
-        image_size: height and width of the images.
+        image_size: height and width of what a student sees.
         labelled: how many of the rows that are trained on have a label.
     """
 
@@ -36,6 +41,16 @@ class Loaders:
     targets: Tensor
     image_size: int
     labelled: int
+
+
+def open_dataset(options: dict) -> ImageDataset:
+    """The data set that a run's options name: those of the command line, or those that a run recorded.
+
+    Raises:
+        ValueError, OSError: see ``dataset.load_dataset``.
+    """
+    known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
+    return load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
 
 
 def check_labels(opt, share: float) -> None:
@@ -87,13 +102,14 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     """
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
+        "views": dataset.views,
         "normalization": CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION,
         "images": images,
         "rank": distributed.rank(),
         "processes": distributed.count(),
     }
     targets, rows, held = dataset.train.targets, torch.arange(len(dataset.train)), None
-    if getattr(opt, "holdout", None) is not None:
+    if opt.holdout is not None and dataset.holdout is None:
         rows, held = holdout_rows(targets, opt.holdout)
         targets = targets.clone()
         targets[held] = -1
@@ -111,15 +127,15 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         rows=rows,
         training=True,
         seed=opt.seed,
-        teacher_views=opt.teacher_views or NUM_VIEWS,
+        teacher_views=opt.teacher_views or None,
         shared=getattr(opt, "views", None) == "shared" or not clip,
         max_steps=opt.max_steps,
         **common,
     )
-    size = EVAL_BATCH_SIZE[opt.device]
+    size = eval_batch_size(opt.device, dataset.views.size)
     test = Loader(dataset.test, "test", size, device, **common)
     val = None if held is None else Loader(dataset.train, "train", size, device, rows=held, **common)
     unknown = rows[targets[rows] < 0]
     classes = targets.clone()
     classes[unknown] = len(dataset.classes) + unknown
-    return Loaders(train, test, val, classes, dataset.train.images.shape[-1], labelled)
+    return Loaders(train, test, val, classes, dataset.views.size, labelled)

@@ -14,6 +14,7 @@ from .data import Loaders
 from .exits import save_asked
 from .meters import EpochLog, Totals
 from .objective import Objective, mean_cross_entropy, total_loss
+from .optim import set_learning_rate
 from .runtime import autocast
 from .teacher import ClipTeacher, CnnTeacher
 from .util import AverageMeter, accuracy
@@ -99,7 +100,8 @@ class Step:
         optimizers: the student's first.
         scaler: of the gradients.
         loader: whose batches they are.
-        capture: records what a function does and gives a function that does it again; None to do without.
+        capture: records what a function does and gives a function that does it again; None to do without, as where
+            a thread reads images meanwhile.
     """
 
     def __init__(
@@ -113,7 +115,8 @@ class Step:
         self.losses = distributed.parallel(losses)
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
-        self._capture, self._before_capture = capture, _STEPS_BEFORE_CAPTURE
+        self._capture = None if loader.reads_ahead else capture
+        self._before_capture = _STEPS_BEFORE_CAPTURE
         self._replay = self._captured_with = self._numbers = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
@@ -144,14 +147,19 @@ class Step:
 
     def _run(self, draw: Draw, epoch: int) -> None:
         batch = self.loader.batch(draw)
-        loss, losses, others = self.losses(batch, epoch)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        losses, others = self._backward(batch, epoch)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.totals.add(losses, others, len(batch.target), batch.labelled)
+
+    def _backward(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a batch's gradients to those of the weights; what it measured."""
+        loss, losses, others = self.losses(batch, epoch)
+        self.scaler.scale(loss).backward()
+        return losses, others
 
 
 def train_epoch(
@@ -163,6 +171,7 @@ def train_epoch(
     begun: tuple[int, dict] | None = None,
     save_steps: int | None = None,
     save: Callable[[int, dict], None] | None = None,
+    rate: Callable[[int], float] | None = None,
 ) -> dict[str, float]:
     """One epoch of training, counted from 1.
 
@@ -170,6 +179,7 @@ def train_epoch(
         begun: how many of its steps are done, and what the log had then; None for a new epoch.
         save_steps: ``save`` is called with these two after every so many steps, but for the last, and where SIGUSR1
             asks for it; None for there alone.
+        rate: the learning rate in each of its steps, counted from 1; None where it is set already.
 
     Returns:
         train_loss and its terms, train_acc, images_per_second.
@@ -181,9 +191,10 @@ def train_epoch(
     if begun is not None:
         done, logged = begun
         log.load_state_dict(logged)
-    for number, draw in enumerate(step.loader.draws(epoch), start=1):
-        if number <= done:
-            continue
+    for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
+        if rate is not None:
+            for optimizer in step.optimizers:
+                set_learning_rate(rate(number), optimizer)
         step(draw, epoch)
         log.update(number, sum(draw.shares))
         due = save_steps is not None and number % save_steps == 0

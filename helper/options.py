@@ -2,7 +2,8 @@
 
 import argparse
 
-from dataset import DATASETS
+from dataset import DATASETS, FROM_FILES, check_image_size
+from dataset.folder import folder_name
 from distiller_zoo import METHODS
 from models import model_dict
 from models.clip_teacher import PUBLISHED, short_name
@@ -39,14 +40,8 @@ _ENCODERS += "torchvision:NAME, each with =PATH for local weights"
 _NETWORKS = f"{', '.join(model_dict)}; timm:NAME or torchvision:NAME, any classifier of theirs"
 
 
-def add_run_options(
-    parser: Parser, epochs: int = 240, batch_size: int = 64, save_steps: bool = True
-) -> argparse._ArgumentGroup:
-    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last.
-
-    Args:
-        save_steps: whether it can be resumed inside an epoch.
-    """
+def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> argparse._ArgumentGroup:
+    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last."""
     group = parser.add_argument_group("run")
     group.add_argument("--save_dir", default="./save", help="folder of all results")
     group.add_argument(
@@ -62,9 +57,8 @@ def add_run_options(
     group.add_argument("--eval_freq", type=positive_int, default=1, help="test after every so many epochs")
     group.add_argument("--print_freq", type=positive_int, default=100, help="print after every so many steps")
     group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
-    if save_steps:
-        what = "an interrupted run goes on after the last of every so many steps; if unset, after the last epoch"
-        group.add_argument("--save_steps", type=positive_int, metavar="N", help=what)
+    what = "an interrupted run goes on after the last of every so many steps; if unset, after the last epoch"
+    group.add_argument("--save_steps", type=positive_int, metavar="N", help=what)
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
@@ -80,8 +74,39 @@ def add_run_options(
 def add_data_options(parser: Parser) -> None:
     """The data set and where it lies."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
-    group.add_argument("--data_dir", default="./data", help="folder of the data sets")
+    choices = (*DATASETS, *FROM_FILES)
+    group.add_argument("--dataset", choices=choices, default="cifar100", help="data set; folder: images of one's own")
+    what = "folder of the data sets; of --dataset folder, the one with train/CLASS/ and test/CLASS/ or val/CLASS/"
+    group.add_argument("--data_dir", default="./data", help=what)
+    group.add_argument(
+        "--image_size",
+        type=positive_int,
+        metavar="R",
+        help="folder: height and width of the student's images in pixels",
+    )
+    what = "leave out up to so many image files that cannot be decoded"
+    group.add_argument("--max_bad_images", type=number(int, 0), default=0, metavar="N", help=what)
+
+
+def add_holdout_option(parser: Parser) -> None:
+    """The rows that the best epoch is chosen on."""
+    parser.add_argument_group("selection").add_argument(
+        "--holdout",
+        type=number(float, 0, 0.5, above=True),
+        metavar="F",
+        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set; of a "
+        "folder without test images it becomes the test set",
+    )
+
+
+def check_data(parser: Parser, opt: argparse.Namespace) -> None:
+    """Whether the options of the data set go together."""
+    try:
+        check_image_size(opt.dataset, opt.image_size)
+    except ValueError as error:
+        parser.error(str(error))
+    if opt.max_bad_images and opt.dataset not in FROM_FILES:
+        parser.error(f"--max_bad_images: {opt.dataset} is not decoded from image files; leave it out")
 
 
 def add_label_options(parser: Parser, what: str, low: float | None = None) -> None:
@@ -239,12 +264,7 @@ def student_parser() -> Parser:
 
     add_data_options(parser)
     add_label_options(parser, "from the others the student learns by distillation alone")
-    parser.add_argument_group("selection").add_argument(
-        "--holdout",
-        type=number(float, 0, 0.5, above=True),
-        metavar="F",
-        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set",
-    )
+    add_holdout_option(parser)
     group = add_optimizer_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
     group.add_argument("--learning_rate_t", type=positive, default=0.01, help="of the teacher's head; never decayed")
     add_training_speed_options(add_run_options(parser), "the student")
@@ -255,6 +275,7 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check train_student.py's options; what is unset becomes the method's and the teacher's own."""
     parser = student_parser()
     opt = parser.parse_args(argv)
+    check_data(parser, opt)
     _resolve_teacher(parser, opt)
     method, clip = METHODS[opt.distill], bool(opt.clip_tn)
     if clip and method.needs_maps:
@@ -362,10 +383,12 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_bank_options(group)
     add_data_options(parser)
     add_label_options(parser, "the others are left out", low=0)
+    add_holdout_option(parser)
     slow = " and ".join(_LEARNING_RATES)
     add_optimizer_options(parser, f"head; if unset, 0.01; of a CNN {_LEARNING_RATE}, {slow} 0.01")
     add_training_speed_options(add_run_options(parser), "a CNN")
     opt = parser.parse_args(argv)
+    check_data(parser, opt)
     opt.path_t, opt.joint = None, "projected"  # the head, or the CNN, is trained here
     if opt.clip_tn is None:
         opt.clip_tn = int(opt.model not in model_dict)
@@ -404,17 +427,19 @@ def _optimizer_name(opt: argparse.Namespace) -> str:
     return "".join(f"_{part}" for part in parts)
 
 
-def _data_name(opt: argparse.Namespace) -> str:
+def data_name(opt: argparse.Namespace) -> str:
     """The part of a run's name that tells what it learns from."""
-    return opt.dataset if opt.labels == 1 else f"{opt.dataset}_labels{opt.labels:g}"
+    name = folder_name(opt.data_dir, opt.image_size) if opt.dataset == "folder" else opt.dataset
+    labels = getattr(opt, "labels", 1)
+    return name if labels == 1 else f"{name}_labels{labels:g}"
 
 
 def teacher_run_name(opt: argparse.Namespace) -> str:
     """The release's name of a head and RepDistiller's of a CNN, with the seed and the trial."""
     if opt.clip_tn:
-        name = f"{opt.model_t}_f{opt.feature_dim}_{_data_name(opt)}_lr_{opt.learning_rate:g}"
+        name = f"{opt.model_t}_f{opt.feature_dim}_{data_name(opt)}_lr_{opt.learning_rate:g}"
     else:
-        name = f"{opt.model_t}_{_data_name(opt)}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}"
+        name = f"{opt.model_t}_{data_name(opt)}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}"
     return f"{name}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
 
 
@@ -431,7 +456,11 @@ def student_run_name(opt: argparse.Namespace) -> str:
     start = "_pretrained" if opt.pretrained_s else "" if opt.init_s is None else "_init"
     student = sized_name(opt.model_s, opt.student_resolution) + start
     return (
-        f"S{student}_T{opt.model_t}{space}_{_data_name(opt)}_{opt.distill}{protocol}{standard}"
+        f"S{student}_T{opt.model_t}{space}_{data_name(opt)}_{opt.distill}{protocol}{standard}"
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
         f"_batchsize{opt.batch_size}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
     )
+
+
+if __name__ == "__main__":  # for scripts: the name of the run that these options of train_student.py describe
+    print(student_run_name(parse_student_options()))

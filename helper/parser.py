@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Callable
 
-from dataset.views import NUM_VIEWS
 from distiller_zoo import method_table
 from models import check_model_name
 
@@ -67,12 +66,10 @@ def epoch_list(text: str) -> list[int]:
 
 
 def teacher_views(text: str) -> str | int:
-    """auto, all, or 0 to 162."""
-    if text == "all":
-        return NUM_VIEWS
-    if text != "auto" and not (text.isdigit() and int(text) <= NUM_VIEWS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 to {NUM_VIEWS}")
-    return text if text == "auto" else int(text)
+    """auto, all, or a number from 0 on; what the data set makes of them is known when it is there."""
+    if text not in ("auto", "all") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 on")
+    return text if text in ("auto", "all") else int(text)
 
 
 def network(text: str) -> str:

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataset import ImageDataset, load_dataset
+from dataset import ImageDataset
 from dataset.loader import Loader
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
 from distiller_zoo import Needs
@@ -26,6 +26,7 @@ from models.heads import Classifier, Student, TeacNet
 from models.weights import sha256_of
 
 from . import checkpoint
+from .data import open_dataset
 from .options import sized_name
 from .parser import Parser
 from .report import StoredRun, read_run, run_labels
@@ -138,7 +139,7 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     if options["distill"] == "none":
         raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
     device = options["device"] if torch.cuda.is_available() else "cpu"
-    dataset = load_dataset(options["dataset"], options["data_dir"])
+    dataset = open_dataset(options | {"save_dir": str(run.folder.parents[1])})
     if not _best_model(run).is_file():
         raise ValueError(f"{run.folder} holds no weights to draw the graphs of: {_best_model(run).name} is missing")
     state = checkpoint.load(_best_model(run))

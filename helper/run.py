@@ -13,6 +13,7 @@ from .logger import Logger
 _FREE = {
     "epochs",
     "data_dir",
+    "max_bad_images",
     "clip_root",
     "save_dir",
     "clip_mode",
@@ -53,7 +54,7 @@ class Run:
 
     Args:
         opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here, and all are compared with those
-            of the run that is resumed, but for what is still ``auto``.
+            of the run that is resumed, but for what is still ``auto`` or ``all``.
         kind: 'student_model', say: the folder in SAVE of such runs.
         tb_kind: likewise of TensorBoard's events.
         name: of the run.
@@ -80,11 +81,10 @@ class Run:
         self._logger: Logger | None = None
         self._lock = FileLock(self.folder / "lock")
         self._writes = distributed.rank() == 0
-        if self._writes:
-            self._claim()
-        distributed.wait()
+        distributed.in_first(self._claim)
+        distributed.check_shared(self.folder)
         self._load(opt.resume)
-        self._check({name: value for name, value in vars(opt).items() if value != "auto"})
+        self._check({name: value for name, value in vars(opt).items() if value not in ("auto", "all")})
         if self.steps and len(self.history) >= self.epochs and not self.finished:
             raise ValueError(
                 f"{self.folder} is inside epoch {self.first_epoch}: use --epochs {self.first_epoch} or more"
@@ -101,6 +101,8 @@ class Run:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
 
     def _load(self, resume: str) -> None:
+        if distributed.restarted() and self._resume.exists():  # the first start has done as it was told
+            resume = "auto"
         path = self._resume if resume in ("auto", "none") else Path(resume)
         if resume not in ("auto", "none") and not path.is_file():
             raise ValueError(f"--resume {resume}: no such file (auto, none, or the path of a resume.pth)")
@@ -121,20 +123,22 @@ class Run:
         resumes(self.folder, f"step {steps} of epoch {epoch + 1}" if steps else f"epoch {epoch}")
 
     def record(self, **values) -> None:
-        """Note options and facts (hashes of data and weights); a resumed run must have the same.
+        """Note options and facts (hashes of data and weights); a resumed run, and every process, must have the same.
 
         Raises:
-            ValueError: one that may not change differs from the resumed run's.
+            ValueError: one that may not change differs from the resumed run's, or from another process's.
         """
         self._check(values)
         self.options |= values
 
     def _check(self, values: dict) -> None:
+        values = {key: value for key, value in values.items() if key not in _FREE}
+        distributed.check_alike(values)
         if self.recorded is None:
             return
         for key, value in values.items():
             recorded = self.recorded.get(key, BEFORE.get(key))
-            if key not in _FREE and recorded != value:
+            if recorded != value:
                 raise ValueError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
                     "use the same options to resume it, or another --trial for a new run"

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from dataset.views import CIFAR_VIEWS, Views
+
 from . import distributed
 from .bank import EmbeddingBank
 
@@ -126,8 +128,29 @@ def autocast(device: str, amp: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, dtype=DTYPES.get(amp), enabled=amp != "off")
 
 
-def resolve(opt: argparse.Namespace, recorded: dict | None, images: int) -> argparse.Namespace:
-    """The options with every ``auto`` that stands for a value replaced by it, and the number of processes.
+def resolve_teacher_views(teacher_views: str | int, device: str, views: Views) -> int:
+    """How many views of each image the teacher encodes; 0 for each as it is asked for.
+
+    Raises:
+        ValueError: the images have not so many.
+    """
+    if teacher_views == "auto":
+        return AUTO_VIEWS[device] if views.count is None else min(AUTO_VIEWS[device], views.count)
+    if teacher_views == "all" and views.count is None:
+        raise ValueError("--teacher_views all: a photograph has views without end; use a number of them, or 0")
+    if teacher_views == "all":
+        return views.count
+    if views.count is not None and teacher_views > views.count:
+        raise ValueError(
+            f"--teacher_views {teacher_views}: an image of {views.size} pixels has {views.count} views; use all"
+        )
+    return teacher_views
+
+
+def resolve(
+    opt: argparse.Namespace, recorded: dict | None, images: int, views: Views = CIFAR_VIEWS
+) -> argparse.Namespace:
+    """The options with every word that stands for a value replaced by it, and the number of processes.
 
     Prints what each became. A resumed run keeps what was resolved when it began.
 
@@ -135,9 +158,11 @@ def resolve(opt: argparse.Namespace, recorded: dict | None, images: int) -> argp
         opt: as parsed; not changed.
         recorded: the options of the run that is resumed, or None.
         images: training images of the data set, which tell whether compiling pays.
+        views: of the data set.
 
     Raises:
-        ValueError: the machine lacks what is asked for, or a cosine that is under way would get another end.
+        ValueError: the machine or the data set lacks what is asked for, or a cosine that is under way would get another
+            end.
     """
     if recorded and recorded.get("schedule") == "cosine" and recorded["epochs"] != opt.epochs:
         raise ValueError(
@@ -155,8 +180,8 @@ def resolve(opt: argparse.Namespace, recorded: dict | None, images: int) -> argp
         raise ValueError(f"--batch_size {opt.batch_size} is less than a sample for each of {opt.processes} processes")
     if getattr(opt, "sync_bn", False) and opt.device != "cuda":
         raise ValueError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
-    if getattr(opt, "teacher_views", None) == "auto":
-        opt.teacher_views = AUTO_VIEWS[opt.device]
+    if getattr(opt, "teacher_views", None) is not None:
+        opt.teacher_views = resolve_teacher_views(opt.teacher_views, opt.device, views)
     if hasattr(opt, "compile"):
         used = images - round(images * (getattr(opt, "holdout", None) or 0))
         steps = min(-(-used // opt.batch_size), opt.max_steps or math.inf)

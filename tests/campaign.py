@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -35,6 +36,7 @@ import train_teacher
 from benchmarks.random_clip import write_archive
 from conftest import TINY_VIT, make_dataset
 from helper import checkpoint, distributed
+from helper.loops import Step
 from models import create_model
 
 COMMON = ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16"]
@@ -485,6 +487,64 @@ def fail_writes(folder: Path, number: int, error: int) -> None:
     failing(os, "posix_fallocate", lambda *args: True)
 
 
+# An EGA run of many steps on small data, in epochs of 500 that are each tested and saved.
+SOAK = [
+    *EGA,
+    "--teacher_views",
+    "2",
+    "--batch_size",
+    "4",
+    "--epochs",
+    "40",
+    "--save_steps",
+    "250",
+    "--print_freq",
+    "500",
+]
+SOAK_AT = (2_000, 20_000)
+
+
+def resources() -> dict[str, int]:
+    """Of this process: resident memory in KiB, open files, threads."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    files = len(os.listdir("/proc/self/fd"))
+    return {"KiB": int(status["VmRSS"].split()[0]), "files": files, "threads": int(status["Threads"])}
+
+
+def soak(campaign: Campaign, processes: int) -> bool:
+    """Whether memory, files and threads are after all steps what they were after the first of them; prints them."""
+    notes = campaign.work / "soak"
+
+    def note_resources() -> None:
+        dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
+        step, count = Step.__call__, itertools.count(1)
+
+        def counted(*args):
+            step(*args)
+            if next(count) in SOAK_AT:
+                with open(f"{notes}{distributed.rank()}", "a") as file:
+                    file.write(json.dumps(resources()) + "\n")
+
+        Step.__call__ = counted
+
+    with campaign.save_dir() as save_dir:
+        target = Target(train_student, SOAK, processes)
+        ended = end(*start(target, campaign.argv(SOAK, save_dir), campaign.log, note_resources), campaign.log, 7200)
+    if not ended.whole:
+        print(ended)
+        return False
+    constant = True
+    for rank in range(processes):
+        early, late = map(json.loads, Path(f"{notes}{rank}").read_text().splitlines())
+        growth = late["KiB"] / early["KiB"] - 1
+        constant &= growth < 0.02 and early["files"] == late["files"] and early["threads"] == late["threads"]
+        print(
+            f"process {rank} of {processes}: after {SOAK_AT[0]} steps {early}, after {SOAK_AT[1]} {late}: {growth:+.2%}"
+        )
+        Path(f"{notes}{rank}").unlink()
+    return constant
+
+
 def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
     """The trials of a campaign, for ever, in an order that tries each kind early."""
     pick = campaign.random.choice
@@ -523,11 +583,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5, help="how long (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the places")
     parser.add_argument("--folder", type=Path, default=Path("save/campaign"), help="of its counts and its work")
+    parser.add_argument(
+        "--soak", action="store_true", help=f"in its place, {SOAK_AT[1]} steps by one process and by two"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
     until = time.monotonic() + 60 * args.minutes
     campaign = Campaign(args.folder.absolute(), args.seed)
+    if args.soak:
+        kept = [soak(campaign, processes) for processes in (1, 2)]
+        return int(not all(kept))
     for trial in trials(campaign):
         if time.monotonic() > until:
             break

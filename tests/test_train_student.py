@@ -102,8 +102,9 @@ def reference_epoch(opt_lr: float, tiny_dataset, tiny_clip, method: str) -> tupl
     ]
     loader = Loader(tiny_dataset.train, "train", 16, torch.device("cpu"), training=True, teacher_views=3)
     for batch in loader.epoch(1):
+        images = tiny_dataset.train.images[batch.index]
         f_t, logit_t = head(
-            encode_view(encoder, tiny_dataset.train.images[batch.index], batch.teacher_view).half().float()
+            encode_view(encoder, tiny_dataset.views, images, batch.index, batch.teacher_view).half().float()
         )
         out = student(batch.image)
         loss = torch.nn.functional.cross_entropy(out.logits, batch.target)
@@ -240,7 +241,8 @@ def reference_few_labels(tiny_dataset, tiny_clip, joint: bool) -> dict:
     loader = Loader(tiny_dataset.train, "train", 4, torch.device("cpu"), training=True, teacher_views=1)
     empty = 0
     for batch in loader.epoch(1):
-        x = encode_view(encoder, tiny_dataset.train.images[batch.index], batch.teacher_view).half().float()
+        images = tiny_dataset.train.images[batch.index]
+        x = encode_view(encoder, tiny_dataset.views, images, batch.index, batch.teacher_view).half().float()
         f_t, logit_t = head(x)
         out, rows = student(batch.image), known[batch.index]
         loss, loss_t = EGA(0.8, 0.24)(out.embedding, x if joint else f_t.detach()), 0 * logit_t.sum()

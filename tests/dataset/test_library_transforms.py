@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms._presets import ImageClassification
 
-from dataset.views import NUM_VIEWS, crop_resize_flip, normalize, resize
+from dataset.views import crop_resize_flip, normalize, resize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -54,12 +54,12 @@ def picture(size: int = 32) -> np.ndarray:
 def test_every_views_pixels_are_those_of_the_librarys_own_transform(library, interpolation, size):
     transform, image = library(size, interpolation), Image.fromarray(picture())
     padded, expected = ImageOps.expand(image, 4), []
-    for view in range(NUM_VIEWS):
+    for view in range(162):
         dy, dx, flip = view // 18, view // 2 % 9, view % 2
         seen = transform(padded.crop((dx, dy, dx + 32, dy + 32)))
         expected.append(seen.flip(-1) if flip else seen)
-    images = torch.from_numpy(picture()).permute(2, 0, 1).expand(NUM_VIEWS, -1, -1, -1)
-    pixels = crop_resize_flip(images, torch.arange(NUM_VIEWS), size, interpolation)
+    images = torch.from_numpy(picture()).permute(2, 0, 1).expand(162, -1, -1, -1)
+    pixels = crop_resize_flip(images, torch.arange(162), size, interpolation)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     levels = torch.stack(expected).mul(std).add(mean).mul(255)
     assert (levels - pixels).abs().max() < 1e-3  # which is the same of 256 levels

@@ -9,14 +9,13 @@ from dataset.loader import Loader, epoch_seed, holdout_rows, keep_labels
 from dataset.views import (
     CIFAR100_NORMALIZATION,
     CLIP_NORMALIZATION,
-    NUM_VIEWS,
-    TEST_VIEW,
     crop_flip,
     normalize,
     view_order,
 )
 
 CPU = torch.device("cpu")
+NUM_VIEWS, TEST_VIEW = 162, 80
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from torchvision.transforms import functional as TF
 from dataset.views import (
     CIFAR100_NORMALIZATION,
     CLIP_NORMALIZATION,
-    NUM_VIEWS,
-    TEST_VIEW,
+    CropViews,
     crop_flip,
     crop_resize_flip,
     normalize,
@@ -20,6 +19,7 @@ from dataset.views import (
     view_order,
 )
 
+NUM_VIEWS, TEST_VIEW = 162, 80
 ALL_VIEWS = [(dy, dx, flip) for dy in range(9) for dx in range(9) for flip in range(2)]
 
 
@@ -95,7 +95,7 @@ def test_each_image_of_a_batch_gets_its_own_view():
 def test_the_test_view_is_the_image_itself():
     images = tensor(noise(3))
     view = torch.full((3,), TEST_VIEW)
-    assert TEST_VIEW == 80
+    assert CropViews(32).test == TEST_VIEW
     assert torch.equal(crop_flip(images, view), images)
     expected = tensor([np.asarray(Image.fromarray(i).resize((224, 224), Image.Resampling.BICUBIC)) for i in noise(3)])
     assert torch.equal(crop_resize_flip(images, view, 224), expected)

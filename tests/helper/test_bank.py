@@ -16,12 +16,13 @@ from torch import Tensor
 from conftest import noise_dataset, snapshot
 from dataset import ImageDataset, Split
 from dataset.loader import Loader
-from dataset.views import CLIP_NORMALIZATION, NUM_VIEWS, TEST_VIEW, crop_resize_flip, normalize, view_order
+from dataset.views import CLIP_NORMALIZATION, crop_resize_flip, normalize, view_order
 from helper.bank import CHUNK, EmbeddingBank, OnTheFly, open_bank
 from models.clip_teacher import ImageEncoder
 from models.encoders import FrozenEncoder
 
 CPU = torch.device("cpu")
+NUM_VIEWS, TEST_VIEW = 162, 80
 FILES = ["embeddings.fp16", "crc32.u32", "bank.json"]
 
 

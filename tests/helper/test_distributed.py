@@ -16,17 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip.model import CLIP
 from torch import Tensor
 
 import dataset
+import pretrain_clip
 import train_student
 import train_teacher
 from conftest import make_dataset, snapshot
 from dataset.loader import Loader, deal
 from distiller_zoo import ega_terms
 from helper import distributed
+from helper.contrastive import ContrastiveStep, Images, caption_tokens, contrastive_loss, zero_shot_accuracy
 from helper.loops import HeadTraining, Step, train_epoch, validate
 from helper.meters import Totals
+from helper.run import Run
 from helper.teacher import ClipTeacher
 from helper.util import NonFiniteLoss
 from models import create_student
@@ -94,11 +98,6 @@ def job(request):
     job.end()
 
 
-def own(x: Tensor, shares: tuple[int, ...]) -> Tensor:
-    """This process's rows of all."""
-    return x.split(shares)[distributed.rank()]
-
-
 def is_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((found.double() - expected).norm() <= tolerance * expected.norm())
 
@@ -108,7 +107,7 @@ def is_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 
 def ega_of_shares(f_s: Tensor, f_t: Tensor, shares: tuple[int, ...]) -> list[Tensor]:
     """The two terms, and the gradients at this process's embeddings as DDP's mean over processes leaves them."""
-    f_s, f_t = (own(f, shares).clone().requires_grad_() for f in (f_s, f_t))
+    f_s, f_t = (distributed.own(f, shares).clone().requires_grad_() for f in (f_s, f_t))
     node, edge = ega_terms(f_s, f_t, shares)
     (0.8 * node + 0.24 * edge).backward()
     return [node.detach(), edge.detach(), f_s.grad / len(shares), f_t.grad / len(shares)]
@@ -148,11 +147,14 @@ def test_shares_that_do_not_fit_are_refused(job):
 
 
 def gathered(x: Tensor, more: Tensor, index: Tensor, weight: Tensor, shares: tuple[int, ...]) -> list[Tensor]:
-    mine = own(x, shares).clone().requires_grad_()
-    whole, (first, second) = distributed.gather(mine, shares), distributed.gather([own(more, shares)] * 2, shares)
+    mine = distributed.own(x, shares).clone().requires_grad_()
+    whole, (first, second) = (
+        distributed.gather(mine, shares),
+        distributed.gather([distributed.own(more, shares)] * 2, shares),
+    )
     (whole.square() * weight).sum().backward()
     assert torch.equal(first, second)
-    return [whole.detach(), first, distributed.gather(own(index, shares), shares), mine.grad / len(shares)]
+    return [whole.detach(), first, distributed.gather(distributed.own(index, shares), shares), mine.grad / len(shares)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -164,6 +166,78 @@ def test_gathering_gives_every_process_all_rows_and_its_own_the_gradient(job, ba
     for values in found:
         assert all(torch.equal(a, b) for a, b in zip(values[:3], (x, more, index), strict=True))
     torch.testing.assert_close(torch.cat([values[3] for values in found]), 2 * x * weight)
+
+
+# The contrastive loss
+
+
+def contrastive_of_shares(image, text, caption, scale, shares: tuple[int, ...]) -> list[Tensor]:
+    """The loss, and the gradients as DDP's mean over processes leaves them."""
+    texts = deal(len(text), len(shares))
+    leaves = [distributed.own(image, shares), distributed.own(text, texts), scale]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    loss = contrastive_loss(*leaves[:2], caption, leaves[2], shares)
+    loss.backward()
+    of_scale = distributed.total(leaves[2].grad)
+    gradients = [leaves[0].grad, leaves[1].grad, of_scale]
+    return [distributed.total(loss.detach()) / len(shares), *(gradient / len(shares) for gradient in gradients)]
+
+
+@pytest.mark.parametrize("caption", [[0], [1, 0], [2, 0, 2, 1, 2, 0, 4, 3, 3], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=str)
+def test_the_contrastive_loss_is_that_of_all_samples(job, caption, dtype, tolerance):
+    """A high scale, so that unshifted exponents would overflow; shares without images, and without texts."""
+    generator, caption = torch.Generator().manual_seed(0), torch.tensor(caption)
+    image, text = torch.randn(2, 9, 8, generator=generator, dtype=torch.float64)
+    inputs = [image[: len(caption)], text[: int(caption.max()) + 1], torch.tensor(100.0, dtype=torch.float64)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = contrastive_loss(*leaves[:2], caption, leaves[2])
+    loss.backward()
+    image, text, scale = (x.to(dtype) for x in inputs)
+    found = job(contrastive_of_shares, image, text, caption, scale, deal(len(caption), job.count))
+    expected = [leaf.grad for leaf in leaves]
+    # Where it nearly vanishes, a gradient is as exact as those that it is made of.
+    size = torch.stack([gradient.norm() for gradient in expected]).norm() + 1e-3
+    for values in found:
+        assert values[0].item() == pytest.approx(loss.item(), rel=tolerance, abs=1e-3 * tolerance)
+        assert (values[3] - expected[2]).abs() <= tolerance * size
+    for i in (0, 1):
+        gradient = torch.cat([values[i + 1] for values in found])
+        assert (gradient.double() - expected[i]).norm() <= tolerance * size
+
+
+def pretrain_epoch(micro_batch: int | None, batch_size: int, num_train: int) -> tuple[dict[str, float], list, float]:
+    """An epoch's averages, every step's gradients and the zero-shot accuracy, of a CLIP without batch norm."""
+    torch.manual_seed(0)
+    data, model = make_dataset(num_train=num_train), CLIP(32, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
+    place = {"images": False, "rank": distributed.rank(), "processes": distributed.count()}
+    loader = Loader(data.train, "train", batch_size, CPU, training=True, **place)
+    optimizer, steps = torch.optim.SGD(model.parameters(), 0.0), []
+    optimizer.register_step_pre_hook(lambda *_: steps.append([p.grad.clone() for p in model.parameters()]))
+    opt = Namespace(device="cpu", amp="off", compile="off", micro_batch=micro_batch)
+    scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), caption_tokens(data.classes)
+    step = ContrastiveStep(model, Images(data.train, 32, CPU), tokens, optimizer, scaler, loader, opt)
+    torch.manual_seed(1)
+    record = train_epoch(1, step, epochs=1, print_freq=100)
+    record.pop("images_per_second")
+    accuracy = zero_shot_accuracy(
+        model, Loader(data.test, "test", 6, CPU, **place), Images(data.test, 32, CPU), tokens, opt
+    )
+    return record, steps, accuracy
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 2, 3])
+def test_contrastive_training_is_that_of_one_process(job, micro_batch):
+    """Batches of 8, 8 and 1: shares that differ, and empty ones; of these all or a part in one pass."""
+    expected, gradients, accuracy = pretrain_epoch(None, 8, 17)
+    for record, found, found_accuracy in job(pretrain_epoch, micro_batch, 8, 17):
+        assert record == pytest.approx(expected, rel=1e-5)
+        assert found_accuracy == accuracy
+        assert len(found) == len(gradients) == 3
+        for mine, theirs in zip(found, gradients, strict=True):
+            size = torch.stack([gradient.norm() for gradient in theirs]).norm()
+            for a, b in zip(mine, theirs, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * size
 
 
 # Training
@@ -388,6 +462,69 @@ def test_fewer_samples_than_processes_are_refused(job, tmp_path):
 
 def test_batch_norm_over_all_processes_needs_cuda(job, tmp_path):
     assert set(job(distil, "--distill", "none", "--sync_bn", "--save_dir", str(tmp_path))) == {2}
+
+
+def pretrain(*argv: str) -> int:
+    """Run pretrain_clip.py; its exit code."""
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    tiny = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16", "--text_layers", "1"]
+    tiny += ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16", "--micro_batch", "5"]
+    try:
+        pretrain_clip.main([*tiny, "--embed_dim", "16", "--print_freq", "1", *argv])
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+def stopped_in_the_second_epoch(*argv: str) -> str:
+    """Run pretrain_clip.py until its second epoch is about to be saved."""
+    end_epoch = Run.end_epoch
+
+    def ending(run: Run, record: dict, *args) -> None:
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+        end_epoch(run, record, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "end_epoch", ending)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(*argv)
+    gc.collect()  # the run, which holds its folder's lock
+    return "stopped"
+
+
+def test_pretraining_by_all_resumes_and_gives_the_clip_of_one(job, tmp_path):
+    one, all_, other = (str(tmp_path / name) for name in ("one", "all", "other"))
+    assert pretrain("--epochs", "2", "--save_dir", one) == 0
+    assert set(job(pretrain, "--epochs", "2", "--save_dir", all_)) == {0}
+    assert set(job(stopped_in_the_second_epoch, "--epochs", "2", "--save_dir", other)) == {"stopped"}
+    for _ in range(2):  # to the end, and once more, when it is finished
+        assert set(job(pretrain, "--epochs", "2", "--save_dir", other)) == {0}
+    folders = [next((Path(save_dir) / "clip").iterdir()) for save_dir in (one, all_, other)]
+    alone, together, resumed = (torch.load(folder / "clip.pt") for folder in folders)
+    assert all(torch.equal(value, resumed[name]) for name, value in together.items())
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name].float(), value.float(), atol=2e-3, rtol=2e-3, msg=name)
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    for mine, theirs in zip(lines[1], lines[0], strict=True):
+        for name in ("epoch", "lr", "train_loss", "logit_scale"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    # Another number of processes is another run.
+    assert pretrain("--epochs", "3", "--save_dir", other) == 2
+
+
+def test_a_single_image_for_batch_norm_is_refused(job, tmp_path):
+    """Batches of 69 and 1: a ResNet's last maps are of a pixel."""
+    resnet = ["--vision_layers", "1,1,1,1", "--vision_width", "8", "--text_layers", "1", "--dataset", "tiny"]
+    argv = [*resnet, "--device", "cpu", "--batch_size", "69", "--save_dir", str(tmp_path)]
+    assert set(job(pretrain_resnet, *argv)) == {2}
+
+
+def pretrain_resnet(*argv: str) -> int:
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    with pytest.raises(SystemExit) as stop:
+        pretrain_clip.main([*argv])
+    return stop.value.code
 
 
 def teach(save_dir: str) -> int:

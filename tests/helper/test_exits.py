@@ -217,7 +217,7 @@ def test_a_clips_training_is_stopped(tiny_dataset, tmp_path, monkeypatch, capsys
         "--epochs",
         "2",
     ]
-    at_call(monkeypatch, contrastive, "contrastive_backward", 7, lambda: send(signal.SIGINT))
+    at_call(monkeypatch, contrastive.ContrastiveStep, "_backward", 7, lambda: send(signal.SIGINT))
     line = ends(capsys, 130, pretrain_clip.main, argv)
     assert line.startswith("pretrain_clip.py: stopped by Ctrl-C; the same command resumes")
     assert "epoch 1" in line

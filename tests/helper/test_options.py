@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dataset import DATASETS
+from dataset.views import CIFAR_VIEWS, CropViews, ResizedCropViews
 from distiller_zoo import METHODS
 from helper import options, runtime
 from helper.options import (
@@ -103,7 +104,7 @@ NOT_A_COUNT = ["0", "-3", "1.5", "nan", "x", "1e3", ""]
         *itertools.product(["--momentum"], ["-0.1", "1.1", "nan"]),
         *itertools.product(["--holdout"], ["0", "-0.1", "0.6", "1", "nan", "x"]),
         *itertools.product(["--lr_decay_epochs"], ["a,b", "150,", "0", "-1,2", "1.5", "nan", "1 2"]),
-        *itertools.product(["--teacher_views"], ["-1", "163", "many", "1.5", ""]),
+        *itertools.product(["--teacher_views"], ["-1", "many", "1.5", "²", ""]),
         *itertools.product(["--trial"], ["", "a/b", "..\\x", "a b", "a:b"]),
     ],
 )
@@ -195,7 +196,7 @@ def test_abbreviations_are_refused(capsys, argv):
 
 def test_what_makes_sense_is_taken():
     opt = parse_student_options(["--views", "shared", "--teacher_views", "all", "--lr_decay_epochs", ""])
-    assert (opt.teacher_views, opt.lr_decay_epochs) == (162, [])
+    assert (opt.teacher_views, opt.lr_decay_epochs) == ("all", [])
     assert parse_student_options(["--views", "shared", "--teacher_views", "0"]).teacher_views == 0
     assert parse_student_options(["--lr_decay_epochs", "3,1"]).lr_decay_epochs == [3, 1]
     assert parse_student_options(["--views", "shared", "--teacher_views", "16"]).teacher_views == 16
@@ -286,6 +287,37 @@ def test_a_resumed_run_keeps_what_auto_became(machine):
     recorded = {"device": "cpu", "amp": "bf16", "teacher_views": 7, "compile": "off"}
     opt = resolve(parse_student_options([]), recorded, images=10**9)
     assert (opt.device, opt.amp, opt.teacher_views, opt.compile) == ("cpu", "bf16", 7, "off")
+
+
+@pytest.mark.parametrize(
+    ("views", "given", "expected"),
+    [
+        (CIFAR_VIEWS, "all", 162),
+        (CropViews(64), "all", 578),
+        (CropViews(96), "1250", 1250),
+        (CropViews(7), "auto", 2),  # the picture and its mirror image
+        (ResizedCropViews(224), "auto", 16),
+        (ResizedCropViews(224), "2000", 2000),
+        (ResizedCropViews(224), "0", 0),
+    ],
+)
+def test_teacher_views_become_a_number_that_the_images_have(machine, views, given, expected):
+    machine.cuda = True
+    parsed = parse_student_options(["--teacher_views", given, "--compile", "off"])
+    assert resolve(parsed, None, images=50_000, views=views).teacher_views == expected
+
+
+@pytest.mark.parametrize(
+    ("views", "given", "message"),
+    [
+        (CIFAR_VIEWS, "163", "--teacher_views 163: an image of 32 pixels has 162 views"),
+        (CropViews(64), "579", "--teacher_views 579: an image of 64 pixels has 578 views"),
+        (ResizedCropViews(224), "all", "--teacher_views all: a photograph has views without end"),
+    ],
+)
+def test_views_that_the_images_have_not_are_refused(machine, views, given, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(parse_student_options(["--teacher_views", given]), None, images=50_000, views=views)
 
 
 @pytest.mark.parametrize("argv", ["--device cuda", "--amp fp16", "--device cpu --amp fp16"])

@@ -1,0 +1,88 @@
+"""An image file as a square of RGB pixels."""
+
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Opened by another program, or by no decoder that comes with Pillow.
+_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+Image.init()
+_FORMATS = ["JPEG", "PNG", *sorted(Image.OPEN.keys() - {"JPEG", "PNG", *_NO_PICTURES})]
+EXTENSIONS = frozenset(extension for extension, name in Image.registered_extensions().items() if name in _FORMATS)
+
+# What is done to a picture, for the key of what holds the result; another way of doing it needs another name.
+RESAMPLING = "short side, Pillow's bicubic, centre"
+
+_ORIENTATION = 0x0112  # EXIF's tag
+
+
+class BadImage(ValueError):
+    """A file that cannot be decoded; the message says why."""
+
+
+def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
+    """The centre of a picture, its short side resized to ``side`` pixels.
+
+    The pixels are those of torchvision's ``Resize(side)`` with bicubic interpolation and ``CenterCrop(side)`` on the
+    PIL image, as in the usual evaluation on ImageNet: what a wide picture has at its sides, and a high one above and
+    below, is cut off. A JPEG is decoded at its full size: Pillow's draft mode, which is faster, gives other pixels.
+
+    EXIF's orientation is honoured. What is transparent shows white. 16 bits are scaled to 8, of a file with many
+    pictures the first is taken.
+
+    Returns:
+        (side, side, 3) uint8.
+
+    Raises:
+        BadImage: the file is no image, damaged, of more pixels than Pillow thinks safe, or of a kind that has no one
+            way to 8 bits.
+        OSError: it cannot be read at all.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF blocks that are corrupt, say
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+                return np.asarray(_square(_to_rgb(_upright(image)), side))
+    except UnidentifiedImageError:
+        raise BadImage("not an image, or damaged at its beginning") from None
+    except Exception as error:  # a damaged file makes Pillow raise whatever it stumbles over
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the picture's
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # a corrupt EXIF block says nothing about the pixels
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BadImage("pixels are floating-point numbers, of no known range")
+    if image.mode.startswith("I"):  # grey, of 16 bits; convert() would clip them to 8
+        grey = np.asarray(image).astype(np.int32)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise BadImage("pixels have more than 16 bits")
+        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    short, long = sorted(image.size)
+    resized = int(side * long / short)
+    if side * resized > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels, too long for their other side")
+    landscape = image.width > image.height
+    image = image.resize((resized, side) if landscape else (side, resized), Image.Resampling.BICUBIC)
+    cut = round((resized - side) / 2)
+    return image.crop((cut, 0, cut + side, side) if landscape else (0, cut, side, cut + side))

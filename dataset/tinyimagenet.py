@@ -1,0 +1,95 @@
+"""Tiny ImageNet (Le and Yang, Stanford CS231n, 2015), from the published archive."""
+
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+from . import ImageDataset, Split
+from .files import list_images, open_images
+from .views import CropViews
+
+SIZE = 64
+
+_FOLDER = "tiny-imagenet-200"
+_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> ImageDataset:
+    """100 000 training and 10 000 test images of 64 x 64 pixels in 200 classes; downloaded when missing.
+
+    Classes are ordered by their WordNet numbers. The test split is val/: the labels of test/ were not published.
+
+    Raises:
+        ValueError: see ``open_images``.
+        OSError: what is there is not whole, or missing and not to be downloaded; see also ``open_images``.
+    """
+    _fetch(Path(data_dir))
+    root = Path(data_dir) / _FOLDER
+    try:
+        classes = sorted((root / "wnids.txt").read_text().split())
+        words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text("utf-8").splitlines())
+        names = _names([words[wnid] for wnid in classes])
+        lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+        annotations = {f"val/images/{name}": classes.index(wnid) for name, wnid, *_ in lines}
+        folders = [list_images(root, f"train/{wnid}/images")[0] for wnid in classes]
+        test_files = list_images(root, "val/images")[0]
+        if not all(folders) or annotations.keys() != {file.name for file in test_files}:
+            raise ValueError("images are missing")
+    except (OSError, ValueError, KeyError) as error:
+        raise OSError(f"{root} is not whole ({error}): delete it and run again") from error
+    train_files = [file for folder in folders for file in folder]
+    targets = torch.tensor([target for target, folder in enumerate(folders) for _ in folder])
+    test_targets = torch.tensor([annotations[file.name] for file in test_files])
+
+    files = (train_files, test_files)
+    (train, test), sha256 = open_images("tinyimagenet", root, files, SIZE, save_dir, max_bad_images)
+    return ImageDataset(
+        "tinyimagenet",
+        names,
+        Split(train.images, targets[train.files], mapped=True),
+        Split(test.images, test_targets[test.files], mapped=True),
+        views=CropViews(SIZE),
+        sha256=sha256,
+    )
+
+
+def _names(words: list[str]) -> list[str]:
+    """The first of each class's names; all of them where several classes share the first."""
+    first = [word.split(",")[0] for word in words]
+    counts = Counter(first)
+    return [name if counts[name] == 1 else word for name, word in zip(first, words, strict=True)]
+
+
+def _fetch(root: Path) -> None:
+    """Make sure that the extracted folder is there, downloading the archive if that is not there either."""
+    folder, archive = root / _FOLDER, root / f"{_FOLDER}.zip"
+    if folder.exists():
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".tiny-imagenet.lock"):
+            if folder.exists():  # another run fetched it meanwhile
+                return
+            if archive.exists() and not check_integrity(str(archive), _MD5):
+                raise OSError(f"{archive} is corrupt (its md5 differs): delete it and run again")
+            # Into a folder of its own first, so that what was interrupted is never taken for the data.
+            with tempfile.TemporaryDirectory(dir=root, prefix=".tiny-imagenet-") as temporary:
+                if not archive.exists():
+                    try:
+                        download_url(_URL, temporary, archive.name, _MD5)
+                    except Exception as error:
+                        raise OSError(
+                            f"Tiny ImageNet is not in {root} and could not be downloaded ({error}); "
+                            f"with no network, put {archive.name} there"
+                        ) from error
+                there = archive if archive.exists() else Path(temporary) / archive.name
+                extract_archive(str(there), temporary)
+                shutil.move(Path(temporary) / _FOLDER, folder)
+    except PermissionError as error:
+        raise OSError(f"cannot write to {root}: {error.strerror}; choose another --data_dir") from error
