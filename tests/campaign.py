@@ -28,6 +28,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
 
 import torch
+from PIL import Image
 
 import dataset
 import pretrain_clip
@@ -45,18 +46,16 @@ EGA = [*STUDENT, "--clip_mode", "{clip}", "--feature_dim", "8"]
 CNN = [*STUDENT, "--path_t", "{cnn}"]
 VIT = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16", "--text_layers", "1", "--embed_dim"]
 SAVE_STEPS = ["--save_steps", "2"]
+SHORT = ["--epochs", "1", "--max_steps", "1"]
+FOLDER = [*STUDENT, "--distill", "none", "--dataset", "folder", "--data_dir", "{images}", "--image_size", "32", *SHORT]
 
 
 class Target(NamedTuple):
-    """A command whose end is compared; {clip} and the like stand for files that the campaign makes first.
-
-    saves_inside: whether it takes --save_steps, which half of the trials are given.
-    """
+    """A command whose end is compared; {clip} and the like stand for files that the campaign makes first."""
 
     script: ModuleType
     options: list[str]
     processes: int = 1
-    saves_inside: bool = True
 
 
 # What is killed and stopped. A new script is a row here.
@@ -73,13 +72,14 @@ TARGETS = {
         train_teacher, ["--model", "{clip}", "--feature_dim", "8", "--teacher_views", "2", "--epochs", "6"]
     ),
     "train_teacher, CNN": Target(train_teacher, ["--model", "resnet8", "--epochs", "3"]),
-    "pretrain_clip": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"], saves_inside=False),
-    "the bank": Target(train_student, [*EGA, "--teacher_views", "60", "--epochs", "1", "--max_steps", "1"]),
+    "pretrain_clip": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"]),
+    "the bank": Target(train_student, [*EGA, "--teacher_views", "60", *SHORT]),
+    "the images": Target(train_student, FOLDER),
     "train_student, CLIP, two processes": Target(train_student, [*EGA, "--teacher_views", "2"], processes=2),
     "train_teacher, CNN, two processes": Target(train_teacher, ["--model", "resnet8", "--epochs", "3"], processes=2),
-    "the bank, two processes": Target(
-        train_student, [*EGA, "--teacher_views", "60", "--epochs", "1", "--max_steps", "1"], processes=2
-    ),
+    "pretrain_clip, two processes": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"], processes=2),
+    "the bank, two processes": Target(train_student, [*EGA, "--teacher_views", "60", *SHORT], processes=2),
+    "the images, two processes": Target(train_student, FOLDER, processes=2),
 }
 
 
@@ -87,7 +87,7 @@ class Damage(NamedTuple):
     """A file that is damaged, and the command that meets it.
 
     options: of the command, which is train_student.py.
-    pattern: of a file in the folder of an earlier, shorter run, which the command goes on with; None for an input.
+    pattern: of a file that an earlier, shorter run left, which the command goes on with; None for an input.
     input: the name of an input instead.
     """
 
@@ -107,6 +107,9 @@ FILES = {
     "the bank's rows": Damage(RESUMED, "save/teacher_bank/*/embeddings.fp16"),
     "the bank's checksums": Damage(RESUMED, "save/teacher_bank/*/crc32.u32"),
     "bank.json": Damage(RESUMED, "save/teacher_bank/*/bank.json"),
+    "the images' rows": Damage(FOLDER, "save/images/*/images.u8"),
+    "the images' checksums": Damage(FOLDER, "save/images/*/crc32.u32"),
+    "images.json": Damage(FOLDER, "save/images/*/images.json"),
     "--clip_mode, TorchScript": Damage(RESUMED, None, "clip"),
     "--clip_mode, state dict": Damage(
         [*STUDENT, "--clip_mode", "{clip_state}", "--feature_dim", "8"], None, "clip_state"
@@ -232,7 +235,7 @@ def result(save_dir: Path) -> dict[str, str]:
             _digest(checkpoint.load(path), digest)
         elif path.name == "metrics.jsonl":
             _digest([json.loads(line) for line in path.read_text().splitlines()], digest)
-        elif path.suffix in (".fp16", ".u32"):
+        elif path.suffix in (".fp16", ".u8", ".u32"):
             digest.update(path.read_bytes())
         elif path.suffix == ".tmp":
             digest.update(b"left behind")
@@ -265,10 +268,11 @@ class Campaign:
         self.inputs = self.make_inputs()
         self.unbroken: dict[str, tuple[dict[str, str], float]] = {}
         self.sizes: dict[str, int] = {}
+        self.templates: dict[str, Path] = {}
         self.lost = 0
 
     def make_inputs(self) -> dict[str, Path]:
-        """A CLIP as an archive and as a state dict, a CNN, a head, a student's weights."""
+        """A CLIP as an archive and as a state dict, a CNN, a head, a student's weights, a folder of pictures."""
         folder = self.work / "inputs"
         paths = {name: folder / f"{name}.pth" for name in ("clip", "clip_state", "weights")}
 
@@ -277,7 +281,9 @@ class Campaign:
             torch.save(dict(torch.jit.load(paths["clip"]).state_dict()), paths["clip_state"])
             torch.manual_seed(0)
             torch.save(create_model("resnet8", 0).state_dict(), paths["weights"])
+            draw_pictures(paths["images"])
 
+        paths["images"] = folder / "images"
         folder.mkdir()
         made = command(Target(train_teacher, []), ["--help"], self.log, patch=make)
         paths |= {"cnn": folder / "resnet14.pth", "head": folder / "head.pth"}
@@ -347,7 +353,7 @@ class Campaign:
         hits = 0
         with self.save_dir() as save_dir:
             argv = self.argv(target.options, save_dir)
-            if target.saves_inside and self.random.random() < 0.5:
+            if self.random.random() < 0.5:
                 argv += SAVE_STEPS
             for _ in range(self.random.randint(1, 3)):
                 children, began = start(target, argv, self.log)
@@ -390,12 +396,7 @@ class Campaign:
         with self.save_dir() as save_dir:
             inputs = dict(self.inputs)
             if damage.pattern is not None:
-                template = self.work / "template"
-                if not template.exists():
-                    shorter = [*damage.options, "--epochs", "2"]
-                    ended = command(target, self.argv(shorter, template / "save"), self.log)
-                    assert ended.whole, ended
-                shutil.copytree(template / "save", save_dir)
+                shutil.copytree(self.earlier(target), save_dir)
                 (path,) = save_dir.parent.glob(damage.pattern)
             else:
                 path = save_dir.parent / "inputs" / self.inputs[damage.input].name
@@ -408,6 +409,19 @@ class Campaign:
                 self.count(kind, "refused")
             elif self.check(kind, save_dir, expected, ended):
                 self.count(kind, "ended bit-identical")
+
+    def earlier(self, target: Target) -> Path:
+        """What the command leaves that has fewer epochs; where it has but one, what it leaves before its end."""
+        key = " ".join(target.options)
+        if key not in self.templates:
+            save_dir = self.work / f"earlier{len(self.templates)}"
+            options = target.options if "folder" in target.options else [*target.options, "--epochs", "2"]
+            ended = command(target, self.argv(options, save_dir), self.log)
+            assert ended.whole, ended
+            for path in [*save_dir.rglob("resume.pth"), *save_dir.rglob("*_last.pth")] if "folder" in options else ():
+                path.unlink()
+            self.templates[key] = save_dir
+        return self.templates[key]
 
     def flip(self, name: str) -> None:
         def flipped(content: bytes) -> bytes:
@@ -543,6 +557,16 @@ def soak(campaign: Campaign, processes: int) -> bool:
         )
         Path(f"{notes}{rank}").unlink()
     return constant
+
+
+def draw_pictures(folder: Path) -> None:
+    """A folder of 600 pictures of 3 classes for training, and 30 for tests."""
+    data = make_dataset(num_train=600, num_test=30, num_classes=3)
+    for name, split in (("train", data.train), ("test", data.test)):
+        for number, (image, target) in enumerate(zip(split.images, split.targets.tolist(), strict=True)):
+            path = folder / name / f"class_{target}" / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).resize((64, 48)).save(path)
 
 
 def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
