@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
 
 import torch
 from PIL import Image
+from test_command_lines import fuzz
 
 import dataset
 import pretrain_clip
@@ -588,7 +589,7 @@ def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
                 write[name] = write[name] + 1 if came else 1
 
             yield from [next_write] * 4
-        for name in ("train_student, CLIP", "train_student, first stage", "train_teacher, CNN", "pretrain_clip"):
+        for name in ("train_student, CLIP", "train_student, first stage", "pretrain_clip", "the images"):
             yield lambda name=name: campaign.full_disk(name)
 
 
@@ -607,9 +608,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5, help="how long (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the places")
     parser.add_argument("--folder", type=Path, default=Path("save/campaign"), help="of its counts and its work")
-    parser.add_argument(
-        "--soak", action="store_true", help=f"in its place, {SOAK_AT[1]} steps by one process and by two"
-    )
+    parser.add_argument("--soak", action="store_true", help="instead: 20,000 steps by one process and by two")
+    parser.add_argument("--command_lines", type=int, metavar="N", help="instead: so many random command lines")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
@@ -618,6 +618,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.soak:
         kept = [soak(campaign, processes) for processes in (1, 2)]
         return int(not all(kept))
+    if args.command_lines:
+        outcomes = fuzz(campaign.inputs["clip"], args.command_lines, args.seed)
+        print(", ".join(f"{outcome} {times}" for outcome, times in sorted(outcomes.items())))
+        return 0
     for trial in trials(campaign):
         if time.monotonic() > until:
             break
