@@ -6,22 +6,30 @@ The result, SAVE/clip/NAME/clip.pt, is a state dict in OpenAI's format and preci
 
 import argparse
 import copy
-import os
 import time
 
 import torch
 from clip.model import CLIP, convert_weights
 
-from dataset.loader import Loader, epoch_seed
-from helper import checkpoint
-from helper.contrastive import Images, caption_tokens, train_contrastive, zero_shot_accuracy
+from dataset.loader import Loader, deal
+from helper import checkpoint, distributed, training
+from helper.contrastive import Images, caption_tokens, zero_shot_accuracy
 from helper.data import eval_batch_size, open_dataset
+from helper.exits import exits
 from helper.meters import print_record
-from helper.options import add_data_options, add_run_options, check_data, data_name, recorded_options
+from helper.options import (
+    add_data_options,
+    add_run_options,
+    add_training_speed_options,
+    check_data,
+    data_name,
+    recorded_options,
+)
 from helper.parser import Parser, number, positive, positive_int, weight
 from helper.run import Run
 from helper.runtime import resolve
-from helper.util import exit_on_bad_input, exit_on_non_finite_loss
+from helper.util import exit_on_bad_input
+from models.library import synchronize_norms
 
 # CLIP's text encoder reads captions of up to 77 of these byte pairs.
 CONTEXT_LENGTH, VOCABULARY = 77, 49408
@@ -59,8 +67,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--learning_rate", type=positive, default=2e-3, help="at its highest")
     group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps; a cosine follows")
     group.add_argument("--weight_decay", type=weight, default=0.1, help="of matrices; gains and biases have none")
-    group.add_argument("--micro_batch", type=positive_int, help="encode so many images at once, to bound the memory")
-    add_run_options(parser, epochs=8, batch_size=128, save_steps=False)
+    group.add_argument("--micro_batch", type=positive_int, help="a process encodes so many images at once")
+    add_training_speed_options(add_run_options(parser, epochs=8, batch_size=128), "the image encoder")
     opt = parser.parse_args(argv)
 
     check_data(parser, opt)
@@ -78,8 +86,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--vision_width {opt.vision_width}: a ViT's is a multiple of 64, the width of a head")
     if opt.text_width % 64:
         parser.error(f"--text_width {opt.text_width}: it is a multiple of 64, the width of a head")
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("it runs in one process; start it with python, not with torchrun")
     if opt.batch_size < 2:
         parser.error("--batch_size 1: a contrastive loss needs at least two images to tell apart")
     return opt
@@ -113,6 +119,21 @@ def create_clip(opt: argparse.Namespace) -> CLIP:
     )
 
 
+def check_batch_norm(opt: argparse.Namespace, loader: Loader) -> None:
+    """Raise a ValueError where a ResNet would have to normalise the last maps, of a pixel each, of a single image."""
+    if opt.sync_bn or opt.resolution > 32 or not isinstance(opt.vision_layers, tuple):
+        return
+    last = loader.num_samples - (len(loader) - 1) * loader.batch_size
+    for size in (min(loader.batch_size, loader.num_samples), last):
+        shares = deal(size, opt.processes)
+        chunk = opt.micro_batch if opt.micro_batch and max(shares) > opt.micro_batch else size
+        if any(share and 1 in (chunk, share % chunk) for share in shares):
+            raise ValueError(
+                f"a batch of {size} images leaves a process one alone, which a ResNet's batch norm cannot take at "
+                "--resolution 32: use another --batch_size, --micro_batch or number of processes"
+            )
+
+
 @torch.no_grad()
 def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """The state dict as OpenAI publishes one: on the CPU, in fp16 where ``clip.load`` wants it so.
@@ -133,6 +154,7 @@ def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]
     return model.cpu().state_dict()
 
 
+@exits("pretrain_clip.py", memory="--micro_batch or --batch_size")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_options(argv)
 
@@ -148,55 +170,35 @@ def main(argv: list[str] | None = None) -> None:
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint())
         device = torch.device(opt.device)
         # The views for a teacher are the ones that are resized to its resolution.
-        loader = Loader(
-            captioned,
-            "captioned",
-            opt.batch_size,
-            device,
-            rows=(captioned.targets >= 0).nonzero().flatten(),  # the others have no caption
-            training=True,
-            seed=opt.seed,
-            images=False,
-            max_steps=opt.max_steps,
-            views=views,
-        )
+        place = {"images": False, "views": views, "rank": distributed.rank(), "processes": distributed.count()}
+        how = {"training": True, "seed": opt.seed, "max_steps": opt.max_steps}
+        rows = (captioned.targets >= 0).nonzero().flatten()  # the others have no caption
+        loader = Loader(captioned, "captioned", opt.batch_size, device, rows=rows, **how, **place)
         size = eval_batch_size(opt.device, opt.resolution)
-        test_loader = Loader(dataset.test, "test", size, device, images=False, views=views)
+        test_loader = Loader(dataset.test, "test", size, device, **place)
+        check_batch_norm(opt, loader)
         run.start()
 
     pixels, test_pixels = (Images(split, opt.resolution, device, views) for split in (captioned, dataset.test))
     tokens = caption_tokens(dataset.classes).to(device)
-    model = create_clip(opt).to(device, memory_format=torch.channels_last)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0}],
-        lr=opt.learning_rate,
-        betas=(0.9, 0.98),  # CLIP's, as eps is
-        eps=1e-6,
-        fused=True,
-    )
-    scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
-    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    model = create_clip(opt)
+    model = synchronize_norms(model) if opt.sync_bn else model
+    model = model.to(device, memory_format=torch.channels_last)
+    trained = training.train_clip(opt, model, pixels, tokens, loader)
     if run.state is not None:
-        for name, module in stateful.items():
-            module.load_state_dict(run.state[name])
+        trained.load_state_dict(run.state)
+    for epoch in range(run.first_epoch, opt.epochs + 1):
+        start = time.perf_counter()
+        record = trained.epoch(epoch, run.save_inside)
+        if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
+            record["zero_shot_acc"] = zero_shot_accuracy(model, test_loader, test_pixels, tokens, opt)
+        record["seconds"] = trained.earlier + time.perf_counter() - start
+        print_record(record)
+        run.end_epoch(record, trained.state_dict(), {"model": model.state_dict()}, opt.save_freq)
 
-    with exit_on_non_finite_loss("pretrain_clip.py"):
-        for epoch in range(run.first_epoch, opt.epochs + 1):
-            start = time.perf_counter()
-            torch.manual_seed(epoch_seed(opt.seed, epoch))
-            record = {"epoch": epoch}
-            record |= train_contrastive(epoch, loader, pixels, model, tokens, optimizer, scaler, opt)
-            if epoch % opt.eval_freq == 0 or epoch == opt.epochs:
-                record["zero_shot_acc"] = zero_shot_accuracy(model, test_loader, test_pixels, tokens, opt)
-            record["lr"] = optimizer.param_groups[0]["lr"]
-            record["seconds"] = time.perf_counter() - start
-            print_record(record)
-            state = {name: module.state_dict() for name, module in stateful.items()}
-            run.end_epoch(record, state, {"model": state["model"]}, opt.save_freq)
-
-    checkpoint.save(published_state(model, test_pixels(next(test_loader.epoch()))), path)
+    if distributed.rank() == 0:
+        sample = next(Loader(dataset.test, "test", size, device, images=False, views=views).epoch())
+        checkpoint.save(published_state(model, test_pixels(sample)), path)
     run.finish({})
     print_result(run)
 
@@ -207,4 +209,5 @@ def print_result(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with distributed.processes():
+        main()

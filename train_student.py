@@ -5,6 +5,7 @@ import time
 from distiller_zoo import METHODS
 from helper import distributed, pretrain, training
 from helper.data import build_loaders, open_dataset
+from helper.exits import exits
 from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.objective import build_objective
@@ -13,9 +14,10 @@ from helper.run import Run
 from helper.runtime import resolve
 from helper.student import build_student, model_file, student_identity
 from helper.teacher import build_teacher
-from helper.util import exit_on_bad_input, exit_on_non_finite_loss
+from helper.util import exit_on_bad_input
 
 
+@exits("train_student.py", memory="--batch_size or --teacher_views")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_student_options(argv)
     needs = METHODS[opt.distill].needs(clip=bool(opt.clip_tn))
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         name, stem = student_run_name(opt), sized_name(opt.model_s, opt.student_resolution)
         run = Run(opt, "student_model", "student_tensorboards", name, stem)
         if run.finished:
-            run.print_result()
+            print_result(run)
             return
         dataset = open_dataset(vars(opt))
         opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
@@ -38,27 +40,33 @@ def main(argv: list[str] | None = None) -> None:
         stage = None if run.state else pretrain.open_first_stage(opt, objective, name, run.options)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
+    facts = loaders.image_facts()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
         f"{opt.distill}: {opt.model_t} -> {opt.model_s} on {dataset.name}, {len(loaders.train)} steps of "
         f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
-    with exit_on_non_finite_loss("train_student.py"):
-        if stage is not None:
-            pretrain.init(stage, student, teacher, objective.criterion, loaders.train, opt)
-        trained = training.train_student(opt, student, teacher, objective, loaders)
-        if run.state is not None:
-            trained.load_state_dict(run.state)
-        for epoch in range(run.first_epoch, opt.epochs + 1):
-            start = time.perf_counter()
-            record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
-            record["seconds"] = trained.earlier + time.perf_counter() - start
-            print_record(record)
-            run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options), opt.save_freq)
+    if stage is not None:
+        pretrain.init(stage, student, teacher, objective.criterion, loaders.train, opt)
+    trained = training.train_student(opt, student, teacher, objective, loaders)
+    if run.state is not None:
+        trained.load_state_dict(run.state)
+    for epoch in range(run.first_epoch, opt.epochs + 1):
+        start = time.perf_counter()
+        record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
+        record["seconds"] = trained.earlier + time.perf_counter() - start
+        print_record(record)
+        run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, facts), opt.save_freq)
 
-    run.finish(model_file(student, teacher, run.options))
+    run.finish(model_file(student, teacher, run.options, facts))
+    print_result(run)
+
+
+def print_result(run: Run) -> None:
     run.print_result()
+    print(f"evaluate it: python evaluate.py {run.folder}")
+    print(f"export it:   python export.py {run.folder} --format onnx")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ import time
 
 from helper import distributed, training
 from helper.data import build_loaders, open_dataset
+from helper.exits import exits
 from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.options import parse_teacher_options, recorded_options, teacher_run_name
 from helper.run import Run
 from helper.runtime import resolve
 from helper.teacher import build_cnn, build_teacher, teacher_file
-from helper.util import exit_on_bad_input, exit_on_non_finite_loss
+from helper.util import exit_on_bad_input
 
 
+@exits("train_teacher.py", memory="--batch_size or --teacher_views")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_teacher_options(argv)
     encoder = bool(opt.clip_tn)
@@ -34,13 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     if run.state is not None:
         trained.load_state_dict(run.state)
     evaluate = Evaluation(loaders, *((None, teacher) if encoder else (teacher, None)), opt)
-    with exit_on_non_finite_loss("train_teacher.py"):
-        for epoch in range(run.first_epoch, opt.epochs + 1):
-            start = time.perf_counter()
-            record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
-            record["seconds"] = trained.earlier + time.perf_counter() - start
-            print_record(record)
-            run.end_epoch(record, trained.state_dict(), teacher_file(teacher, run.options), opt.save_freq)
+    for epoch in range(run.first_epoch, opt.epochs + 1):
+        start = time.perf_counter()
+        record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
+        record["seconds"] = trained.earlier + time.perf_counter() - start
+        print_record(record)
+        run.end_epoch(record, trained.state_dict(), teacher_file(teacher, run.options), opt.save_freq)
 
     run.finish(teacher_file(teacher, run.options))
     run.print_result()

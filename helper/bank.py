@@ -1,5 +1,7 @@
 """The frozen teacher's embeddings of every view that training draws, computed once and kept on disk."""
 
+import contextlib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -111,10 +113,10 @@ def open_bank(
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{dataset.name}_{digest}"
+    distributed.check_alike(identity)
+    distributed.in_first(functools.partial(_describe, folder, identity, key))
+    distributed.check_shared(folder)
     first = distributed.rank() == 0
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        _describe(folder, identity, key)
     chunks = _chunks(dataset, num_views)
     files = ChunkFile(folder / "embeddings.fp16", folder / "crc32.u32", np.float16, (encoder.dim,))
     if distributed.from_first(first and files.missing(chunks)):
@@ -123,10 +125,15 @@ def open_bank(
         try:
             missing = files.missing(chunks) if first else []
             if first and missing:  # another run may have built it meanwhile
-                files.make_room(len(chunks), chunks[-1].end)
+                with checkpoint.writing(files.rows):
+                    files.make_room(len(chunks), chunks[-1].end)
             mine = distributed.from_first(missing)[distributed.rank() :: distributed.count()]
             _build(files, mine, dataset, encoder, num_views, device)
             distributed.wait()
+            if any(distributed.collect(distributed.count() > 1 and bool(files.missing(chunks)))):
+                distributed.refuse(
+                    f"{folder} lost what several machines wrote into it: let one of them encode it first"
+                )
         finally:
             lock.release()
     rows = files.map(0, chunks[-1].end)
@@ -138,11 +145,9 @@ def _acquire(lock: FileLock, folder: Path) -> None:
     """Lock for all processes, in the first of them."""
     patience = 0.0
     while True:
-        try:
-            if distributed.rank() == 0:
+        if distributed.rank() == 0:
+            with checkpoint.writing(folder), contextlib.suppress(Timeout):
                 lock.acquire(timeout=patience)
-        except Timeout:
-            pass
         if distributed.from_first(lock.is_locked):
             return
         if not patience:
@@ -152,12 +157,14 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 def _describe(folder: Path, identity: dict, key: dict) -> None:
     """Write what the bank depends on into bank.json; where it is there, check that it is the same."""
+    with checkpoint.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     described = folder / "bank.json"
     if not described.exists():
         checkpoint.write_json(key, described)
     try:
         found = json.loads(described.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{described} is corrupt: delete {folder} and run again") from error
     if not isinstance(found, dict) or {k: v for k, v in found.items() if k != "clip"} != identity:
         raise ValueError(f"{folder} holds the bank of another teacher: delete it and run again")
@@ -193,17 +200,21 @@ def _build(
     num_train, num_test, views = len(dataset.train), len(dataset.test), dataset.views
     order = views.order(num_train, num_views)
     quiet = distributed.rank() > 0
-    for chunk in tqdm(missing, "teacher's embeddings", unit="chunk", smoothing=0.05, mininterval=1, disable=quiet):
-        if chunk.start < num_test:
-            split, section, start = dataset.test, None, chunk.start
-        else:
-            split, (section, start) = dataset.train, divmod(chunk.start - num_test, num_train)
-        index = torch.arange(start, start + chunk.end - chunk.start)
-        view = torch.full((len(index),), views.test) if section is None else order[index, section].long()
-        images = split.images[start : start + len(index)].to(device)
-        embedding = encode_view(encoder, views, images, index.to(device), view.to(device))
-        encoded = embedding.half().cpu().numpy()
-        if not np.isfinite(encoded).all():
-            raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
-        files.write(chunk, encoded)
-    files.flush()
+    shown = {"unit": "chunk", "smoothing": 0.05, "mininterval": 1, "disable": quiet}
+    with tqdm(missing, "teacher's embeddings", **shown) as left:  # whose line ends where it is interrupted
+        for chunk in left:
+            if chunk.start < num_test:
+                split, section, start = dataset.test, None, chunk.start
+            else:
+                split, (section, start) = dataset.train, divmod(chunk.start - num_test, num_train)
+            index = torch.arange(start, start + chunk.end - chunk.start)
+            view = torch.full((len(index),), views.test) if section is None else order[index, section].long()
+            images = split.images[start : start + len(index)].to(device)
+            embedding = encode_view(encoder, views, images, index.to(device), view.to(device))
+            encoded = embedding.half().cpu().numpy()
+            if not np.isfinite(encoded).all():
+                raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
+            with checkpoint.writing(files.rows):
+                files.write(chunk, encoded)
+    with checkpoint.writing(files.rows):
+        files.flush()

@@ -1,32 +1,60 @@
 """Files that are either whole or not there: written beside their target, flushed, renamed."""
 
 import argparse
+import contextlib
+import errno
 import io
 import json
 import os
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.weights import load_plain
+
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there")
+_ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
+
+
+class WriteError(OSError):
+    """A file or a folder cannot be written; says which and what to do. What was there before is still there."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing to a file or a folder into a WriteError."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno, "see to the disk")
+        raise WriteError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
+
 
 def write_bytes(data: bytes, path: Path) -> None:
-    """Replace a file's content; after a crash at any moment it holds the old or the new, nothing between."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive too
-    finally:
-        os.close(folder)
+    """Replace a file's content; after a crash at any moment it holds the old or the new, nothing between.
+
+    Raises:
+        WriteError: it cannot be written; it holds the old content.
+    """
+    with writing(path):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive too
+        finally:
+            os.close(folder)
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -50,14 +78,10 @@ def load(path: Path) -> dict:
     try:
         # RepDistiller keeps its parsed options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):  # as all but very old ones are; torch does not look at the checksums in it
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {damaged} differs")
+            state = load_plain(path)
     except OSError:
         raise
-    except Exception as error:  # on a damaged file torch.load raises whatever it stumbles over
+    except Exception as error:  # on a damaged file torch raises whatever it stumbles over
         raise ValueError(f"{path} is not a checkpoint of this project, or is corrupt") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this project")

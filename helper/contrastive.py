@@ -1,19 +1,22 @@
 """Contrastive language-image pre-training (Radford et al., ICML 2021, arXiv 2103.00020): captions, loss, evaluation."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import clip
 import torch
 import torch.nn.functional as F
 from clip.model import CLIP
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset import Split
-from dataset.loader import Batch, Loader, on_device, take
+from dataset.loader import Batch, Loader, deal, on_device, take
 from dataset.views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
+from models.clip_teacher import tokenize
+from models.encoders import TextEncoder
 
-from .meters import EpochLog, Totals
+from . import distributed
+from .loops import Step
 from .runtime import autocast
 
 # CLIP, section 2.5: a larger scale makes training unstable.
@@ -32,42 +35,52 @@ TEMPLATES = (
 )
 
 
-def caption_tokens(classes: list[str], templates: tuple[str, ...] = TEMPLATES) -> Tensor:
-    """Every caption of every class, (classes, templates, length) int, cut after the longest caption's last token.
+def caption_tokens(
+    classes: list[str],
+    templates: tuple[str, ...] = TEMPLATES,
+    tokenize: Callable[[list[str]], Tensor] = tokenize,
+) -> Tensor:
+    """Every caption of every class, (classes, templates, length) int; by default in CLIP's tokens."""
+    tokens = tokenize([template.format(name) for name in classes for template in templates])
+    return tokens.view(len(classes), len(templates), -1)
 
-    CLIP's text encoder is causal and reads its result at the end-of-text token, so that the padding which is cut
-    away here never counted.
-    """
-    tokens = clip.tokenize([template.format(name) for name in classes for template in templates])
-    length = int(tokens.argmax(dim=-1).max()) + 1
-    return tokens[:, :length].view(len(classes), len(templates), length)
 
-
-def contrastive_loss(image: Tensor, text: Tensor, caption: Tensor, logit_scale: Tensor) -> Tensor:
+def contrastive_loss(
+    image: Tensor, text: Tensor, caption: Tensor, logit_scale: Tensor, shares: Sequence[int] | None = None
+) -> Tensor:
     """CLIP's symmetric contrastive loss of a batch in which captions repeat.
 
     Equal captions are positives of one another: the targets of an image are uniform over the batch's texts that
     equal its own, and those of a text over the images that it describes. The B x B loss follows exactly from the
     K distinct captions, a caption that occurs n times counting n times in the denominators.
 
+    Of a batch that is spread over many processes, each has its share of the images and of the distinct captions, the
+    latter as ``deal`` gives it. The texts are gathered, and each process holds the logits of its own images alone: the
+    normaliser of a text, which is over all images, is added up.
+
     Args:
-        image: embeddings, (B, D), of any norm.
-        text: embeddings of the distinct captions, (K, D), of any norm.
-        caption: (B,) integers, each image's row of ``text``; every row occurs.
+        image: embeddings, (B, D), of any norm; of many processes, this one's.
+        text: embeddings of the distinct captions, (K, D), of any norm; likewise.
+        caption: (B,) integers, the row of ``text`` of each image of all processes; every row occurs.
         logit_scale: scalar, the inverse temperature.
+        shares: images on each process, in order of rank, where there are several.
 
     Returns:
-        Scalar, the mean over the batch and both directions, computed in float32 or better.
+        Scalar, the mean over the batch and both directions, computed in float32 or better. Of many processes, each has
+        its part; the loss is the mean of these, as the gradient is.
     """
+    processes = 1 if shares is None else len(shares)
     with torch.autocast(image.device.type, enabled=False):
         dtype = torch.promote_types(image.dtype, torch.float32)
         image, text = F.normalize(image.to(dtype), dim=1), F.normalize(text.to(dtype), dim=1)
+        count = torch.bincount(caption).to(dtype)
+        if shares is not None:
+            text = distributed.gather(text, deal(len(count), processes), alike=False)
         logits = logit_scale * image @ text.T
-        count = torch.bincount(caption, minlength=len(text)).to(dtype)
-        positive = logits.gather(1, caption[:, None]).mean()
-        over_texts = torch.logsumexp(logits + count.log(), dim=1).mean()
-        over_images = (torch.logsumexp(logits, dim=0) * count).sum() / len(image)
-        return (over_texts + over_images) / 2 - positive
+        positive = logits.gather(1, distributed.own(caption, shares)[:, None]).sum()
+        over_texts = torch.logsumexp(logits + count.log(), dim=1).sum()
+        over_images = (distributed.logsumexp(logits) * count).sum()
+        return ((processes * over_texts + over_images) / 2 - processes * positive) / len(caption)
 
 
 class Images:
@@ -92,94 +105,111 @@ class Images:
         return normalize(pixels, CLIP_NORMALIZATION)
 
 
-def contrastive_backward(
-    model: CLIP, image: Tensor, tokens: Tensor, caption: Tensor, scaler: torch.amp.GradScaler, opt
-) -> Tensor:
-    """Add the gradients of ``contrastive_loss`` to the model's, in memory that ``opt.micro_batch`` bounds.
-
-    A batch of more images than that is encoded twice (GradCache, Gao et al., RepL4NLP 2021): once without a
-    graph, for the loss and its gradients at the embeddings, and once more, chunk by chunk, to carry these on to
-    the weights. The result is that of the whole batch at once, up to rounding, where an encoder's samples do not
-    see one another; batch norm sees the chunks, and updates its running statistics in both passes.
+class Encoders(nn.Module):
+    """Both encoders of a CLIP and the scale of its logits, in one pass.
 
     Args:
         model: the CLIP.
-        image: normalised pixels, (B, 3, H, W).
-        tokens: of the distinct captions, (K, L).
-        caption: (B,), each image's row of ``tokens``.
-        scaler: of the loss.
-
-    Returns:
-        The loss, a scalar without a graph.
+        opt: ``device``, ``amp`` and ``compile``.
+        full: so many images are encoded at once in most passes, for which the image encoder is compiled.
     """
 
-    def encode(encoder: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    def __init__(self, model: CLIP, opt, full: int):
+        super().__init__()
+        self.model, self.opt, self.full = model, opt, full
+        self.compiled = torch.compile(lambda image: model.encode_image(image)) if opt.compile == "on" else None
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of pixels (B, 3, H, W) and of captions (K, L), and the factor of their products."""
+        encode_image = self.compiled if self.compiled and len(image) == self.full else self.model.encode_image
         # A context of its own each time: autocast would hand weights that it cast without a graph to the next pass.
-        with autocast(opt.device, opt.amp):
+        with autocast(self.opt.device, self.opt.amp):
+            image, text = self._encode(encode_image, image), self._encode(self.model.encode_text, tokens)
+        return image, text, self.model.logit_scale.exp()
+
+    def _encode(self, encoder: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        if len(inputs):
             return encoder(inputs)
-
-    sides = ((model.encode_image, image), (model.encode_text, tokens))
-    if opt.micro_batch is None or len(image) <= opt.micro_batch:
-        embeddings = [encode(encoder, inputs) for encoder, inputs in sides]
-        loss = contrastive_loss(*embeddings, caption, model.logit_scale.exp())
-        scaler.scale(loss).backward()
-        return loss.detach()
-
-    with torch.no_grad():
-        embeddings = [torch.cat([encode(f, part) for part in x.split(opt.micro_batch)]) for f, x in sides]
-    for embedding in embeddings:
-        embedding.requires_grad_()
-    loss = contrastive_loss(*embeddings, caption, model.logit_scale.exp())
-    scaler.scale(loss).backward()
-    for (encoder, inputs), embedding in zip(sides, embeddings, strict=True):
-        chunks = zip(inputs.split(opt.micro_batch), embedding.grad.split(opt.micro_batch), strict=True)
-        for part, gradient in chunks:
-            encode(encoder, part).backward(gradient)
-    return loss.detach()
+        # CLIP's encoders take no empty batch. The gradient is asked for all the same: its exchange needs every process.
+        return torch.zeros(0, self.model.text_projection.shape[1], device=inputs.device, requires_grad=True)
 
 
-def train_contrastive(
-    epoch: int,
-    loader: Loader,
-    pixels: Images,
-    model: CLIP,
-    tokens: Tensor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    opt,
-) -> dict[str, float]:
-    """One epoch of contrastive training; each image's template is drawn anew from PyTorch's global generator.
+class ContrastiveStep(Step):
+    """A step of contrastive training, in memory that ``opt.micro_batch`` bounds.
+
+    More images than that are encoded twice (GradCache, Gao et al., RepL4NLP 2021): once without a graph, for the loss
+    and its gradients at the embeddings, and once more, chunk by chunk, to carry these on to the weights. The result is
+    that of the whole batch at once, up to rounding, where an encoder's samples do not see one another; batch norm sees
+    the chunks, and updates its running statistics in both passes. Of many processes, each has chunks of its own share.
+
+    Each image's template is drawn anew from PyTorch's global generator, alike on every process.
 
     Args:
-        epoch: counted from 1.
+        model: the CLIP.
         pixels: turns the loader's batches into images.
         tokens: (classes, templates, length), see ``caption_tokens``.
-
-    Returns:
-        train_loss, logit_scale and images_per_second.
-
-    Raises:
-        NonFiniteLoss: the loss is not finite; seen at the next print.
+        optimizer: of all weights.
+        scaler: of the gradients.
+        loader: whose batches they are.
+        opt: ``device``, ``amp``, ``compile`` and ``micro_batch``.
     """
-    model.train()
-    totals = Totals()
-    log = EpochLog(f"Epoch {epoch}", loader, opt.print_freq, opt.epochs - epoch, totals)
-    total = opt.epochs * len(loader)
-    for step, batch in enumerate(loader.epoch(epoch), start=1):
-        rate = learning_rate((epoch - 1) * len(loader) + step, total, opt)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        template = torch.randint(tokens.shape[1], batch.target.shape).to(batch.target.device)
-        captions, caption = (batch.target * tokens.shape[1] + template).unique(return_inverse=True)
-        optimizer.zero_grad(set_to_none=True)
-        loss = contrastive_backward(model, pixels(batch), tokens.flatten(0, 1)[captions], caption, scaler, opt)
-        scaler.step(optimizer)
-        scaler.update()
+
+    def __init__(
+        self,
+        model: CLIP,
+        pixels: Images,
+        tokens: Tensor,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        loader: Loader,
+        opt,
+    ):
+        share = deal(loader.batch_size, loader.processes)[loader.rank]
+        super().__init__(Encoders(model, opt, min(share, opt.micro_batch or share)), [optimizer], scaler, loader)
+        self.model, self.pixels, self.tokens, self.micro_batch = model, pixels, tokens, opt.micro_batch
+        highest = math.log(MAX_LOGIT_SCALE)
+        optimizer.register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(max=highest))
+
+    def _backward(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        tokens, caption = self._captions(batch)
+        image, tokens = self.pixels(batch), distributed.own(tokens, deal(len(tokens), self.loader.processes))
+        most = len(image) if batch.shares is None else max(batch.shares)  # as every process decides
+        if self.micro_batch is None or most <= self.micro_batch:
+            embeddings = self.losses(image, tokens)
+            loss = contrastive_loss(*embeddings[:2], caption, embeddings[2], batch.shares)
+            self.scaler.scale(loss).backward()
+        else:
+            loss = self._backward_in_chunks(image, tokens, caption, batch.shares)
+        whole = distributed.total(loss.detach() / self.loader.processes)
+        return {"train_loss": whole}, {"logit_scale": self.model.logit_scale.detach().exp()}
+
+    def _captions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens of the distinct captions of all processes, (K, L), and each image's row of them, (B,)."""
+        templates, device = self.tokens.shape[1], batch.target.device
+        count = len(batch.target) if batch.shares is None else sum(batch.shares)
+        template = distributed.own(torch.randint(templates, (count,)), batch.shares).to(device)
+        drawn = distributed.gather(batch.target * templates + template, batch.shares)
+        distinct, caption = drawn.unique(return_inverse=True)
+        return self.tokens.flatten(0, 1)[distinct], caption
+
+    def _backward_in_chunks(
+        self, image: Tensor, tokens: Tensor, caption: Tensor, shares: Sequence[int] | None
+    ) -> Tensor:
+        starts = range(0, max(len(image), len(tokens), 1), self.micro_batch)
+        parts = [slice(start, start + self.micro_batch) for start in starts]
         with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        totals.add({"train_loss": loss}, {"logit_scale": model.logit_scale.detach().exp()}, len(batch.target))
-        log.update(step, len(batch.target))
-    return log.result()
+            images, texts, scales = zip(*(self.losses(image[part], tokens[part]) for part in parts), strict=True)
+            leaves = [torch.cat(images), torch.cat(texts), scales[0]]
+        images, texts, scale = (leaf.requires_grad_() for leaf in leaves)
+        loss = contrastive_loss(images, texts, caption, scale, shares)
+        self.scaler.scale(loss).backward()
+        for part in parts:
+            last = part == parts[-1]  # whose pass shares what all have added up
+            with contextlib.nullcontext() if last else distributed.unsynchronised(self.losses):
+                outputs = self.losses(image[part], tokens[part])
+                of_scale = scale.grad if last else torch.zeros_like(scale)
+                torch.autograd.backward(outputs, (images.grad[part], texts.grad[part], of_scale))
+        return loss
 
 
 def learning_rate(step: int, total: int, opt) -> float:
@@ -191,29 +221,36 @@ def learning_rate(step: int, total: int, opt) -> float:
 
 
 @torch.no_grad()
-def class_embeddings(model: CLIP, tokens: Tensor) -> Tensor:
+def class_embeddings(model: CLIP | TextEncoder, tokens: Tensor) -> Tensor:
     """Zero-shot classifier weights (CLIP, section 3.1.4): each class's mean over its normalised captions.
 
+    Many processes encode the classes together.
+
     Args:
-        model: the CLIP.
+        model: the CLIP, or its text encoder.
         tokens: (classes, templates, length), see ``caption_tokens``.
 
     Returns:
         (classes, D) float32, of unit norm.
     """
-    text = torch.cat([model.encode_text(part) for part in tokens.flatten(0, 1).split(500)])
-    text = F.normalize(text.float(), dim=1).view(*tokens.shape[:2], -1)
-    return F.normalize(text.mean(dim=1), dim=1)
+    shares = deal(len(tokens), distributed.count())
+    captions = distributed.own(tokens, shares).flatten(0, 1)
+    text = [model.encode_text(part) for part in captions.split(500)] if len(captions) else []
+    dim = model.dim if isinstance(model, TextEncoder) else model.text_projection.shape[1]
+    text = torch.cat([torch.zeros(0, dim, device=tokens.device), *text])
+    text = F.normalize(text, dim=1).view(-1, tokens.shape[1], text.shape[1])
+    return distributed.gather(F.normalize(text.mean(dim=1), dim=1), shares)
 
 
 @torch.no_grad()
 def zero_shot_accuracy(model: CLIP, loader: Loader, pixels: Images, tokens: Tensor, opt) -> float:
     """Percentage of a split's images that are most similar to the captions of their own class."""
     model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=tokens.device)
     with autocast(opt.device, opt.amp):
         weights = class_embeddings(model, tokens)
-        correct = 0
         for batch in loader.epoch():
-            similarity = model.encode_image(pixels(batch)).float() @ weights.T
-            correct += (similarity.argmax(dim=1) == batch.target).sum()
-    return 100 * correct.item() / loader.num_samples
+            if len(batch.target):
+                similarity = model.encode_image(pixels(batch)).float() @ weights.T
+                correct += (similarity.argmax(dim=1) == batch.target).sum()
+    return 100 * distributed.total(correct).item() / loader.num_samples

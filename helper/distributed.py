@@ -8,8 +8,13 @@ once, and the gradients that it sends to a process's own samples count as often 
 import contextlib
 import datetime
 import os
+import socket
+import sys
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,6 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 # What one process may do while the others wait: check a bank, write a checkpoint. One that dies ends the job at once.
 _TIMEOUT = datetime.timedelta(minutes=30)
+
+# A network's file system may take so many seconds to show one machine what another one wrote.
+_SEEN_WITHIN = 10.0
 
 
 @contextlib.contextmanager
@@ -29,7 +37,20 @@ def processes() -> Iterator[None]:
         return
     if int(local) < torch.cuda.device_count():
         torch.cuda.set_device(int(local))
-    dist.init_process_group(timeout=_TIMEOUT)  # gloo for tensors on the CPU, NCCL for those on a GPU
+    store, number, processes = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store for all starts of a job, and a process that met the address of one that is dead there
+        # would wait for it. Each agent counts its own starts.
+        if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+            if number == 0:
+                what = (
+                    "error: to restart on several machines, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
+                )
+                print(f"{Path(sys.argv[0]).name}: {what} environment", file=sys.stderr)
+            raise SystemExit(2)
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # gloo for tensors on the CPU, NCCL for those on a GPU
+    dist.init_process_group(store=store, rank=number, world_size=processes, timeout=_TIMEOUT)
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -57,6 +78,11 @@ def wait() -> None:
         dist.barrier()
 
 
+def restarted() -> bool:
+    """Whether torchrun started this job again, after a process of it ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def from_first(value: object) -> object:
     """The first process's value, on every process."""
     values = [value]
@@ -71,6 +97,56 @@ def collect(value: object) -> list:
     if count() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def in_first(function: Callable[[], object]) -> None:
+    """Call a function in the first process alone, while the others wait; where it raises an OSError or a ValueError,
+    they end too."""
+    error = None
+    if rank() == 0:
+        try:
+            function()
+        except (OSError, ValueError) as raised:
+            error = raised
+    if from_first(error is not None):
+        raise error or SystemExit(2)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise a ValueError in the first process, and end the others, which found the same."""
+    raise ValueError(message) if rank() == 0 else SystemExit(2)
+
+
+def check_alike(values: dict) -> None:
+    """Raise a ValueError unless every process has the same values by name."""
+    first, *others = collect(values)
+    for number, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                refuse(
+                    f"process {number} has {name} {other.get(name)}, the first one {value}: start all with the same "
+                    "options, data and weights"
+                )
+
+
+def check_shared(folder: Path) -> None:
+    """Raise a ValueError unless every process sees what the first one writes into a folder."""
+    if count() == 1:
+        return
+    mark = folder / f"{from_first(uuid.uuid4().hex)}.tmp"
+    in_first(mark.touch)
+    end = time.monotonic() + _SEEN_WITHIN
+    while not (seen := mark.exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    found = collect((socket.gethostname(), seen))
+    if rank() == 0:
+        mark.unlink()
+    for number, (host, seen) in enumerate(found):
+        if not seen:
+            refuse(
+                f"process {number} (on {host}) does not see what the first one (on {found[0][0]}) writes into "
+                f"{folder.absolute()}: it has to be on storage that all machines share"
+            )
 
 
 @torch.no_grad()
@@ -106,29 +182,73 @@ def parallel(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
 
+def unsynchronised(module: nn.Module) -> contextlib.AbstractContextManager:
+    """In it, passes through what ``parallel`` gave leave their gradients on this process.
+
+    They are added up until a pass outside of it shares them.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def own(x: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """This process's rows of all, (share, ...) of (B, ...).
+
+    Args:
+        shares: rows on each process; None where there is one process.
+    """
+    return x if shares is None else x.split(shares)[rank()]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, shares: Sequence[int]) -> Tensor:
+    def forward(ctx, x: Tensor, shares: Sequence[int], alike: bool) -> Tensor:
         start = sum(shares[: rank()])
-        ctx.own = slice(start, start + len(x))
+        ctx.own, ctx.alike = slice(start, start + len(x)), alike
         # A sum in which one process has each row and the others zeros, so that shares may differ in size.
         rows = x.new_zeros(sum(shares), *x.shape[1:])
         rows[ctx.own] = x
         return total(rows)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.own] * count(), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad * count() if ctx.alike else total(grad.clone(memory_format=torch.contiguous_format))
+        return grad[ctx.own], None, None
 
 
-def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None) -> Tensor | list[Tensor]:
+def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None, alike: bool = True) -> Tensor | list[Tensor]:
     """The rows of all processes, (B, ...), in order of rank, of this one's (share, ...); of each tensor of a list.
 
-    The gradient is that of the sum of the losses that the processes compute of the result, each the same.
+    The gradient is that of the sum of the losses that the processes compute of the result.
 
     Args:
         shares: rows on each process; None where there is one process.
+        alike: these losses are the same; otherwise their gradients are exchanged too.
     """
     if shares is None:
         return x
-    return [_Gather.apply(part, shares) for part in x] if isinstance(x, list) else _Gather.apply(x, shares)
+    if isinstance(x, list):
+        return [_Gather.apply(part, shares, alike) for part in x]
+    return _Gather.apply(x, shares, alike)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        highest = x.amax(dim=0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        result = total((x - highest).exp().sum(dim=0)).log() + highest
+        ctx.save_for_backward(x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x, result = ctx.saved_tensors
+        return (x - result).exp() * (grad * count())
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """Over the rows of all processes, (K,) of this one's (share, K); there is a row somewhere.
+
+    The gradient is that of the sum of the losses that the processes compute of the result, each the same.
+    """
+    return torch.logsumexp(x, dim=0) if count() == 1 else _LogSumExp.apply(x)

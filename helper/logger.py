@@ -22,21 +22,26 @@ class Logger:
         folder: of metrics.jsonl.
         tb_folder: of the TensorBoard events; those that it holds are replaced.
         history: the records of the epochs that are done.
+
+    Raises:
+        WriteError: from here and from ``append``: one of them cannot be written.
     """
 
     def __init__(self, folder: Path, tb_folder: Path, history: list[dict]):
-        self._metrics = folder / "metrics.jsonl"
+        self._metrics, self._tb_folder = folder / "metrics.jsonl", tb_folder
         checkpoint.write_bytes("".join(map(_line, history)).encode(), self._metrics)
-        for events in tb_folder.glob("events.*"):  # and no folder: a first stage's is in it
-            events.unlink()
-        self._events = tensorboard_logger.Logger(str(tb_folder), flush_secs=2)
-        for record in history:
-            self._write_events(record)
+        with checkpoint.writing(tb_folder):
+            for events in tb_folder.glob("events.*"):  # and no folder: a first stage's is in it
+                events.unlink()
+            self._events = tensorboard_logger.Logger(str(tb_folder), flush_secs=2)
+            for record in history:
+                self._write_events(record)
 
     def append(self, record: dict) -> None:
-        with open(self._metrics, "a") as file:
+        with checkpoint.writing(self._metrics), open(self._metrics, "a") as file:
             file.write(_line(record))
-        self._write_events(record)
+        with checkpoint.writing(self._tb_folder):
+            self._write_events(record)
 
     def _write_events(self, record: dict) -> None:
         for name, value in record.items():

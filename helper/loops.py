@@ -11,8 +11,10 @@ from models.heads import Classifier, Outputs, Student
 
 from . import distributed
 from .data import Loaders
+from .exits import save_asked
 from .meters import EpochLog, Totals
 from .objective import Objective, mean_cross_entropy, total_loss
+from .optim import set_learning_rate
 from .runtime import autocast
 from .teacher import ClipTeacher, CnnTeacher
 from .util import AverageMeter, accuracy
@@ -145,14 +147,19 @@ class Step:
 
     def _run(self, draw: Draw, epoch: int) -> None:
         batch = self.loader.batch(draw)
-        loss, losses, others = self.losses(batch, epoch)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        losses, others = self._backward(batch, epoch)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.totals.add(losses, others, len(batch.target), batch.labelled)
+
+    def _backward(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a batch's gradients to those of the weights; what it measured."""
+        loss, losses, others = self.losses(batch, epoch)
+        self.scaler.scale(loss).backward()
+        return losses, others
 
 
 def train_epoch(
@@ -164,12 +171,15 @@ def train_epoch(
     begun: tuple[int, dict] | None = None,
     save_steps: int | None = None,
     save: Callable[[int, dict], None] | None = None,
+    rate: Callable[[int], float] | None = None,
 ) -> dict[str, float]:
     """One epoch of training, counted from 1.
 
     Args:
         begun: how many of its steps are done, and what the log had then; None for a new epoch.
-        save_steps: ``save`` is called with these two after every so many steps, but for the last; None for never.
+        save_steps: ``save`` is called with these two after every so many steps, but for the last, and where SIGUSR1
+            asks for it; None for there alone.
+        rate: the learning rate in each of its steps, counted from 1; None where it is set already.
 
     Returns:
         train_loss and its terms, train_acc, images_per_second.
@@ -182,11 +192,20 @@ def train_epoch(
         done, logged = begun
         log.load_state_dict(logged)
     for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
+        if rate is not None:
+            for optimizer in step.optimizers:
+                set_learning_rate(rate(number), optimizer)
         step(draw, epoch)
         log.update(number, sum(draw.shares))
-        if save_steps and number % save_steps == 0 and number < log.steps:
+        due = save_steps is not None and number % save_steps == 0
+        if number < log.steps and (save_asked(number) or due):
             save(number, log.state_dict())
     return log.result()
+
+
+def scores(logits: Tensor, target: Tensor) -> Tensor:
+    """(3,): mean cross-entropy, top-1 and top-5 accuracy in percent, of logits (B, classes)."""
+    return torch.stack([F.cross_entropy(logits, target), *accuracy(logits, target, topk=(1, 5))])
 
 
 @torch.no_grad()
@@ -213,10 +232,8 @@ def validate(
         out = None if student is None else _eval_student(student, batch, opt)
         out_t = None if teacher is None else teacher(loader.name, batch)
         main = out_t if out is None else out
-        logits = main.logits.float()
-        top1, top5 = accuracy(logits, batch.target, topk=(1, 5))
-        values[f"{prefix}_loss"] = F.cross_entropy(logits, batch.target)
-        values[f"{prefix}_acc"], values[f"{prefix}_acc_top5"] = top1, top5
+        named = (f"{prefix}_loss", f"{prefix}_acc", f"{prefix}_acc_top5")
+        values |= zip(named, scores(main.logits.float(), batch.target), strict=True)
         if out is not None and out_t is not None:
             (values["teacher_acc"],) = accuracy(out_t.logits, batch.target)
         names = tuple(values)

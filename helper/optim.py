@@ -49,6 +49,10 @@ def learning_rate(epoch: int, opt) -> float:
 def adjust_learning_rate(epoch: int, opt, optimizer: torch.optim.Optimizer) -> float:
     """Set the learning rate of an epoch; see ``learning_rate``."""
     lr = learning_rate(epoch, opt)
+    set_learning_rate(lr, optimizer)
+    return lr
+
+
+def set_learning_rate(lr: float, optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return lr

@@ -5,9 +5,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy import stats
+
 from distiller_zoo import METHODS
 
-from .parser import Parser
+from .parser import Parser, positive_int
 from .run import BEFORE, best_record
 from .util import exit_on_bad_input
 
@@ -73,7 +75,7 @@ def read_run(folder: str | Path) -> StoredRun:
     try:
         options = json.loads((folder / "options.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, RecursionError, FileNotFoundError) as error:
         raise ValueError(f"{folder}: its options.json or metrics.jsonl is missing or corrupt") from error
     if "distill" not in options:
         raise ValueError(f"{folder} is not the folder of a run of train_student.py")
@@ -92,6 +94,11 @@ def _told(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _shortly(value: object) -> str:
+    """As ``_told``; of many names their number alone."""
+    return f"{len(value)} names" if isinstance(value, list) and isinstance(value[0], str) else _told(value)
+
+
 def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[str]:
     """A short name for each run: its method, and where methods are equal, the options that differ.
 
@@ -107,7 +114,7 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
         names = [name for name in names if name in run.options or name in BEFORE]
         if "model_t" in names:  # which says more than the options that it comes from
             names = [name for name in names if name not in ("clip_mode", "clip_tn", "path_t")]
-        labels.append(", ".join([_title(method)] + [f"{name} {_told(run.option(name))}" for name in names]))
+        labels.append(", ".join([_title(method)] + [f"{name} {_shortly(run.option(name))}" for name in names]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
         for place, label in enumerate(labels)
@@ -128,11 +135,70 @@ def repeats(runs: list[StoredRun]) -> list[list[StoredRun]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def _mean(values: list[float]) -> str:
+def mean_and_deviation(values: list[float], digits: int = 2) -> str:
     """The mean, with the sample standard deviation and the number of values where there are several."""
     if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({len(values)})"
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, its first row the headings; the first column to the left, the others to the right."""
+    widths = [max(6, *map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = widths
+    lines = [
+        f"| {row[0]:{first}} | " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], others, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = f"|{'-' * (first + 2)}|" + "|".join("-" * (width + 1) + ":" for width in others) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def accuracies(group: list[StoredRun]) -> dict[int, float]:
+    """Top-1 % in the best epoch, by seed; empty where no accuracy was measured, for want of labels."""
+    best = {run.options.get("seed"): best_record(run.history).get("test_acc") for run in group}
+    return {} if None in best.values() else best
+
+
+def compare(group: list[StoredRun], reference: list[StoredRun]) -> tuple[float, float | None] | None:
+    """By how much the reference is ahead in mean accuracy, and how likely chance alone does as much (two-sided p).
+
+    Runs of one seed begin with the same weights and see the same images in the same order, so that seeds which both
+    have are compared in pairs: a paired t-test. Otherwise Welch's, of unequal variances.
+
+    Returns:
+        Percentage points and p, which is None with fewer than two seeds on a side or without any spread; None where an
+        accuracy was not measured.
+    """
+    ours, theirs = accuracies(reference), accuracies(group)
+    if not ours or not theirs:
+        return None
+    common = sorted(ours.keys() & theirs.keys())
+    if len(common) > 1:
+        pairs = [(ours[seed], theirs[seed]) for seed in common]
+        difference = statistics.mean(one - other for one, other in pairs)
+        spread = len({one - other for one, other in pairs}) > 1
+        test = stats.ttest_rel(*zip(*pairs, strict=True)) if spread else None
+    else:
+        difference = statistics.mean(ours.values()) - statistics.mean(theirs.values())
+        enough = min(len(ours), len(theirs)) > 1
+        spread = len({*ours.values()}) > 1 or len({*theirs.values()}) > 1
+        test = stats.ttest_ind([*ours.values()], [*theirs.values()], equal_var=False) if enough and spread else None
+    return difference, None if test is None else float(test.pvalue)
+
+
+def _reference(group: list[StoredRun], references: list[list[StoredRun]]) -> list[StoredRun] | None:
+    """The one among some groups whose options differ least from a group's, the first of equals.
+
+    One of them is compared with those before it; the first has none.
+    """
+    references = references[: references.index(group)] if group in references else references
+
+    def differing(other: list[StoredRun]) -> int:
+        names = (group[0].options.keys() | other[0].options.keys() | BEFORE.keys()) - _SAME - set(_REPEATS)
+        return sum(_told(group[0].option(name)) != _told(other[0].option(name)) for name in names)
+
+    return min(references, key=differing, default=None)
 
 
 def published(options: dict) -> str:
@@ -155,39 +221,65 @@ def published(options: dict) -> str:
     return "" if value is None else f"{value:.2f} (best)"
 
 
-def table(runs: list[StoredRun]) -> str:
+def table(runs: list[StoredRun], against: str | None = None) -> str:
     """Markdown: test accuracy (top-1, %) in the best and the last epoch, of the last run's teacher and of each run.
 
     Of runs that differ in their seed alone, the mean and the standard deviation; beside them what papers report, where
     they do. Which epoch is best is decided as in training: on the test set, or on the rows that were held out.
+
+    Args:
+        against: a method, of which each row says by how much it is ahead there and with which p, see ``compare``; of
+            several rows of that method, the one with the most similar options.
+
+    Raises:
+        ValueError: no run is of that method.
     """
-    rows = [("", "best", "last", "published")]
+    ahead = "" if against is None else f"{_title(against)} − it, p"
+    rows = [("", "best", "last", ahead, "published")]
+    groups = repeats(runs)
+    references = [group for group in groups if group[0].options["distill"] == against]
+    if against is not None and not references:
+        raise ValueError(f"--against {against}: none of these runs is of that method")
     for run in reversed(runs):
-        accuracies = run.curve("teacher_acc")[1]
-        if accuracies:
+        measured = run.curve("teacher_acc")[1]
+        if measured:
             known = _REPDISTILLER_TEACHERS.get(run.options["model_t"]) if not run.options.get("clip_tn", 1) else None
             known = "" if known is None else f"{known:.2f} (last)"
             name = f"teacher: {run.options['model_t']}"
-            rows.append((name, f"{max(accuracies):.2f}", f"{accuracies[-1]:.2f}", known))
+            rows.append((name, f"{max(measured):.2f}", f"{measured[-1]:.2f}", "", known))
             break
-    groups = repeats(runs)
     for group, label in zip(groups, run_labels([group[0] for group in groups], _REPEATS), strict=True):
         best = last = "–"  # without labels
-        if all(run.curve("test_acc")[1] for run in group):
-            best = _mean([best_record(run.history)["test_acc"] for run in group])
-            last = _mean([run.curve("test_acc")[1][-1] for run in group])
+        if found := accuracies(group):
+            best = mean_and_deviation([*found.values()])
+            last = mean_and_deviation([run.curve("test_acc")[1][-1] for run in group])
         options = group[0].options
-        rows.append((f"{options['model_s']}: {label}", best, last, published(options)))
-    if not any(row[-1] for row in rows[1:]):
-        rows = [row[:-1] for row in rows]
-    widths = [max(6, *map(len, column)) for column in zip(*rows, strict=True)]
-    first, *others = widths
-    lines = [
-        f"| {row[0]:{first}} | " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], others, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = f"|{'-' * (first + 2)}|" + "|".join("-" * (width + 1) + ":" for width in others) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+        ahead = ""
+        if (reference := _reference(group, references)) is not None:
+            ahead = _told_difference(compare(group, reference))
+        rows.append((f"{options['model_s']}: {label}", best, last, ahead, published(options)))
+    # Columns in which no row says anything are left out.
+    kept = [place for place in range(len(rows[0])) if place < 3 or any(row[place] for row in rows[1:])]
+    rows = [tuple(row[place] for place in kept) for row in rows]
+    return markdown(rows)
+
+
+def _told_difference(found: tuple[float, float | None] | None) -> str:
+    if found is None:
+        return "–"
+    difference, p = found
+    return f"{difference:+.2f}" + ("" if p is None else f", {p:.3f}" if p >= 0.001 else ", < 0.001")
+
+
+def best_methods(count: int, runs: list[StoredRun], without: list[str]) -> list[str]:
+    """The methods of the highest mean accuracy, best first.
+
+    Args:
+        without: methods that are passed over.
+    """
+    groups = [group for group in repeats(runs) if accuracies(group) and group[0].options["distill"] not in without]
+    groups.sort(key=lambda group: statistics.mean(accuracies(group).values()), reverse=True)
+    return list(dict.fromkeys(group[0].options["distill"] for group in groups))[:count]
 
 
 def choose(option: str, runs: list[StoredRun]) -> object:
@@ -207,12 +299,23 @@ def choose(option: str, runs: list[StoredRun]) -> object:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Print a table of runs.")
     parser.prog = "helper.report"
-    parser.add_argument("--choose", metavar="OPTION", help="print this option's value in the run best on its hold-out")
+    parser.add_argument(
+        "--against", metavar="METHOD", help="by how much this method is ahead of each row, and with which p (t-test)"
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--choose", metavar="OPTION", help="print this option's value in the run best on its hold-out")
+    only.add_argument("--best", type=positive_int, metavar="N", help="print the N methods of the highest accuracy")
+    parser.add_argument("--except", dest="without", default="", metavar="METHODS", help="--best: pass these over")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run: SAVE/student_model/NAME")
     args = parser.parse_args(argv)
     with exit_on_bad_input(parser.prog):
         runs = [read_run(folder) for folder in args.runs]
-        print(table(runs) if args.choose is None else choose(args.choose, runs))
+        if args.choose is not None:
+            print(choose(args.choose, runs))
+        elif args.best is not None:
+            print(*best_methods(args.best, runs, args.without.split()))
+        else:
+            print(table(runs, args.against))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from . import checkpoint, distributed
+from .exits import resumes, unbroken
 from .logger import Logger
 
 # What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
@@ -80,9 +81,8 @@ class Run:
         self._logger: Logger | None = None
         self._lock = FileLock(self.folder / "lock")
         self._writes = distributed.rank() == 0
-        if self._writes:
-            self._claim()
-        distributed.wait()
+        distributed.in_first(self._claim)
+        distributed.check_shared(self.folder)
         self._load(opt.resume)
         self._check({name: value for name, value in vars(opt).items() if value not in ("auto", "all")})
         if self.steps and len(self.history) >= self.epochs and not self.finished:
@@ -101,6 +101,8 @@ class Run:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
 
     def _load(self, resume: str) -> None:
+        if distributed.restarted() and self._resume.exists():  # the first start has done as it was told
+            resume = "auto"
         path = self._resume if resume in ("auto", "none") else Path(resume)
         if resume not in ("auto", "none") and not path.is_file():
             raise ValueError(f"--resume {resume}: no such file (auto, none, or the path of a resume.pth)")
@@ -113,22 +115,30 @@ class Run:
             raise ValueError(f"{path} is not the resume.pth of a run")
         self.recorded, self.history, self.state = saved["options"], saved["history"], saved["state"]
         self.steps = saved.get("steps", 0)
+        self._note(self.steps)
+
+    def _note(self, steps: int = 0) -> None:
+        """After what it would be resumed."""
+        epoch = len(self.history)
+        resumes(self.folder, f"step {steps} of epoch {epoch + 1}" if steps else f"epoch {epoch}")
 
     def record(self, **values) -> None:
-        """Note options and facts (hashes of data and weights); a resumed run must have the same.
+        """Note options and facts (hashes of data and weights); a resumed run, and every process, must have the same.
 
         Raises:
-            ValueError: one that may not change differs from the resumed run's.
+            ValueError: one that may not change differs from the resumed run's, or from another process's.
         """
         self._check(values)
         self.options |= values
 
     def _check(self, values: dict) -> None:
+        values = {key: value for key, value in values.items() if key not in _FREE}
+        distributed.check_alike(values)
         if self.recorded is None:
             return
         for key, value in values.items():
             recorded = self.recorded.get(key, BEFORE.get(key))
-            if key not in _FREE and recorded != value:
+            if recorded != value:
                 raise ValueError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
                     "use the same options to resume it, or another --trial for a new run"
@@ -142,14 +152,21 @@ class Run:
     @property
     def finished(self) -> bool:
         """All epochs are done, and their logs and last file are written."""
-        return len(self.history) >= self.epochs and self._last.exists()
+        if len(self.history) < self.epochs:
+            return False
+        try:
+            # That of a run which then went on to more epochs is of an earlier one.
+            return checkpoint.load(self._last).get("epoch") == self.history[-1]["epoch"]
+        except (ValueError, FileNotFoundError):  # damaged, or not there: it is written again
+            return False
 
     def start(self) -> None:
         """Write the options, and the logs of what is done."""
         if not self._writes:
             return
-        for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            left.unlink()
+        with checkpoint.writing(self.folder):
+            for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
+                left.unlink()
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
         if self.steps:
@@ -164,9 +181,11 @@ class Run:
 
     def save_inside(self, steps: int, state: dict) -> None:
         """Save the state after so many steps of the epoch that is under way."""
-        if self._writes:
-            saved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
-            checkpoint.save(saved, self._resume)
+        with unbroken():
+            if self._writes:
+                saved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
+                checkpoint.save(saved, self._resume)
+            self._note(steps)
 
     def end_epoch(self, record: dict, state: dict, model: dict, save_freq: int | None = None) -> None:
         """Save an epoch's record and the state after it.
@@ -177,17 +196,22 @@ class Run:
             model: the content of the model's file, written when the epoch is the best so far, see ``best_record``.
             save_freq: write it every so many epochs besides.
         """
-        if not self._writes:
+        with unbroken():
+            if self._writes:
+                self._save(record, state, model, save_freq)
             self.history.append(record)
-            return
+            self._note()
+            if self._writes:
+                self._logger.append(record)
+
+    def _save(self, record: dict, state: dict, model: dict, save_freq: int | None) -> None:
         # Before resume.pth: a run killed in between does the epoch again and writes the same files again.
         if "test_acc" in record and best_record([*self.history, record]) is record:
             checkpoint.save(model | record, self.folder / f"{self._stem}_best.pth")
         if save_freq is not None and record["epoch"] % save_freq == 0:
             checkpoint.save(model | record, self.folder / f"ckpt_epoch_{record['epoch']}.pth")
-        self.history.append(record)
-        checkpoint.save({"options": self.options, "history": self.history, "state": state}, self._resume)
-        self._logger.append(record)
+        saved = {"options": self.options, "history": [*self.history, record], "state": state}
+        checkpoint.save(saved, self._resume)
 
     def finish(self, model: dict) -> None:
         """Write the last model's file, which marks the run as finished."""

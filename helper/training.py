@@ -1,15 +1,17 @@
 """What a run trains: a step, and the state that it goes on from."""
 
+import functools
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from clip.model import CLIP
+from torch import Tensor, nn
 
-from dataset.loader import epoch_seed
+from dataset.loader import Loader, epoch_seed
 from distiller_zoo import METHODS
 from models.heads import Classifier, Student
 
-from . import distributed
+from . import contrastive, distributed
 from .data import Loaders
 from .loops import Distillation, HeadTraining, Step, train_epoch
 from .objective import Objective
@@ -27,13 +29,22 @@ class Training:
         trained: the network whose training mode is on in an epoch.
         stateful: all that the next epoch depends on, by name.
         title: of an epoch, in what is printed.
+        rate: the learning rate in an epoch's step, both counted from 1; None where it is the epoch's, as ``opt`` says.
 
     Attributes:
         earlier: seconds that the latest epoch had taken when it was interrupted, where it was.
     """
 
-    def __init__(self, opt, step: Step, trained: nn.Module, stateful: dict, title: str = "Epoch"):
-        self.opt, self.step, self.trained, self.title = opt, step, trained, title
+    def __init__(
+        self,
+        opt,
+        step: Step,
+        trained: nn.Module,
+        stateful: dict,
+        title: str = "Epoch",
+        rate: Callable[[int, int], float] | None = None,
+    ):
+        self.opt, self.step, self.trained, self.title, self.rate = opt, step, trained, title, rate
         self.stateful = stateful | {"scaler": step.scaler}
         self.earlier = 0.0
         self._begun: dict | None = None
@@ -51,7 +62,9 @@ class Training:
             NonFiniteLoss: a loss is not finite; seen at the next print, or before the next ``save``.
         """
         torch.manual_seed(epoch_seed(self.opt.seed, epoch))
-        lr = adjust_learning_rate(epoch, self.opt, self.step.optimizers[0])
+        optimizer = self.step.optimizers[0]
+        if self.rate is None:
+            adjust_learning_rate(epoch, self.opt, optimizer)
         self.trained.train()
         begun, self.earlier = None, 0.0
         if self._begun is not None:
@@ -70,12 +83,11 @@ class Training:
             inside = {"steps": steps, "processes": distributed.collect(own)}
             save(steps, self.state_dict() | {"inside": inside})
 
-        frequencies = {"print_freq": self.opt.print_freq, "save_steps": self.opt.save_steps}
-        measured = train_epoch(
-            epoch, self.step, self.opt.epochs, title=self.title, begun=begun, save=save_inside, **frequencies
-        )
+        how = {"print_freq": self.opt.print_freq, "save_steps": self.opt.save_steps, "save": save_inside}
+        how["rate"] = None if self.rate is None else functools.partial(self.rate, epoch)
+        measured = train_epoch(epoch, self.step, self.opt.epochs, title=self.title, begun=begun, **how)
         distributed.share_buffers(self.trained)
-        return {"epoch": epoch, "lr": lr} | measured
+        return {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]} | measured
 
     def state_dict(self) -> dict:
         """What a run that is resumed between two epochs goes on from."""
@@ -130,3 +142,22 @@ def train_cnn(opt, cnn: Classifier, loaders: Loaders) -> Training:
     losses = Distillation(cnn, None, objective, loaders.train, opt)
     step = Step(losses, [optimizer], _scaler(opt), loaders.train, step_capture(opt, None))
     return Training(opt, step, cnn, {"model": cnn, "optimizer": optimizer})
+
+
+def train_clip(opt, model: CLIP, pixels: contrastive.Images, tokens: Tensor, loader: Loader) -> Training:
+    """A CLIP from scratch, by contrasting images and captions, with CLIP's own AdamW and schedule."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0}],
+        lr=opt.learning_rate,
+        betas=(0.9, 0.98),  # CLIP's, as eps is
+        eps=1e-6,
+        fused=True,
+    )
+    step = contrastive.ContrastiveStep(model, pixels, tokens, optimizer, _scaler(opt), loader, opt)
+
+    def rate(epoch: int, number: int) -> float:
+        return contrastive.learning_rate((epoch - 1) * len(loader) + number, opt.epochs * len(loader), opt)
+
+    return Training(opt, step, model, {"model": model, "optimizer": optimizer}, rate=rate)

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-import zipfile
 from pathlib import Path
 
 import clip
@@ -10,9 +9,9 @@ import torch
 from clip.model import CLIP, build_model
 from torch import Tensor
 
-from .encoders import FrozenEncoder
+from .encoders import FrozenEncoder, TextEncoder
 from .names import LIBRARIES, parse_name
-from .weights import sha256_of
+from .weights import is_torchscript, load_plain, load_torchscript, sha256_of
 
 PUBLISHED = tuple(clip.available_models())
 
@@ -86,6 +85,9 @@ def load_clip(path: str | os.PathLike) -> CLIP:
     """
     state = _read_state(path)
     try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            build_model(dict(state))  # whether all fits, before memory is taken for the sizes that the file tells
         model = build_model(state)
     except (KeyError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -95,11 +97,10 @@ def load_clip(path: str | os.PathLike) -> CLIP:
 
 def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
-        if _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if is_torchscript(path):
+            # A mask is a tensor of the modules, but neither a parameter nor a buffer.
+            return {name: x for name, x in load_torchscript(path).items() if not name.endswith("attn_mask")}
+        state = load_plain(path)
     except OSError:
         raise
     except Exception as error:  # on a damaged file torch's loaders raise whatever they stumble over
@@ -109,11 +110,26 @@ def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _is_torchscript(path: str | os.PathLike) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+def tokenize(texts: list[str]) -> Tensor:
+    """Byte pairs of texts, (N, length) int, cut after the longest text's last token.
+
+    CLIP's text encoder is causal and reads its result at the end-of-text token, so that the padding which is cut
+    away here never counted.
+
+    Raises:
+        ValueError: a text is too long for CLIP.
+    """
+    try:
+        tokens = clip.tokenize(texts)
+    except RuntimeError as error:
+        raise ValueError(f"a text is too long for CLIP ({' '.join(str(error).split())[:200]})") from error
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+
+
+def load_text_encoder(clip_mode: str, root: str) -> TextEncoder:
+    """The text encoder of a published CLIP or of a checkpoint, in float32; see ``fetch_clip`` and ``load_clip``."""
+    model = load_clip(fetch_clip(clip_mode, root)[0]).float()
+    return TextEncoder(tokenize, model.encode_text, model.text_projection.shape[1])
 
 
 class ImageEncoder(FrozenEncoder):

@@ -1,7 +1,12 @@
 """Files of weights: read without running code, recognised by their content."""
 
 import hashlib
+import io
 import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -29,6 +34,141 @@ def sha256_of_state(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+_BLOCK = 1 << 20
+
+
+def check_archive(path: str | os.PathLike) -> None:
+    """Raise a ValueError where an archive of torch.save's or TorchScript's is damaged, or would take more memory.
+
+    torch looks at no checksum in it, and unpacks what is compressed to whatever size it says. TorchScript's code, which
+    is not read, may be compressed.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as old torch's files are
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if "/code/" not in member.filename]
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it holds compressed data")
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError("its parts are larger than the file")
+        for member in members:
+            with archive.open(member) as file:
+                while file.read(_BLOCK):  # which compares the checksum at the end
+                    pass
+
+
+def load_plain(path: str | os.PathLike) -> object:
+    """Tensors, numbers, strings and containers of them, from a file of torch.save's, onto the CPU.
+
+    Raises:
+        Exception: of whatever kind, where it is damaged or holds anything else; torch raises what it stumbles over.
+        OSError: it cannot be read.
+    """
+    check_archive(path)
+    if is_torchscript(path):
+        raise ValueError("it is a TorchScript archive")
+    value = torch.load(path, map_location="cpu", weights_only=True)
+    _check_sizes(value)
+    return value
+
+
+def _check_sizes(value: object) -> None:
+    """Raise a ValueError where a tensor pretends to be larger than what is stored of it, by strides of zero."""
+    seen, left = set(), [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} is larger than what is stored of it")
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+
+
+def load_torchscript(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Parameters, buffers and other tensors of a TorchScript archive by their dotted names, onto the CPU.
+
+    Nothing of its code is compiled or run: torch.jit.load would run ``__setstate__``, which can open files.
+
+    Raises:
+        Exception: as ``load_plain``.
+    """
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
+        state = dict(_named_tensors(_TorchScript(archive, root).load()))
+    _check_sizes(state)
+    return state
+
+
+def is_torchscript(path: str | os.PathLike) -> bool:
+    """Whether a file is an archive of TorchScript's."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+_STORAGES = {
+    f"{name}Storage": dtype
+    for name, dtype in {
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
+}
+
+
+class _TorchScript(pickle.Unpickler):
+    """Reads data.pkl of an archive; modules of every class become plain objects with the same attributes."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
+        self.module = type("Module", (), {})  # a class of its own: what the file does to it ends with the file
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.startswith("__torch__"):
+            return self.module
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda numbers, offset, size, stride, *_: numbers.as_strided(size, stride, offset)
+        if (module, name) == ("collections", "OrderedDict"):
+            return lambda: OrderedDict()
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return lambda items: items
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"{module}.{name} is neither a module nor a tensor")
+
+    def persistent_load(self, identity: tuple) -> Tensor:
+        _, dtype, key, _, count = identity
+        content = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+        if len(content) != count * dtype.itemsize:
+            raise pickle.UnpicklingError(f"{key} is not of {count} numbers")
+        return torch.frombuffer(content, dtype=dtype)
+
+
+def _named_tensors(module: object) -> Iterator[tuple[str, Tensor]]:
+    seen, left = set(), [("", module)]
+    while left:
+        prefix, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+            elif type(value) is type(module):
+                left.append((f"{prefix}{name}.", value))
+
+
 # Where training scripts put the weights in what they save.
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
@@ -44,7 +184,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
     except OSError:
         raise
     except Exception as error:  # on a damaged file the loaders raise whatever they stumble over

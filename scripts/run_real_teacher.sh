@@ -27,17 +27,18 @@ bash scripts/fetch_lite.sh 2 >&2
 common=(--clip_mode "$teacher=CLIP/${teacher#timm:}.pth" --teacher_resolution "$teacher_resolution"
     --teacher_views 1 --save_dir "$save_dir")
 
-# train GROUP OPTION...: a run, its record in docs/runs/GROUP.
+# train GROUP OPTION...: a run, unless $records has it; what is recorded of it goes into $records/GROUP/NAME.
 train() {
-    local group=$1
+    local group=$1 name run
     shift
-    "$PYTHON" train_student.py "${common[@]}" --epochs "$epochs" --lr_decay_epochs "$lr_decay_epochs" \
-        --model_s "$model_s" --trial "$group" "$@"
-    for folder in "$save_dir"/student_model/*_trial"$group"; do
-        [[ -e $(ls "$folder"/*_last.pth 2>/dev/null | head -1) ]] || continue
-        mkdir -p "$records/$group/$(basename -- "$folder")"
-        cp "$folder"/{options.json,metrics.jsonl} "$records/$group/$(basename -- "$folder")"
-    done
+    set -- "${common[@]}" --epochs "$epochs" --lr_decay_epochs "$lr_decay_epochs" --model_s "$model_s" \
+        --trial "$group" "$@"
+    name=$("$PYTHON" -m helper.options "$@")
+    run=$save_dir/student_model/$name
+    [[ -e $records/$group/$name/metrics.jsonl ]] && { echo "$records/$group/$name: done"; return; }
+    "$PYTHON" train_student.py "$@"
+    mkdir -p "$records/$group/$name"
+    cp "$run"/{options.json,metrics.jsonl} "$records/$group/$name"
 }
 
 # weight METHOD: sets WEIGHT to its options, which are chosen on the hold-out set where there is a choice.
@@ -80,8 +81,10 @@ for part in $parts; do
         report methods
         ;;
     views)               # does a bank of few views cost accuracy?
-        for n in 1 2 4 8; do train views --distill ega --teacher_views "$n"; done
-        for n in 1 8; do train views --distill ega --teacher_views "$n" --views shared; done
+        for n in 1 2 4 8; do train views --distill ega --teacher_views "$n" --trial "views$n"; done
+        for n in 1 8; do
+            train views --distill ega --teacher_views "$n" --views shared --trial "shared$n"
+        done
         report views
         ;;
     labels)              # few labels; all images are distilled

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Set-up, then all tests. Anything after the script's name goes to pytest: bash scripts/test.sh tests/test_views.py -x
+# Set-up, then all tests, on every core. Anything after the script's name goes to pytest:
+# bash scripts/test.sh -n 0 tests/dataset/test_views.py -x
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the workers share the cores
+exec "$PYTHON" -m pytest -n auto --dist worksteal "$@"

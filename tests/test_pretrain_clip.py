@@ -75,7 +75,7 @@ from tests.conftest import make_dataset
 
 dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
 module, name, left = sys.argv[1:4]
-owner = {"step": helper.contrastive, "log": helper.logger.Logger}[module]
+owner = {"step": helper.contrastive.ContrastiveStep, "log": helper.logger.Logger}[module]
 original, left = getattr(owner, name), int(left)
 
 def counted(*args, **kwargs):
@@ -98,15 +98,17 @@ def killed(save_dir: Path, where: list[str], arguments: list[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("vision", "where"),
-    # Five steps an epoch: in the middle of the second one; and with it saved but not yet logged.
-    [(VIT, ["step", "contrastive_backward", "7"]), (RESNET, ["log", "append", "1"])],
+    ("options", "where", "steps"),
+    # Five steps an epoch: in the middle of the second one, two of them saved; and with it saved but not yet logged.
+    [([*VIT, "--save_steps", "2"], ["step", "_backward", "8"], 2), (RESNET, ["log", "append", "1"], 0)],
     ids=["in a step", "before the log"],
 )
-def test_killed_and_resumed_ends_bit_identical(tiny_dataset, tmp_path, vision, where):
-    arguments = [*vision, "--epochs", "3", "--seed", "4"]
+def test_killed_and_resumed_ends_bit_identical(tiny_dataset, tmp_path, options, where, steps):
+    arguments = [*options, "--epochs", "3", "--seed", "4"]
     whole = train(tmp_path / "whole", *arguments)
     assert killed(tmp_path / "killed", where, arguments) == -signal.SIGKILL
+    (folder,) = (tmp_path / "killed" / "clip").iterdir()
+    assert torch.load(folder / "resume.pth").get("steps", 0) == steps
     resumed = train(tmp_path / "killed", *arguments)
     assert_equal_clips(whole, resumed)
     assert read_metrics(whole) == read_metrics(resumed)
@@ -168,6 +170,16 @@ def test_bad_input(tiny_dataset, tmp_path, capsys, arguments, word):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert word in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--batch_size", 23], ["--micro_batch", 5]], ids=str)
+def test_a_single_image_for_batch_norm_is_refused(tiny_dataset, tmp_path, capsys, options):
+    """70 images in batches of 23 leave one; a batch of 16 in chunks of 5 too. More pixels or a ViT can take it."""
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, *RESNET, "--epochs", 1, *options)
+    assert stop.value.code == 2
+    assert "batch norm" in capsys.readouterr().err
+    train(tmp_path / "other", *VIT, "--epochs", 1, *options)
 
 
 def test_other_options_do_not_resume(tiny_dataset, tmp_path, capsys):

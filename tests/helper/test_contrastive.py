@@ -1,3 +1,4 @@
+import functools
 import math
 from argparse import Namespace
 
@@ -14,23 +15,25 @@ from dataset.views import CLIP_NORMALIZATION, normalize
 from helper.contrastive import (
     MAX_LOGIT_SCALE,
     TEMPLATES,
+    ContrastiveStep,
     Images,
     caption_tokens,
     class_embeddings,
-    contrastive_backward,
     contrastive_loss,
     learning_rate,
-    train_contrastive,
     zero_shot_accuracy,
 )
+from helper.loops import train_epoch
+from helper.training import train_clip
 
 CPU = torch.device("cpu")
 CLASSES = ["apple", "boy", "castle", "maple tree", "orchid"]
 
 
 def options(**changed) -> Namespace:
-    opt = {"device": "cpu", "amp": "off", "micro_batch": None, "epochs": 2, "print_freq": 100}
-    return Namespace(**(opt | {"learning_rate": 1e-3, "warmup": 0.2} | changed))
+    opt = {"device": "cpu", "amp": "off", "compile": "off", "micro_batch": None, "epochs": 2, "print_freq": 100}
+    opt |= {"learning_rate": 1e-3, "warmup": 0.2, "weight_decay": 0.01, "save_steps": None, "seed": 0}
+    return Namespace(**(opt | changed))
 
 
 @pytest.fixture
@@ -92,30 +95,60 @@ def test_loss_is_computed_in_float32_under_autocast():
         assert contrastive_loss(image, text, torch.arange(4), torch.tensor(10.0)).dtype == torch.float32
 
 
+def one_step(model: CLIP, split: Split, tokens: Tensor, **changed) -> tuple[float, dict[str, Tensor]]:
+    """The loss of all images as one batch, and every weight's gradient."""
+    torch.manual_seed(1)
+    loader = Loader(split, "train", len(split), CPU, training=True, images=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    step = ContrastiveStep(model, Images(split, 16, CPU), tokens, optimizer, no_scaler(), loader, options(**changed))
+    loss = train_epoch(1, step, 1, print_freq=100)["train_loss"]
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def noise() -> Split:
+    return Split(torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 4, 1, 1, 0]))
+
+
+def test_a_step_is_that_of_the_loss(model):
+    split, tokens = noise(), caption_tokens(CLASSES, TEMPLATES[:1])
+    loss, gradients = one_step(model, split, tokens)
+    model.zero_grad()
+    loader = Loader(split, "train", 8, CPU, training=True, images=False)
+    batch = next(loader.epoch(1))
+    image, text = model.encode_image(Images(split, 16, CPU)(batch)), model.encode_text(tokens[:, 0])
+    expected = contrastive_loss(image, text, batch.target, model.logit_scale.exp())
+    expected.backward()
+    assert loss == pytest.approx(expected.item())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 3, 5, 8])
 def test_micro_batches_give_the_gradients_of_the_whole_batch(model, micro_batch):
-    image = torch.randn(8, 3, 16, 16)
-    tokens = caption_tokens(CLASSES)[:, 0]
-    caption = torch.tensor([0, 1, 2, 3, 4, 1, 1, 0])
-    contrastive_loss(model.encode_image(image), model.encode_text(tokens), caption, model.logit_scale.exp()).backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    contrastive_backward(model, image, tokens, caption, no_scaler(), options(micro_batch=micro_batch))
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-3, msg=name)
+    split, tokens = noise(), caption_tokens(CLASSES)
+    loss, gradients = one_step(model, split, tokens)
+    found_loss, found = one_step(model, split, tokens, micro_batch=micro_batch)
+    assert found_loss == pytest.approx(loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
 
 
 def test_micro_batches_reach_every_weight_under_autocast(model):
     """A weight that autocast had cast without a graph, and kept, would get no gradient."""
-    image, tokens = torch.randn(4, 3, 16, 16), caption_tokens(CLASSES)[:4, 0]
-    gradients = []
-    for micro_batch in (None, 2):
-        model.zero_grad()
-        opt = options(micro_batch=micro_batch, amp="bf16")
-        contrastive_backward(model, image, tokens, torch.arange(4), no_scaler(), opt)
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 0.1 * gradient.norm(), name
+    split, tokens = noise(), caption_tokens(CLASSES)
+    (_, whole), (_, parts) = (one_step(model, split, tokens, amp="bf16", micro_batch=size) for size in (None, 2))
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).norm() <= 0.1 * gradient.norm(), name
+
+
+def test_a_compiled_image_encoder_gives_the_same(model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    split, tokens = noise(), caption_tokens(CLASSES)
+    loss, gradients = one_step(model, split, tokens)
+    found_loss, found = one_step(model, split, tokens, compile="on")
+    assert found_loss == pytest.approx(loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
 def test_captions_are_cut_without_effect(model):
@@ -178,11 +211,8 @@ def train(model: CLIP, epochs: int) -> tuple[list[dict], float]:
     """The epochs' results, and the zero-shot accuracy at the end."""
     split, loader = coloured()
     pixels, tokens, opt = Images(split, 16, CPU), caption_tokens(CLASSES), options(epochs=epochs)
-    optimizer = torch.optim.AdamW(model.parameters())
-    results = [
-        train_contrastive(epoch, loader, pixels, model, tokens, optimizer, no_scaler(), opt)
-        for epoch in range(1, epochs + 1)
-    ]
+    trained = train_clip(opt, model, pixels, tokens, loader)
+    results = [trained.epoch(epoch, save=None) for epoch in range(1, epochs + 1)]
     test_loader = Loader(split, "test", 40, CPU, images=False)
     return results, zero_shot_accuracy(model, test_loader, pixels, tokens, opt)
 
@@ -196,5 +226,11 @@ def test_training_tells_colours_apart(model):
 def test_logit_scale_is_clamped(model):
     with torch.no_grad():
         model.logit_scale.fill_(math.log(150))
-    results, _ = train(model, epochs=1)
-    assert 0.98 * MAX_LOGIT_SCALE < results[0]["logit_scale"] <= 1.0001 * MAX_LOGIT_SCALE
+    train(model, epochs=1)
+    assert 0.98 * MAX_LOGIT_SCALE < model.logit_scale.exp() <= 1.0001 * MAX_LOGIT_SCALE
+
+
+def test_the_rate_of_each_step_is_the_schedules(model):
+    results, _ = train(model, epochs=2)
+    rates = [learning_rate(step, 4, options()) for step in (2, 4)]
+    assert [record["lr"] for record in results] == rates

@@ -16,17 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip.model import CLIP
 from torch import Tensor
 
 import dataset
+import pretrain_clip
 import train_student
 import train_teacher
 from conftest import make_dataset, snapshot
 from dataset.loader import Loader, deal
 from distiller_zoo import ega_terms
 from helper import distributed
+from helper.contrastive import ContrastiveStep, Images, caption_tokens, contrastive_loss, zero_shot_accuracy
 from helper.loops import HeadTraining, Step, train_epoch, validate
 from helper.meters import Totals
+from helper.run import Run
 from helper.teacher import ClipTeacher
 from helper.util import NonFiniteLoss
 from models import create_student
@@ -94,11 +98,6 @@ def job(request):
     job.end()
 
 
-def own(x: Tensor, shares: tuple[int, ...]) -> Tensor:
-    """This process's rows of all."""
-    return x.split(shares)[distributed.rank()]
-
-
 def is_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((found.double() - expected).norm() <= tolerance * expected.norm())
 
@@ -108,7 +107,7 @@ def is_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 
 def ega_of_shares(f_s: Tensor, f_t: Tensor, shares: tuple[int, ...]) -> list[Tensor]:
     """The two terms, and the gradients at this process's embeddings as DDP's mean over processes leaves them."""
-    f_s, f_t = (own(f, shares).clone().requires_grad_() for f in (f_s, f_t))
+    f_s, f_t = (distributed.own(f, shares).clone().requires_grad_() for f in (f_s, f_t))
     node, edge = ega_terms(f_s, f_t, shares)
     (0.8 * node + 0.24 * edge).backward()
     return [node.detach(), edge.detach(), f_s.grad / len(shares), f_t.grad / len(shares)]
@@ -148,11 +147,14 @@ def test_shares_that_do_not_fit_are_refused(job):
 
 
 def gathered(x: Tensor, more: Tensor, index: Tensor, weight: Tensor, shares: tuple[int, ...]) -> list[Tensor]:
-    mine = own(x, shares).clone().requires_grad_()
-    whole, (first, second) = distributed.gather(mine, shares), distributed.gather([own(more, shares)] * 2, shares)
+    mine = distributed.own(x, shares).clone().requires_grad_()
+    whole, (first, second) = (
+        distributed.gather(mine, shares),
+        distributed.gather([distributed.own(more, shares)] * 2, shares),
+    )
     (whole.square() * weight).sum().backward()
     assert torch.equal(first, second)
-    return [whole.detach(), first, distributed.gather(own(index, shares), shares), mine.grad / len(shares)]
+    return [whole.detach(), first, distributed.gather(distributed.own(index, shares), shares), mine.grad / len(shares)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -164,6 +166,90 @@ def test_gathering_gives_every_process_all_rows_and_its_own_the_gradient(job, ba
     for values in found:
         assert all(torch.equal(a, b) for a, b in zip(values[:3], (x, more, index), strict=True))
     torch.testing.assert_close(torch.cat([values[3] for values in found]), 2 * x * weight)
+
+
+# The contrastive loss
+
+
+def contrastive_of_shares(image, text, caption, scale, shares: tuple[int, ...]) -> list[Tensor]:
+    """The loss, and the gradients as DDP's mean over processes leaves them."""
+    texts = deal(len(text), len(shares))
+    leaves = [distributed.own(image, shares), distributed.own(text, texts), scale]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    loss = contrastive_loss(*leaves[:2], caption, leaves[2], shares)
+    loss.backward()
+    of_scale = distributed.total(leaves[2].grad)
+    gradients = [leaves[0].grad, leaves[1].grad, of_scale]
+    return [distributed.total(loss.detach()) / len(shares), *(gradient / len(shares) for gradient in gradients)]
+
+
+@pytest.mark.parametrize("caption", [[0], [1, 0], [2, 0, 2, 1, 2, 0, 4, 3, 3], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=str)
+def test_the_contrastive_loss_is_that_of_all_samples(job, caption, dtype, tolerance):
+    """A high scale, so that unshifted exponents would overflow; shares without images, and without texts."""
+    generator, caption = torch.Generator().manual_seed(0), torch.tensor(caption)
+    image, text = torch.randn(2, 9, 8, generator=generator, dtype=torch.float64)
+    inputs = [image[: len(caption)], text[: int(caption.max()) + 1], torch.tensor(100.0, dtype=torch.float64)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = contrastive_loss(*leaves[:2], caption, leaves[2])
+    loss.backward()
+    image, text, scale = (x.to(dtype) for x in inputs)
+    found = job(contrastive_of_shares, image, text, caption, scale, deal(len(caption), job.count))
+    expected = [leaf.grad for leaf in leaves]
+    # Where it nearly vanishes, a gradient is as exact as those that it is made of.
+    size = torch.stack([gradient.norm() for gradient in expected]).norm() + 1e-3
+    for values in found:
+        assert values[0].item() == pytest.approx(loss.item(), rel=tolerance, abs=1e-3 * tolerance)
+        assert (values[3] - expected[2]).abs() <= tolerance * size
+    for i in (0, 1):
+        gradient = torch.cat([values[i + 1] for values in found])
+        assert (gradient.double() - expected[i]).norm() <= tolerance * size
+
+
+def pretrain_epoch(micro_batch: int | None, batch_size: int, num_train: int) -> tuple[dict[str, float], list, float]:
+    """An epoch's averages, every step's gradients and the zero-shot accuracy, of a CLIP without batch norm."""
+    torch.manual_seed(0)
+    data, model = make_dataset(num_train=num_train), CLIP(32, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
+    place = {"images": False, "rank": distributed.rank(), "processes": distributed.count()}
+    loader = Loader(data.train, "train", batch_size, CPU, training=True, **place)
+    optimizer, steps = torch.optim.SGD(model.parameters(), 0.0), []
+    optimizer.register_step_pre_hook(lambda *_: steps.append([p.grad.clone() for p in model.parameters()]))
+    opt = Namespace(device="cpu", amp="off", compile="off", micro_batch=micro_batch)
+    scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), caption_tokens(data.classes)
+    step = ContrastiveStep(model, Images(data.train, 32, CPU), tokens, optimizer, scaler, loader, opt)
+    torch.manual_seed(1)
+    record = train_epoch(1, step, epochs=1, print_freq=100)
+    record.pop("images_per_second")
+    accuracy = zero_shot_accuracy(
+        model, Loader(data.test, "test", 6, CPU, **place), Images(data.test, 32, CPU), tokens, opt
+    )
+    return record, steps, accuracy
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 2, 3])
+def test_contrastive_training_is_that_of_one_process(job, micro_batch):
+    """Batches of 8, 8 and 1: shares that differ, and empty ones; of these all or a part in one pass."""
+    expected, gradients, accuracy = pretrain_epoch(None, 8, 17)
+    for record, found, found_accuracy in job(pretrain_epoch, micro_batch, 8, 17):
+        assert record == pytest.approx(expected, rel=1e-5)
+        assert found_accuracy == accuracy
+        assert len(found) == len(gradients) == 3
+        for mine, theirs in zip(found, gradients, strict=True):
+            size = torch.stack([gradient.norm() for gradient in theirs]).norm()
+            for a, b in zip(mine, theirs, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * size
+
+
+def of_different_losses(x: Tensor, weights: list[Tensor], shares: tuple[int, ...]) -> Tensor:
+    mine = distributed.own(x, shares).clone().requires_grad_()
+    (distributed.gather(mine, shares, alike=False) * weights[distributed.rank()]).sum().backward()
+    return mine.grad
+
+
+def test_gathering_adds_up_the_gradients_of_different_losses(job):
+    x, *weights = torch.randn(1 + job.count, 7, 3, generator=torch.Generator().manual_seed(0))
+    found = job(of_different_losses, x, weights, deal(7, job.count))
+    torch.testing.assert_close(torch.cat(found), sum(weights))
 
 
 # Training
@@ -390,6 +476,69 @@ def test_batch_norm_over_all_processes_needs_cuda(job, tmp_path):
     assert set(job(distil, "--distill", "none", "--sync_bn", "--save_dir", str(tmp_path))) == {2}
 
 
+def pretrain(*argv: str) -> int:
+    """Run pretrain_clip.py; its exit code."""
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    tiny = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16", "--text_layers", "1"]
+    tiny += ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16", "--micro_batch", "5"]
+    try:
+        pretrain_clip.main([*tiny, "--embed_dim", "16", "--print_freq", "1", *argv])
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+def stopped_in_the_second_epoch(*argv: str) -> str:
+    """Run pretrain_clip.py until its second epoch is about to be saved."""
+    end_epoch = Run.end_epoch
+
+    def ending(run: Run, record: dict, *args) -> None:
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+        end_epoch(run, record, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "end_epoch", ending)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(*argv)
+    gc.collect()  # the run, which holds its folder's lock
+    return "stopped"
+
+
+def test_pretraining_by_all_resumes_and_gives_the_clip_of_one(job, tmp_path):
+    one, all_, other = (str(tmp_path / name) for name in ("one", "all", "other"))
+    assert pretrain("--epochs", "2", "--save_dir", one) == 0
+    assert set(job(pretrain, "--epochs", "2", "--save_dir", all_)) == {0}
+    assert set(job(stopped_in_the_second_epoch, "--epochs", "2", "--save_dir", other)) == {"stopped"}
+    for _ in range(2):  # to the end, and once more, when it is finished
+        assert set(job(pretrain, "--epochs", "2", "--save_dir", other)) == {0}
+    folders = [next((Path(save_dir) / "clip").iterdir()) for save_dir in (one, all_, other)]
+    alone, together, resumed = (torch.load(folder / "clip.pt") for folder in folders)
+    assert all(torch.equal(value, resumed[name]) for name, value in together.items())
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name].float(), value.float(), atol=2e-3, rtol=2e-3, msg=name)
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    for mine, theirs in zip(lines[1], lines[0], strict=True):
+        for name in ("epoch", "lr", "train_loss", "logit_scale"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    # Another number of processes is another run.
+    assert pretrain("--epochs", "3", "--save_dir", other) == 2
+
+
+def test_a_single_image_for_batch_norm_is_refused(job, tmp_path):
+    """Batches of 69 and 1: a ResNet's last maps are of a pixel."""
+    resnet = ["--vision_layers", "1,1,1,1", "--vision_width", "8", "--text_layers", "1", "--dataset", "tiny"]
+    argv = [*resnet, "--device", "cpu", "--batch_size", "69", "--save_dir", str(tmp_path)]
+    assert set(job(pretrain_resnet, *argv)) == {2}
+
+
+def pretrain_resnet(*argv: str) -> int:
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    with pytest.raises(SystemExit) as stop:
+        pretrain_clip.main([*argv])
+    return stop.value.code
+
+
 def teach(save_dir: str) -> int:
     """Run train_teacher.py for a CNN; its exit code."""
     dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
@@ -429,6 +578,86 @@ def test_a_teachers_head_learns_as_on_one_process(job):
     assert all(found == pytest.approx(expected, rel=1e-4) for found in job(head_epoch))
 
 
+# What every process has to agree on
+
+
+def refusals(function: Callable, *args) -> str:
+    """How a function ends: with what it raises, or with an exit code."""
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    except SystemExit as exit_:
+        return f"exit {exit_.code}"
+    return "fine"
+
+
+def given(names: list[str]) -> str:
+    """Each process is given one of these names for its data, the others the last."""
+    name = names[min(distributed.rank(), len(names) - 1)]
+    return refusals(distributed.check_alike, {"batch_size": 64, "dataset_sha256": name})
+
+
+def test_what_is_not_alike_is_refused(job):
+    assert set(job(given, ["abc"])) == {"fine"}
+    first, *others = job(given, ["abc", "def"])
+    assert first.startswith("process 1 has dataset_sha256 def, the first one abc")
+    assert set(others) == {"exit 2"}
+
+
+def shared(folder: Path, own_folder: bool) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_SEEN_WITHIN", 0.3)
+        place = folder / str(distributed.rank()) if own_folder else folder
+        place.mkdir(exist_ok=True)
+        return refusals(distributed.check_shared, place)
+
+
+def test_a_folder_that_only_the_first_machine_sees_is_refused(job, tmp_path):
+    assert set(job(shared, tmp_path, False)) == {"fine"}
+    first, *others = job(shared, tmp_path, True)
+    assert first.startswith("process 1 (on ")
+    assert f"{tmp_path / '0'}: it has to be on storage that all machines share" in first
+    assert set(others) == {"exit 2"}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def fails_in_first(error: type[Exception]) -> str:
+    def fail() -> None:
+        raise error("only here")
+
+    return refusals(distributed.in_first, fail)
+
+
+def test_where_the_first_fails_all_end(job):
+    first, *others = job(fails_in_first, ValueError)
+    assert first == "only here"
+    assert set(others) == {"exit 2"}
+
+
+@pytest.mark.parametrize("what", ["run", "bank"])
+def test_a_run_is_refused_where_only_one_process_sees_its_files(job, what, tiny_clip, tmp_path):
+    if what == "bank":
+        for name in ("student_model", "student_tensorboards"):
+            (tmp_path / "shared" / name).mkdir(parents=True)
+    assert set(job(distil_apart, str(tiny_clip), tmp_path)) == {2}
+    assert not list(tmp_path.rglob("embeddings.fp16"))
+    assert not list(tmp_path.rglob("resume.pth"))
+
+
+def distil_apart(clip: str, tmp_path: Path) -> int:
+    """Each process with a SAVE of its own, in which what is in tmp_path/shared is everybody's."""
+    save = tmp_path / str(distributed.rank())
+    save.mkdir()
+    for path in (tmp_path / "shared").glob("*"):
+        (save / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_SEEN_WITHIN", 0.3)
+        code = distil("--clip_mode", clip, "--teacher_views", "1", "--epochs", "1", "--save_dir", str(save))
+    gc.collect()
+    return code
+
+
 # A process that dies
 
 
@@ -437,27 +666,41 @@ def children(parent: int) -> list[int]:
     return [int(word) for word in said.stdout.split()]
 
 
-def test_a_process_that_dies_ends_the_job(tmp_path):
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv += [
-        "train_student.py",
-        "--distill",
-        "none",
-        "--dataset",
-        "shapes",
-        "--model_s",
-        "resnet8",
-        "--print_freq",
-        "1",
-    ]
-    argv += ["--epochs", "100", "--batch_size", "16", "--device", "cpu", "--save_dir", str(tmp_path)]
+SHAPES = ["--distill", "none", "--dataset", "shapes", "--model_s", "resnet8", "--epochs", "2", "--batch_size", "16"]
+SHAPES += [
+    "--amp",
+    "off",
+    "--feature_dim",
+    "8",
+    "--max_steps",
+    "20",
+    "--save_steps",
+    "4",
+    "--print_freq",
+    "4",
+    "--device",
+    "cpu",
+    "--save_dir",
+]
+
+
+@pytest.mark.parametrize("job", [2], indirect=True)
+def test_a_job_that_loses_a_process_goes_on_by_itself_and_ends_bit_identical(job, tmp_path):
+    """Whatever --resume said at first; ``python -m tests.restarts`` does it at random moments."""
+    assert set(job(distil, *SHAPES, str(tmp_path / "whole"))) == {0}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--max_restarts", "1", "train_student.py", "--resume", "none", *SHAPES, str(tmp_path / "other")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    lines = []
     with subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         for line in process.stdout:
-            if line.startswith(b"Epoch 1 [3/"):
-                break
-        victim = children(process.pid)[-1]
-        os.kill(victim, 9)
-        assert process.wait(timeout=60) != 0
+            lines.append(line)
+            if line.startswith("Epoch 2 [8/") and sum("Epoch 2 [8/" in line for line in lines) == 1:
+                os.kill(children(process.pid)[-1], 9)
+        assert process.wait(timeout=60) == 0
+    assert any(line.startswith("resuming") and "of epoch 2" in line for line in lines)
+    assert records(tmp_path / "other") == records(tmp_path / "whole")
+    found, expected = (torch.load(run_folder(tmp_path / save) / "resnet8_last.pth") for save in ("other", "whole"))
+    assert all(torch.equal(value, expected["model"][name]) for name, value in found["model"].items())

@@ -1,8 +1,10 @@
 """The table of runs."""
 
+import math
+
 import pytest
 
-from helper.report import StoredRun, choose, published, repeats, run_labels, table
+from helper.report import StoredRun, best_methods, choose, compare, published, repeats, run_labels, table
 
 
 def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
@@ -121,3 +123,63 @@ def test_a_run_without_labels_has_no_accuracy(tmp_path):
     options = {"distill": "ega", "model_s": "resnet8", "model_t": "vit32"}
     history = [{"epoch": 1, "test_acc": None, "train_loss": 3.0}]
     assert cells(table([StoredRun(tmp_path, options, history)])) == [["", "best", "last"], ["resnet8: EGA", "–", "–"]]
+
+
+def finished(distill: str, seed: int, accuracy: float | None, **options) -> StoredRun:
+    options = {"distill": distill, "seed": seed, "model_s": "resnet20", "model_t": "vit32", "labels": 1.0, **options}
+    return StoredRun("", options, [{"epoch": 1, "test_acc": accuracy}])
+
+
+def test_equal_seeds_are_compared_in_pairs():
+    alone = [finished("none", seed, accuracy) for seed, accuracy in enumerate((50.0, 60.0, 70.0))]
+    ega = [finished("ega", seed, accuracy) for seed, accuracy in enumerate((51.0, 62.0, 73.0))]
+    difference, p = compare(alone, ega)
+    assert difference == pytest.approx(2)
+    # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) with 2 degrees of freedom, whose distribution is known in closed form.
+    t = 2 * math.sqrt(3)
+    assert p == pytest.approx(1 - t / math.sqrt(t * t + 2))
+    # The spread over seeds, which both share, would have drowned it.
+    _, unpaired = compare(
+        alone, [finished("ega", 10 + place, run.history[0]["test_acc"]) for place, run in enumerate(ega)]
+    )
+    assert unpaired > 0.8
+
+
+def test_other_seeds_are_compared_by_welchs_test():
+    one, other = (40.0, 42.0), (50.0, 50.5, 51.0)
+    difference, p = compare(
+        [finished("none", seed, accuracy) for seed, accuracy in enumerate(one)],
+        [finished("ega", 5 + seed, accuracy) for seed, accuracy in enumerate(other)],
+    )
+    assert difference == pytest.approx(9.5)
+    # Welch-Satterthwaite: t and the degrees of freedom; p by integrating Student's density.
+    v, w = 2 / 2, 0.25 / 3
+    t, df = 9.5 / math.sqrt(v + w), (v + w) ** 2 / (v**2 / 1 + w**2 / 2)
+    constant = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+    step = t / 20000
+    inside = sum(constant * (1 + ((i + 0.5) * step) ** 2 / df) ** (-(df + 1) / 2) for i in range(20000)) * step
+    assert p == pytest.approx(1 - 2 * inside, rel=1e-4)
+
+
+def test_a_single_seed_or_no_spread_has_no_p_and_no_labels_nothing():
+    assert compare([finished("none", 0, 40.0)], [finished("ega", 0, 43.0)]) == (3.0, None)
+    same = [finished("none", seed, 40.0) for seed in (0, 1)], [finished("ega", seed, 43.0) for seed in (0, 1)]
+    assert compare(*same) == (3.0, None)
+    assert compare([finished("none", 0, None)], [finished("ega", 0, 43.0)]) is None
+
+
+def test_each_row_is_compared_with_the_most_similar_row_of_the_method():
+    runs = [finished("ega", 0, 56.0), finished("ega", 0, 50.0, labels=0.1), finished("ega", 0, 54.0, edge_weight=0)]
+    runs += [finished("none", 0, 53.0), finished("none", 0, 40.0, labels=0.1)]
+    rows = cells(table(runs, against="ega"))
+    assert rows[0][-1] == "EGA − it, p"
+    assert [row[-1] for row in rows[1:]] == ["", "+6.00", "+2.00", "+3.00", "+10.00"]
+    with pytest.raises(ValueError, match="none of these runs"):
+        table(runs[3:], against="ega")
+
+
+def test_best_methods_are_those_of_the_highest_mean():
+    runs = [finished("crd", 0, 55.0), finished("crd", 1, 57.0), finished("kd", 0, 55.5), finished("ega", 0, 58.0)]
+    runs += [finished("ccl", 0, 50.0), finished("nce", 0, None)]
+    assert best_methods(2, runs, ["ega"]) == ["crd", "kd"]
+    assert best_methods(9, runs, []) == ["ega", "crd", "kd", "ccl"]

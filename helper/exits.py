@@ -1,0 +1,182 @@
+"""How a script ends: with one line that says why and how to go on, and with an exit code.
+
+2 bad input, 3 a loss that is not finite, 4 a file that cannot be written, 5 out of memory, 130 Ctrl-C, 143 SIGTERM;
+1 where another process of the job is gone. Whatever ends a run, the same command goes on after what it saved last.
+"""
+
+import contextlib
+import functools
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from . import distributed
+from .checkpoint import WriteError
+from .util import NonFiniteLoss
+
+# Many processes agree so seldom on whether one of them was asked to save: it costs a message to each.
+_AGREE_EVERY = 10
+
+# A scheduler may send a signal to a process and to all of its group: what comes within so many seconds is one.
+_SAME_SIGNAL = 2.0
+
+# What ended another process of the job, a signal say, may take so many seconds to reach this one.
+_GRACE = 1.0
+
+
+class Stopped(BaseException):
+    """Ctrl-C, or SIGTERM; as KeyboardInterrupt, nothing takes it for an error."""
+
+
+class _Signals:
+    """What was asked for since the script began, and what the same command would go on after."""
+
+    def __init__(self):
+        self.stop: int | None = None
+        self.at = 0.0
+        self.held = 0
+        self.save = False
+        self.next = "no epoch is finished: the same command begins with the first"
+
+    def take(self) -> dict:
+        """Handle the signals from now on; gives the handlers that they had."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may set them
+            return {}
+        handlers = {signal.SIGINT: self.on_stop, signal.SIGTERM: self.on_stop, signal.SIGUSR1: self.on_save}
+        before = {number: signal.getsignal(number) for number in handlers}
+        for number, handler in handlers.items():
+            if before[number] is not signal.SIG_IGN or number == signal.SIGUSR1:  # torchrun has to ignore that itself
+                signal.signal(number, handler)
+        return before
+
+    def on_stop(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self.stop is not None and now - self.at < _SAME_SIGNAL:
+            return
+        self.stop, self.at = number, now
+        if not self.held:
+            raise Stopped
+
+    def on_save(self, number: int, frame) -> None:
+        self.save = True
+
+
+_signals = _Signals()
+
+
+def resumes(folder, where: str) -> None:
+    """Say what the same command would go on after, from now on: 'epoch 3' of the run in a folder."""
+    _signals.next = f"the same command resumes {folder} after {where}"
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """What is done in it is done to its end: Ctrl-C and SIGTERM wait for it."""
+    _signals.held += 1
+    try:
+        yield
+    finally:
+        _signals.held -= 1
+    if _signals.stop is not None and not _signals.held:
+        raise Stopped
+
+
+def save_asked(step: int) -> bool:
+    """Whether SIGUSR1 came since the last call that said so, to any process: they agree at every tenth step.
+
+    Args:
+        step: of the epoch, the same on every process.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came where Python can raise nothing, in a finaliser.
+    """
+    if _signals.stop is not None:
+        raise Stopped
+    if distributed.count() > 1:
+        if step % _AGREE_EVERY:
+            return False
+        _signals.save = bool(distributed.total(torch.tensor(int(_signals.save))))
+    asked, _signals.save = _signals.save, False
+    return asked
+
+
+def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
+    """Have a script's ``main`` end with one line and an exit code of this module's, where it cannot go on.
+
+    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What ends a script and was ignored when it was
+    started, by nohup say, stays so.
+
+    Args:
+        program: its name in the line.
+        memory: the options that lower what it takes of that.
+    """
+
+    def decorate(main: Callable) -> Callable:
+        @functools.wraps(main)
+        def ending(*args, **kwargs) -> None:
+            global _signals
+            _signals, error = _Signals(), None
+            before = _signals.take()
+            # Python looks for signals where functions are called. No call comes before they are held, so that none
+            # breaks in after what is caught here.
+            try:
+                main(*args, **kwargs)
+            except BaseException as caught:
+                _signals.held += 1
+                error = caught
+            else:
+                _signals.held += 1
+            try:
+                if error is not None:
+                    _end(program, memory, error)
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                _signals = _Signals()
+
+        return ending
+
+    return decorate
+
+
+def _end(program: str, memory: str, error: BaseException) -> None:
+    """Print the line and exit, or raise the error where it is a mistake of the program, or has been told."""
+    if distributed.count() > 1 and isinstance(error, RuntimeError) and _is_of_messages(error):
+        time.sleep(_GRACE)
+        if _signals.stop is None:
+            _exit(program, f"error: another process of this job is gone; {_signals.next}", 1, error)
+        error = Stopped()
+    if isinstance(error, Stopped):
+        name = "Ctrl-C" if _signals.stop == signal.SIGINT else signal.Signals(_signals.stop).name
+        _exit(program, f"stopped by {name}; {_signals.next}", 128 + _signals.stop, error)
+    if isinstance(error, NonFiniteLoss):
+        _exit(program, f"error: {error}", 3, error)
+    if isinstance(error, WriteError):
+        _exit(program, f"error: {error}; {_signals.next}", 4, error, everybody=True)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        _exit(program, f"error: {_out_of_memory(error, memory)}; {_signals.next}", 5, error, everybody=True)
+    raise error
+
+
+def _is_of_messages(error: RuntimeError) -> bool:
+    """Whether a message to another process failed."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)
+
+
+def _out_of_memory(error: BaseException, options: str) -> str:
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    more = f" ({asked[1]} more were asked for)" if asked else ""
+    return f"out of memory{more}: lower {options}"
+
+
+def _exit(program: str, line: str, code: int, error: BaseException, everybody: bool = False) -> None:
+    """Print the line, of many processes in the first unless ``everybody`` may have something of its own to say."""
+    if everybody or distributed.rank() == 0:
+        sys.stdout.flush()
+        print(f"{program}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code) from error

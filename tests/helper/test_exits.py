@@ -1,0 +1,362 @@
+"""How scripts end: the line, the exit code, and what is left to go on from."""
+
+import builtins
+import errno
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain_clip
+import train_teacher
+from conftest import snapshot
+from helper import bank, checkpoint, contrastive, distributed, loops
+from helper.exits import exits, save_asked, unbroken
+from helper.logger import Logger
+from helper.util import NonFiniteLoss
+
+ROOT = Path(__file__).parents[2]
+STOPS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def ends(capsys, code: int, function, *args) -> str:
+    """Its only line on stderr."""
+    handlers = [signal.getsignal(number) for number in (*STOPS, signal.SIGUSR1)]
+    with pytest.raises(SystemExit) as stopped:
+        function(*args)
+    assert stopped.value.code == code
+    del stopped
+    gc.collect()  # the run, which holds its folder's lock
+    assert handlers == [signal.getsignal(number) for number in (*STOPS, signal.SIGUSR1)]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "chunk" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def at_call(monkeypatch, owner, name: str, number: int, act) -> None:
+    """Call ``act`` before the call of that number of a function, counted from 1."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            act()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def failing(error: BaseException | int):
+    """A function that raises this, or the system's error of this number."""
+
+    def fail(*args, **kwargs):
+        raise OSError(error, os.strerror(error)) if isinstance(error, int) else error
+
+    return fail
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+
+
+def weights(path: Path) -> list[torch.Tensor]:
+    found = torch.load(path, weights_only=True)
+    return list(found.get("model", found).values())
+
+
+def assert_equal_files(one: Path, other: Path) -> None:
+    for a, b in zip(weights(one), weights(other), strict=True):
+        assert torch.equal(a, b)
+
+
+# The decorator by itself
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_ends_it_with_its_code(capsys, number):
+    name, code = STOPS[number]
+
+    @exits("train.py", memory="--batch_size")
+    def main():
+        send(number)
+
+    line = ends(capsys, code, main)
+    assert line == f"train.py: stopped by {name}; no epoch is finished: the same command begins with the first"
+
+
+def test_a_signal_waits_for_what_is_not_to_be_broken_and_the_same_one_again_is_one(capsys):
+    done = []
+
+    @exits("train.py", memory="--batch_size")
+    def main():
+        with unbroken():
+            with unbroken():
+                send(signal.SIGTERM)
+                send(signal.SIGTERM)
+                done.append("inside")
+            done.append("all")
+        done.append("more")
+
+    ends(capsys, 143, main)
+    assert done == ["inside", "all"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_is_lost_in_a_finaliser_stops_at_the_next_step(capsys):
+    class Holds:
+        def __del__(self):
+            send(signal.SIGTERM)
+
+    @exits("train.py", memory="--batch_size")
+    def main():
+        holds = Holds()
+        del holds  # Python prints what is raised in there, and goes on
+        save_asked(1)
+
+    ends(capsys, 143, main)
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        exits("train.py", memory="--batch_size")(send)(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (NonFiniteLoss("loss_edge is not finite at step 3"), 3, ["loss_edge is not finite at step 3"]),
+        (MemoryError(), 5, ["out of memory: lower --batch_size"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"), 5, ["2.50 GiB", "--batch_"]),
+    ],
+)
+def test_errors_of_training_have_their_codes_and_one_line(capsys, error, code, words):
+    line = ends(capsys, code, exits("train.py", memory="--batch_size")(failing(error)))
+    assert line.startswith("train.py: error: ")
+    assert all(word in line for word in words)
+
+
+def test_memory_that_the_host_does_not_have(capsys):
+    """What torch and numpy themselves raise."""
+    for allocate in (lambda: torch.empty(2**55), lambda: np.empty(2**55)):
+        line = ends(capsys, 5, exits("train.py", memory="--batch_size")(allocate))
+        assert "more were asked for" in line
+
+
+def test_mistakes_of_the_program_keep_their_traceback():
+    for error in (RuntimeError("shapes differ"), ValueError("other"), OSError("other")):
+        with pytest.raises(type(error)):
+            exits("train.py", memory="--batch_size")(failing(error))()
+
+
+# A run that is stopped
+
+
+@pytest.mark.parametrize(
+    ("number", "owner", "name", "call", "where"),
+    [
+        (signal.SIGINT, loops.Step, "__call__", 8, "after epoch 1"),
+        # The best epoch's file: all that belongs to the epoch is written.
+        (signal.SIGTERM, checkpoint, "save", 1, "after epoch 1"),
+        (signal.SIGTERM, bank, "encode_view", 1, "no epoch is finished"),
+    ],
+    ids=["in a step", "in a checkpoint", "in the bank"],
+)
+def test_a_stopped_run_says_where_it_goes_on(train, tmp_path, monkeypatch, capsys, number, owner, name, call, where):
+    options = ["--epochs", 2, "--teacher_views", 1]
+    whole = train(*options, save_dir=tmp_path / "whole")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, call, lambda: send(number))
+        line = ends(capsys, STOPS[number][1], train, *options)
+    assert where in line
+    assert not list(tmp_path.glob("save/**/*.tmp"))
+    resumed = train(*options)
+    assert ("resuming" in capsys.readouterr().out) == (where == "after epoch 1")
+    assert_equal_files(whole / "resnet8_last.pth", resumed / "resnet8_last.pth")
+    assert read_metrics(whole) == read_metrics(resumed)
+
+
+def test_the_first_stage_says_its_own_folder(train, tmp_path, monkeypatch, capsys):
+    train("--model", "resnet14", "--epochs", 1, script=train_teacher)
+    (cnn,) = tmp_path.glob("save/models/*/resnet14_last.pth")
+    capsys.readouterr()
+    at_call(monkeypatch, loops.Step, "__call__", 8, lambda: send(signal.SIGTERM))
+    line = ends(capsys, 143, train, "--distill", "fsp", "--path_t", cnn, "--init_epochs", 2, "--epochs", 1)
+    assert line.endswith("/init after epoch 1")
+
+
+def test_a_clips_training_is_stopped(tiny_dataset, tmp_path, monkeypatch, capsys):
+    argv = ["--dataset", "tiny", "--save_dir", str(tmp_path), "--device", "cpu", "--amp", "off", "--batch_size", "16"]
+    argv += [
+        "--vision_layers",
+        "1",
+        "--vision_width",
+        "64",
+        "--vision_patch",
+        "16",
+        "--text_layers",
+        "1",
+        "--embed_dim",
+        "16",
+        "--epochs",
+        "2",
+    ]
+    at_call(monkeypatch, contrastive.ContrastiveStep, "_backward", 7, lambda: send(signal.SIGINT))
+    line = ends(capsys, 130, pretrain_clip.main, argv)
+    assert line.startswith("pretrain_clip.py: stopped by Ctrl-C; the same command resumes")
+    assert "epoch 1" in line
+
+
+def test_sigusr1_saves_inside_the_epoch_and_training_goes_on(train, tmp_path, monkeypatch, capsys):
+    """Asked in the eighth step, the third of the second epoch; stopped in the fifth."""
+    whole = train("--epochs", 2, save_dir=tmp_path / "whole")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        at_call(patch, loops.Step, "__call__", 8, lambda: send(signal.SIGUSR1))
+        at_call(patch, loops.Step, "__call__", 10, lambda: send(signal.SIGTERM))
+        line = ends(capsys, 143, train, "--epochs", 2)
+    assert line.endswith("after step 3 of epoch 2")
+    resumed = train("--epochs", 2)
+    assert "after step 3 of epoch 2\n" in capsys.readouterr().out
+    assert_equal_files(whole / "resnet8_last.pth", resumed / "resnet8_last.pth")
+    assert read_metrics(whole) == read_metrics(resumed)
+
+
+LAUNCH = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from conftest import make_dataset
+import dataset, train_student
+from helper import distributed, loops
+
+torch.set_num_threads(1)
+dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
+call, calls = loops.Step.__call__, []
+
+def counted(*args):
+    calls.append(None)
+    if len(calls) == 15 and distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if len(calls) == 22:
+        print("at step 22", flush=True)
+    return call(*args)
+
+loops.Step.__call__ = counted
+with distributed.processes():
+    train_student.main(sys.argv[1:])
+"""
+
+
+def children(parent: int) -> list[int]:
+    said = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True)
+    return [int(word) for word in said.stdout.split()]
+
+
+def test_all_processes_of_a_job_end_and_it_goes_on_inside_the_epoch(tmp_path):
+    """One of two is asked to save in step 15, both do in step 20."""
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH.replace("{root!r}", repr(str(ROOT))).replace("{tests!r}", repr(str(ROOT / "tests"))))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    argv += [
+        "--distill",
+        "none",
+        "--dataset",
+        "tiny",
+        "--model_s",
+        "resnet8",
+        "--epochs",
+        "100",
+        "--batch_size",
+        "8",
+        "--device",
+        "cpu",
+    ]
+    argv += ["--save_dir", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, cwd=ROOT, env=environment, **pipes) as process:
+        next(line for line in process.stdout if line.startswith("at step 22"))
+        workers = children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1].splitlines()
+    (line,) = [line for line in said if line.startswith("train_student.py:")]
+    assert line.startswith("train_student.py: stopped by SIGTERM")
+    assert line.endswith("after step 20 of epoch 1")
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_process_that_is_gone_is_said_to_be_and_a_signal_says_more(monkeypatch, capsys, signalled):
+    """What ended the other may come here a little later."""
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr("time.sleep", lambda seconds: send(signal.SIGTERM) if signalled else None)
+    main = exits("train.py", memory="--batch_size")(failing(RuntimeError("[gloo/pair.cc] Connection closed by peer")))
+    line = ends(capsys, 143 if signalled else 1, main)
+    assert ("stopped by SIGTERM" if signalled else "another process of this job is gone") in line
+
+
+# What cannot be written
+
+
+def fails_for(monkeypatch, name: str, error: int) -> None:
+    """Writing to files of that name fails, from now on."""
+    opened = builtins.open
+
+    def refuse(path, mode="r", *args, **kwargs):
+        if isinstance(path, (str, Path)) and name in str(path) and set(mode) & set("wa+"):
+            failing(error)()
+        return opened(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "advice"),
+    [
+        ("resume.pth", errno.ENOSPC, "free some space"),
+        ("resnet8_best.pth", errno.EROFS, "make it writable"),
+        ("metrics.jsonl", errno.EIO, "see to the disk"),
+        ("tensorboards", errno.ENOSPC, "free some space"),
+        ("last.pth", errno.EDQUOT, "free some space"),
+    ],
+)
+def test_what_cannot_be_written_ends_with_code_4_and_can_be_resumed(
+    train, tmp_path, monkeypatch, capsys, name, error, advice
+):
+    options = ["--epochs", 2, "--distill", "none"]
+    whole = train(*options, save_dir=tmp_path / "whole")
+    before = train("--epochs", 1, "--distill", "none")
+    kept = snapshot(before)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        if name == "tensorboards":
+            patch.setattr(Logger, "_write_events", failing(error))
+        elif name == "metrics.jsonl":
+            at_call(patch, Logger, "append", 1, lambda: fails_for(patch, name, error))
+        else:
+            fails_for(patch, name, error)
+        line = ends(capsys, 4, train, *options)
+    assert name in line and advice in line and f"resumes {before} after epoch" in line
+    after = snapshot(before)
+    assert after.keys() >= kept.keys()
+    assert name == "metrics.jsonl" or after.get(name) == kept.get(name)
+    resumed = train(*options)
+    assert_equal_files(whole / "resnet8_last.pth", resumed / "resnet8_last.pth")
+    assert read_metrics(whole) == read_metrics(resumed)
