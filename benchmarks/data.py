@@ -67,8 +67,8 @@ def image_folder(root: Path, size: int, batch: int, workers: int) -> DataLoader:
 
 def processor_seconds() -> float:
     """Time that all threads of this process and its children that have ended were given by the processors."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
 
 
 def compare(root: Path, save: Path, size: int, batch: int, workers: int, budget: float) -> list[str]:

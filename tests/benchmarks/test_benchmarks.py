@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import common, ega_loss, encoders, growth, pipeline
+from benchmarks import common, data, ega_loss, encoders, growth, pipeline
 from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
 from dataset.views import CLIP_NORMALIZATION, crop_flip, crop_resize_flip, normalize
 from distiller_zoo import EGA
@@ -181,3 +181,14 @@ def test_encoders_prints_a_row_for_each(capsys):
     ((row,),) = tables(capsys.readouterr().out)
     assert row[:2] == ["timm:test_vit", "32"]
     assert float(row[3]) > 0 and float(row[6]) > 0
+
+
+def test_data_prints_its_tables(capsys, tmp_path):
+    argv = ["--size", "16", "100", "--batch", "4", "--dir", str(tmp_path)]
+    data.main([*argv, "--images", "12", "--workers", "1", "--seconds", "0.01"])
+    (rows,) = tables(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["16", "100"] and all(float(row[3]) > 0 for row in rows)
+    data.main([*argv, "--mapped", "--gib", "0.001", "--steps", "1"])
+    (rows,) = tables(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["16", "100"] and all(row[-1].endswith("%") for row in rows)
+    assert not list(tmp_path.iterdir())
