@@ -21,13 +21,13 @@ def main(argv: list[str] | None = None) -> None:
             dataset = open_dataset(student.run, opt.data_dir)
             config = describe(student, opt.format, FILES[opt.format], opt.with_preprocess)
             exported = export(student, opt.format, opt.with_preprocess, folder)
-            config["accuracy"] = check(student, exported, config, dataset.test)
+            config["accuracy"] = check(student, exported, config, dataset)
             rows = teacher_rows(student, folder)
             rows += [Row(config["architecture"], config["accuracy"], cost(exported))]
             if opt.quantize:
-                quantize(exported, dataset.train, student.normalization)
+                quantize(exported, dataset, student.normalization)
                 config["quantized"] = opt.quantize
-                config["accuracy"] = check(student, exported, config, dataset.test)
+                config["accuracy"] = check(student, exported, config, dataset)
                 rows += [Row(f"{config['architecture']}, {opt.quantize}", config["accuracy"], cost(exported))]
             write_beside(folder, config, student.classes, table(rows))
     print(f"\n{table(rows)}\n\nexported to {opt.out}")

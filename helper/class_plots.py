@@ -12,6 +12,7 @@ from torch import Tensor
 from dataset import ImageDataset
 from dataset.loader import Loader
 
+from .data import eval_batch_size
 from .report import StoredRun, run_labels
 from .student import TrainedStudent, open_dataset, open_student
 from .teacher import open_teacher
@@ -26,8 +27,6 @@ _CLASSES, _PER_CLASS = 20, 40
 
 # Up to so many classes, each bar is named.
 _NAMED = 100
-
-_BATCH = 500
 
 
 def class_rows(targets: Tensor, num_classes: int, per_class: int) -> Tensor:
@@ -60,12 +59,10 @@ def outputs_on_test(
         ValueError, OSError: see ``open_teacher``.
     """
     device = opened.run.options["device"] if torch.cuda.is_available() else "cpu"
-    if of_teacher:
-        network = open_teacher(opened.run, opened.state, dataset, device).to(device)
-    else:
-        network = opened.network.to(device)
+    network = open_teacher(opened.run, opened.state, dataset, device) if of_teacher else opened.network.to(device)
     common = {"rows": rows, "views": dataset.views, "normalization": opened.normalization}
-    loader = Loader(dataset.test, "test", _BATCH, torch.device(device), **common)
+    size = eval_batch_size(device, opened.network.resolution or opened.image_size)
+    loader = Loader(dataset.test, "test", size, torch.device(device), **common)
     outputs = [network("test", batch) if of_teacher else network(batch.image) for batch in loader.epoch()]
     embedding = torch.cat([out.embedding for out in outputs]).float().cpu()
     return embedding, None if outputs[0].logits is None else torch.cat([out.logits for out in outputs]).float().cpu()

@@ -34,6 +34,7 @@ class Loaders:
         image_size: height and width of what a student sees.
         labelled: how many of the rows that are trained on have a label.
         classes: their names, in the order of the targets.
+        stored_size: height and width of the images as they are stored, of which a student's test view is the centre.
     """
 
     train: Loader
@@ -43,10 +44,12 @@ class Loaders:
     image_size: int
     labelled: int
     classes: list[str]
+    stored_size: int
 
     def image_facts(self) -> dict:
         """What a user of the student has to know about its images: a student's file says so."""
-        return {"classes": self.classes, "image_size": self.image_size, "normalization": self.test.normalization}
+        sizes = {"image_size": self.image_size, "stored_size": self.stored_size}
+        return {"classes": self.classes, "normalization": self.test.normalization} | sizes
 
 
 def open_dataset(options: dict) -> ImageDataset:
@@ -152,4 +155,5 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     unknown = rows[targets[rows] < 0]
     classes = targets.clone()
     classes[unknown] = len(dataset.classes) + unknown
-    return Loaders(train, test, val, classes, dataset.views.size, labelled, dataset.classes)
+    stored_size = dataset.test.images.shape[-1]
+    return Loaders(train, test, val, classes, dataset.views.size, labelled, dataset.classes, stored_size)

@@ -9,9 +9,10 @@ import onnxruntime
 import safetensors.torch
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from dataset.decode import BadImage, read_rgb
 from models import create_model
 from models.heads import enlarge
 
@@ -65,7 +66,7 @@ def open_weights(path: Path, config: dict) -> Runner:
     return lambda image: [network(enlarge(image, config["resolution"]))]
 
 
-OPENERS = {"onnx": open_onnx, "exported": open_program, "safetensors": open_weights}
+_OPENERS = {"onnx": open_onnx, "exported": open_program, "safetensors": open_weights}
 
 
 def open_file(path: Path, config: dict) -> Runner:
@@ -73,8 +74,17 @@ def open_file(path: Path, config: dict) -> Runner:
 
     Args:
         config: the content of config.json.
+
+    Raises:
+        ValueError: it is missing or damaged.
     """
-    return OPENERS[config["format"]](path, config)
+    try:
+        return _OPENERS[config["format"]](path, config)
+    except ValueError:
+        raise
+    except Exception as error:  # on a damaged file the runtimes raise whatever they stumble over
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be loaded: is it missing or damaged? ({reason})") from error
 
 
 def read_config(folder: Path) -> dict:
@@ -86,24 +96,20 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no exported student: export one first, or give its folder as --out")
-    config = json.loads(path.read_text())
-    if not isinstance(config, dict) or "format" not in config:
-        raise ValueError(f"{path} is not what export.py writes")
-    return config
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """A picture from a file, upright.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # on a damaged file Pillow raises whatever it stumbles over
-        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+        config = json.loads(path.read_text())
+        if config["format"] in _OPENERS:
+            return config
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged") from error
+    raise ValueError(f"{path} is not what export.py writes")
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        return read_rgb(path)
+    except (BadImage, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({getattr(error, 'strerror', None) or error})") from error
 
 
 @torch.no_grad()
@@ -117,9 +123,11 @@ def predict(folder: Path, files: list[str], top: int = 3) -> list[str]:
     if config["accuracy"] is None:
         raise ValueError(f"the student in {folder} was trained without labels: its classifier says nothing")
     facts = config["input"]
-    transform = image_transform(facts["size"], None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"]))
-    images = [transform(read_image(file)) for file in files]
-    run, labels = open_file(folder / config["file"], config), (folder / "labels.txt").read_text().splitlines()
+    normalization = None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"])
+    transform = image_transform(facts["size"], normalization, facts["stored_size"])
+    images = [transform(_read_image(file)) for file in files]
+    run = open_file(folder / config["file"], config)
+    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
     lines = []
     for file, image in zip(files, images, strict=True):
         shares = run(image[None])[0][0].softmax(0)

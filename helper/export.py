@@ -13,12 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dataset import Split
+from dataset import ImageDataset, Split
+from dataset.loader import take
 from dataset.views import normalize
 from models import create_model
 from models.heads import Student
 from models.library import LibraryModel
 
+from .data import eval_batch_size
 from .deployed import open_file
 from .student import TrainedStudent
 from .util import accuracy
@@ -29,8 +31,8 @@ BESIDE = ("labels.txt", "README.md", "config.json")
 # How far an exported file may be from its student; in proportion to the outputs where these are larger than 1.
 TOLERANCE = 1e-4
 
-# Images in a batch of the checks, and training images that the ranges of 8-bit activations are measured on.
-_BATCH, _CALIBRATION = 250, 1000
+# Training images, at most, that the ranges of 8-bit activations are measured on.
+_CALIBRATION = 1000
 
 
 class Exportable(nn.Module):
@@ -184,24 +186,32 @@ def library_state(opened: TrainedStudent) -> dict[str, Tensor]:
     return {name: x.clone().contiguous() for name, x in state.items()}
 
 
-def quantize(exported: Exported, train: Split, normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+def test_views(dataset: ImageDataset, split: Split, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a split and their test views, (B, 3, H, W) uint8, in batches as large as in a test pass."""
+    for index in rows.split(eval_batch_size("cpu", dataset.views.size)):
+        images, view = take(split.images, index, torch.device("cpu")), torch.full_like(index, dataset.views.test)
+        yield index, dataset.views.student(images, index, view)
+
+
+def quantize(exported: Exported, dataset: ImageDataset, normalization: tuple) -> None:
     """Turn an ONNX file into one of 8-bit weights and activations (onnxruntime's static quantisation, QDQ).
 
     Weights are signed, with a scale for each channel. The ranges of activations are those on training images.
 
     Args:
-        train: the training split, whose images it is calibrated on.
-        normalization: of the images.
+        dataset: on whose training images it is calibrated.
+        normalization: of the images, see ``normalize``.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    rows = torch.linspace(0, len(train) - 1, min(len(train), _CALIBRATION)).round().long()
-    batches = iter(train.images[rows].split(_BATCH))
+    count = len(dataset.train)
+    rows = torch.linspace(0, count - 1, min(count, _CALIBRATION)).round().long()
+    batches = test_views(dataset, dataset.train, rows)
 
     class Images(quantization.CalibrationDataReader):
         def get_next(self) -> dict | None:
-            pixels = next(batches, None)
+            _, pixels = next(batches, (None, None))
             if pixels is None:
                 return None
             image = pixels if exported.network.takes_pixels else normalize(pixels, normalization)
@@ -222,7 +232,7 @@ def quantize(exported: Exported, train: Split, normalization: tuple[tuple[float,
 
 
 @torch.no_grad()
-def check(opened: TrainedStudent, exported: Exported, config: dict, test: Split) -> float | None:
+def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: ImageDataset) -> float | None:
     """Compare an exported file, in its own runtime, with the student that it is made of, on all test images.
 
     Prints the largest difference of an output, in proportion to the outputs where these are above 1, and both
@@ -237,9 +247,8 @@ def check(opened: TrainedStudent, exported: Exported, config: dict, test: Split)
     Raises:
         ValueError: the difference is above ``TOLERANCE``, and the file is not one of 8-bit weights.
     """
-    run, difference, correct = open_file(exported.path, config), 0.0, torch.zeros(2)
-    for rows in torch.arange(len(test)).split(_BATCH):
-        pixels = test.images[rows]
+    run, difference, correct, test = open_file(exported.path, config), 0.0, torch.zeros(2), dataset.test
+    for rows, pixels in test_views(dataset, test, torch.arange(len(test))):
         image = normalize(pixels, opened.normalization)
         out = opened.network(image)
         found = run(pixels if exported.network.takes_pixels else image)

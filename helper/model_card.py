@@ -42,14 +42,15 @@ def describe(opened: TrainedStudent, form: str, file: str, takes_pixels: bool) -
             "name": "pixels" if takes_pixels else "image",
             "dtype": "uint8" if takes_pixels else "float32",
             "size": opened.image_size,
+            "stored_size": opened.stored_size or opened.image_size,
             "mean": mean,
             "std": std,
         },
         "training": trained | {"epoch": opened.state["epoch"]},
     }
     if name.library == "timm":  # so that timm's own local-dir:FOLDER finds what it needs
-        size = resolution or opened.image_size
-        seen = {"input_size": [3, size, size], "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+        size, share = resolution or opened.image_size, opened.image_size / (opened.stored_size or opened.image_size)
+        seen = {"input_size": [3, size, size], "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": share}
         config |= {"model_args": options, "pretrained_cfg": seen | {"num_classes": len(opened.classes)}}
     return config
 
@@ -58,11 +59,15 @@ def usage(config: dict) -> str:
     """Lines of Python that classify a picture with an exported file, from within its folder."""
     facts, size = config["input"], config["input"]["size"]
     mean, std = (f"np.array({values}).reshape(3, 1, 1)" for values in (facts["mean"], facts["std"]))
-    lines = ["import numpy as np", "from PIL import Image"]
+    lines = ["import numpy as np", "from PIL import Image, ImageOps"]
+    stored, border = facts["stored_size"], (facts["stored_size"] - size) // 2
     first = [
-        f'picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}), Image.BICUBIC)',
+        'picture = Image.open("picture.png").convert("RGB")',
+        f"picture = ImageOps.fit(picture, ({stored}, {stored}), Image.BICUBIC)",
         "pixels = np.asarray(picture).transpose(2, 0, 1)[None]",
     ]
+    if border:
+        first[1] += f".crop({(border, border, border + size, border + size)})"
     if facts["dtype"] == "float32":
         first += [f"mean, std = {mean}, {std}", "image = ((pixels / 255 - mean) / std).astype(np.float32)"]
     given = facts["name"]
@@ -121,11 +126,9 @@ def card(config: dict, table: str) -> str:
         taught = f"taught by {trained['model_t']} ({METHODS[trained['distill']].citation})"
     labels = "" if trained["labels"] == 1 else f", a share of {trained['labels']:g} of its images labelled"
     accuracy = "not measured: there were no labels" if config["accuracy"] is None else f"{config['accuracy']:.2f} %"
-    what = (
-        "8-bit pixels (B, 3, H, W) in RGB order"
-        if facts["dtype"] == "uint8"
-        else (f"(pixels / 255 − mean) / std, mean {facts['mean']}, std {facts['std']}")
-    )
+    what = f"(pixels / 255 − mean) / std, mean {facts['mean']}, std {facts['std']}"
+    if facts["dtype"] == "uint8":
+        what = "8-bit pixels (B, 3, H, W), RGB"
     outputs = "logits (B, classes)"
     if config["format"] != "safetensors":
         outputs += " and embeddings (B, D)"
@@ -151,6 +154,6 @@ A {config["architecture"]}{source} for {config["num_classes"]} classes (`labels.
 
 def write_beside(folder: Path, config: dict, classes: list[str], table: str) -> None:
     """Write labels.txt, README.md and config.json."""
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes))
-    (folder / "README.md").write_text(card(config, table))
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    (folder / "README.md").write_text(card(config, table), encoding="utf-8")
     checkpoint.write_json(config, folder / "config.json")

@@ -75,7 +75,7 @@ def read_run(folder: str | Path) -> StoredRun:
     try:
         options = json.loads((folder / "options.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, RecursionError, FileNotFoundError) as error:
         raise ValueError(f"{folder}: its options.json or metrics.jsonl is missing or corrupt") from error
     if "distill" not in options:
         raise ValueError(f"{folder} is not the folder of a run of train_student.py")

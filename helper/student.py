@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, PILToTensor, Resize, ToTensor, v2
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, PILToTensor, Resize, ToTensor
 
 from dataset import ImageDataset
+from dataset.decode import upright_rgb
 from distiller_zoo import Needs
 from models import create_classifier, create_student
 from models.heads import Classifier, Student, check_image_size
@@ -124,6 +125,7 @@ class TrainedStudent:
         image_size: height and width in pixels of the images that it takes; it enlarges them itself where it was
             trained to.
         normalization: mean and std of each channel.
+        stored_size: what pictures are resized to before their centre of ``image_size`` is cut out; None for that.
     """
 
     run: StoredRun
@@ -133,6 +135,7 @@ class TrainedStudent:
     classes: list[str]
     image_size: int
     normalization: tuple[tuple[float, ...], tuple[float, ...]]
+    stored_size: int | None = None
 
 
 def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStudent:
@@ -157,15 +160,16 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
         raise ValueError(other)
     if "classes" in state:
         classes, size, normalization = state["classes"], state["image_size"], state["normalization"]
+        stored_size = state.get("stored_size")
     else:
         dataset = data.open_dataset(run.options)
-        classes, size = dataset.classes, dataset.views.size
+        classes, size, stored_size = dataset.classes, dataset.views.size, dataset.test.images.shape[-1]
         normalization = normalization_of(run.options)
     try:
         network = restore_student(run.options, state, len(classes))
     except (KeyError, RuntimeError) as error:
         raise ValueError(other) from error
-    return TrainedStudent(run, path, state, network, classes, size, normalization)
+    return TrainedStudent(run, path, state, network, classes, size, normalization, stored_size)
 
 
 def open_dataset(run: StoredRun, data_dir: str | None = None) -> ImageDataset:
@@ -178,7 +182,8 @@ def open_dataset(run: StoredRun, data_dir: str | None = None) -> ImageDataset:
         ValueError: it is another by now.
         OSError: it is not there.
     """
-    dataset = data.open_dataset(run.options | ({} if data_dir is None else {"data_dir": data_dir}))
+    where = {"save_dir": str(run.folder.absolute().parents[1])} | ({} if data_dir is None else {"data_dir": data_dir})
+    dataset = data.open_dataset(run.options | where)
     if dataset.fingerprint() != run.options["dataset_sha256"]:
         raise ValueError(f"the run in {run.folder} was trained with another dataset than is there now")
     return dataset
@@ -201,17 +206,19 @@ class Predictor(nn.Module):
         return self.student(image).embedding
 
 
-def image_transform(size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None) -> Compose:
+def image_transform(
+    size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None, stored_size: int | None = None
+) -> Compose:
     """From a PIL image to the tensor (3, size, size) that a student takes: what its run's test pass sees.
 
     Args:
         size: height and width in pixels.
         normalization: mean and std of each channel; None for 8-bit pixels.
+        stored_size: see ``TrainedStudent``.
     """
-    resize = [v2.RGB(), Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)]
+    resize = [upright_rgb, Resize(stored_size or size, InterpolationMode.BICUBIC), CenterCrop(size)]
     if normalization is None:
         return Compose([*resize, PILToTensor()])
-    # Not v2's conversion, which multiplies by 1 / 255 and rounds otherwise than a division.
     return Compose([*resize, ToTensor(), Normalize(*normalization)])
 
 
@@ -230,4 +237,5 @@ def load_student(run: StoredRun | str | Path, which: str = "best") -> tuple[Pred
         ValueError, OSError: see ``open_student``.
     """
     opened = open_student(run, which)
-    return Predictor(opened.network).eval(), image_transform(opened.image_size, opened.normalization), opened.classes
+    transform = image_transform(opened.image_size, opened.normalization, opened.stored_size)
+    return Predictor(opened.network).eval(), transform, opened.classes

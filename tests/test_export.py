@@ -83,7 +83,7 @@ def test_onnx_gives_the_student_s_logits_and_embeddings_for_any_batch(run, onnx,
     accuracy = 100 * float((logits.argmax(1) == data.test.targets).float().mean())
     config = check_beside(folder, classes, accuracy)
     assert config["input"] | {"mean": 0, "std": 0} == {
-        "name": "image", "dtype": "float32", "size": 32, "mean": 0, "std": 0,
+        "name": "image", "dtype": "float32", "size": 32, "stored_size": 32, "mean": 0, "std": 0,
     }  # fmt: skip
 
     session = onnxruntime.InferenceSession(folder / "model.onnx")
@@ -238,10 +238,25 @@ def test_bad_input(run, onnx, data, tmp_path, capsys):
     assert_refused(capsys, "use --format onnx", run, "--format", "exported", "--quantize", "int8")
     assert_refused(capsys, "--with_preprocess", run, "--format", "safetensors", "--with_preprocess")
     assert_refused(capsys, "holds no exported student", tmp_path, "--predict", "a.png")
-    assert_refused(capsys, "a.png: no such file", run, "--out", folder, "--predict", tmp_path / "a.png")
+    assert_refused(
+        capsys,
+        "a.png cannot be read as an image (No such file",
+        run,
+        "--out",
+        folder,
+        "--predict",
+        tmp_path / "a.png",
+    )
     (tmp_path / "b.png").write_text("no picture")
     good = save_picture(data, tmp_path / "good.png")
     assert_refused(capsys, "b.png cannot be read", run, "--out", folder, "--predict", good, tmp_path / "b.png")
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.onnx").write_bytes(b"not ONNX")
+    assert_refused(capsys, "model.onnx cannot be loaded", "--out", tmp_path / "damaged", "--predict", good)
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    assert_refused(capsys, "config.json is damaged", "--out", tmp_path / "damaged", "--predict", good)
+    (tmp_path / "damaged" / "config.json").write_text("{}")
+    assert_refused(capsys, "config.json is", "--out", tmp_path / "damaged", "--predict", good)
     assert capsys.readouterr().out == ""
     assert snapshot(run.parent) == before
     assert (tmp_path / "one" / "labels.txt").read_text() == "mine"

@@ -60,7 +60,7 @@ def test_a_run_from_before_classes_were_recorded(finished, tiny_dataset, tmp_pat
     folder = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(finished["ega"], folder)
     state = checkpoint.load(folder / "resnet8_best.pth")
-    facts = {name: state.pop(name) for name in ("classes", "image_size", "normalization")}
+    facts = {name: state.pop(name) for name in ("classes", "image_size", "normalization", "stored_size")}
     checkpoint.save(state, folder / "resnet8_best.pth")
     opened = open_student(folder)
     assert facts == {name: getattr(opened, name) for name in facts}
