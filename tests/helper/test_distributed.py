@@ -416,7 +416,8 @@ def interrupted(*argv: str) -> str:
     saved, collect = [], distributed.collect
 
     def collecting(value: object) -> list:
-        saved.append(value)
+        if isinstance(value, dict) and "log" in value:
+            saved.append(value)
         if len(saved) == 4:  # all processes at once, as when a job is ended
             raise KeyboardInterrupt
         return collect(value)
