@@ -164,7 +164,7 @@ def _describe(folder: Path, identity: dict, key: dict) -> None:
         checkpoint.write_json(key, described)
     try:
         found = json.loads(described.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{described} is corrupt: delete {folder} and run again") from error
     if not isinstance(found, dict) or {k: v for k, v in found.items() if k != "clip"} != identity:
         raise ValueError(f"{folder} holds the bank of another teacher: delete it and run again")

@@ -236,7 +236,8 @@ def class_embeddings(model: CLIP | TextEncoder, tokens: Tensor) -> Tensor:
     shares = deal(len(tokens), distributed.count())
     captions = distributed.own(tokens, shares).flatten(0, 1)
     text = [model.encode_text(part) for part in captions.split(500)] if len(captions) else []
-    text = torch.cat([torch.zeros(0, model.text_projection.shape[1], device=tokens.device), *text])
+    dim = model.dim if isinstance(model, TextEncoder) else model.text_projection.shape[1]
+    text = torch.cat([torch.zeros(0, dim, device=tokens.device), *text])
     text = F.normalize(text, dim=1).view(-1, tokens.shape[1], text.shape[1])
     return distributed.gather(F.normalize(text.mean(dim=1), dim=1), shares)
 

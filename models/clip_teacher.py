@@ -129,7 +129,7 @@ def tokenize(texts: list[str]) -> Tensor:
 def load_text_encoder(clip_mode: str, root: str) -> TextEncoder:
     """The text encoder of a published CLIP or of a checkpoint, in float32; see ``fetch_clip`` and ``load_clip``."""
     model = load_clip(fetch_clip(clip_mode, root)[0]).float()
-    return TextEncoder(tokenize, model.encode_text)
+    return TextEncoder(tokenize, model.encode_text, model.text_projection.shape[1])
 
 
 class ImageEncoder(FrozenEncoder):

@@ -65,10 +65,12 @@ class TextEncoder(NamedTuple):
 
     tokenize: texts to tokens (N, length).
     encode_text: tokens to embeddings (N, dim), in the space of the image encoder's.
+    dim: width of the embedding.
     """
 
     tokenize: Callable[[list[str]], Tensor]
     encode_text: Callable[[Tensor], Tensor]
+    dim: int
 
 
 class LibraryEncoder(FrozenEncoder):
@@ -172,7 +174,7 @@ def open_clip_text_encoder(name: Name) -> TextEncoder:
     with library_errors(name):
         model = _open_clip_model(name).requires_grad_(False)
         tokenizer = import_library("open_clip", "open_clip_torch").get_tokenizer(name.name.partition("/")[0])
-    return TextEncoder(tokenizer, model.encode_text)
+    return TextEncoder(tokenizer, model.encode_text, model.encode_text(tokenizer(["a"])).shape[1])
 
 
 def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:

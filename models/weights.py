@@ -66,6 +66,8 @@ def load_plain(path: str | os.PathLike) -> object:
         OSError: it cannot be read.
     """
     check_archive(path)
+    if is_torchscript(path):
+        raise ValueError("it is a TorchScript archive")
     value = torch.load(path, map_location="cpu", weights_only=True)
     _check_sizes(value)
     return value

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -27,6 +28,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
 
 import torch
+from PIL import Image
+from test_command_lines import fuzz
 
 import dataset
 import pretrain_clip
@@ -35,6 +38,7 @@ import train_teacher
 from benchmarks.random_clip import write_archive
 from conftest import TINY_VIT, make_dataset
 from helper import checkpoint, distributed
+from helper.loops import Step
 from models import create_model
 
 COMMON = ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16"]
@@ -43,18 +47,16 @@ EGA = [*STUDENT, "--clip_mode", "{clip}", "--feature_dim", "8"]
 CNN = [*STUDENT, "--path_t", "{cnn}"]
 VIT = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16", "--text_layers", "1", "--embed_dim"]
 SAVE_STEPS = ["--save_steps", "2"]
+SHORT = ["--epochs", "1", "--max_steps", "1"]
+FOLDER = [*STUDENT, "--distill", "none", "--dataset", "folder", "--data_dir", "{images}", "--image_size", "32", *SHORT]
 
 
 class Target(NamedTuple):
-    """A command whose end is compared; {clip} and the like stand for files that the campaign makes first.
-
-    saves_inside: whether it takes --save_steps, which half of the trials are given.
-    """
+    """A command whose end is compared; {clip} and the like stand for files that the campaign makes first."""
 
     script: ModuleType
     options: list[str]
     processes: int = 1
-    saves_inside: bool = True
 
 
 # What is killed and stopped. A new script is a row here.
@@ -71,13 +73,14 @@ TARGETS = {
         train_teacher, ["--model", "{clip}", "--feature_dim", "8", "--teacher_views", "2", "--epochs", "6"]
     ),
     "train_teacher, CNN": Target(train_teacher, ["--model", "resnet8", "--epochs", "3"]),
-    "pretrain_clip": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"], saves_inside=False),
-    "the bank": Target(train_student, [*EGA, "--teacher_views", "60", "--epochs", "1", "--max_steps", "1"]),
+    "pretrain_clip": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"]),
+    "the bank": Target(train_student, [*EGA, "--teacher_views", "60", *SHORT]),
+    "the images": Target(train_student, FOLDER),
     "train_student, CLIP, two processes": Target(train_student, [*EGA, "--teacher_views", "2"], processes=2),
     "train_teacher, CNN, two processes": Target(train_teacher, ["--model", "resnet8", "--epochs", "3"], processes=2),
-    "the bank, two processes": Target(
-        train_student, [*EGA, "--teacher_views", "60", "--epochs", "1", "--max_steps", "1"], processes=2
-    ),
+    "pretrain_clip, two processes": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"], processes=2),
+    "the bank, two processes": Target(train_student, [*EGA, "--teacher_views", "60", *SHORT], processes=2),
+    "the images, two processes": Target(train_student, FOLDER, processes=2),
 }
 
 
@@ -85,7 +88,7 @@ class Damage(NamedTuple):
     """A file that is damaged, and the command that meets it.
 
     options: of the command, which is train_student.py.
-    pattern: of a file in the folder of an earlier, shorter run, which the command goes on with; None for an input.
+    pattern: of a file that an earlier, shorter run left, which the command goes on with; None for an input.
     input: the name of an input instead.
     """
 
@@ -105,6 +108,9 @@ FILES = {
     "the bank's rows": Damage(RESUMED, "save/teacher_bank/*/embeddings.fp16"),
     "the bank's checksums": Damage(RESUMED, "save/teacher_bank/*/crc32.u32"),
     "bank.json": Damage(RESUMED, "save/teacher_bank/*/bank.json"),
+    "the images' rows": Damage(FOLDER, "save/images/*/images.u8"),
+    "the images' checksums": Damage(FOLDER, "save/images/*/crc32.u32"),
+    "images.json": Damage(FOLDER, "save/images/*/images.json"),
     "--clip_mode, TorchScript": Damage(RESUMED, None, "clip"),
     "--clip_mode, state dict": Damage(
         [*STUDENT, "--clip_mode", "{clip_state}", "--feature_dim", "8"], None, "clip_state"
@@ -230,7 +236,7 @@ def result(save_dir: Path) -> dict[str, str]:
             _digest(checkpoint.load(path), digest)
         elif path.name == "metrics.jsonl":
             _digest([json.loads(line) for line in path.read_text().splitlines()], digest)
-        elif path.suffix in (".fp16", ".u32"):
+        elif path.suffix in (".fp16", ".u8", ".u32"):
             digest.update(path.read_bytes())
         elif path.suffix == ".tmp":
             digest.update(b"left behind")
@@ -262,10 +268,12 @@ class Campaign:
         self.random = random.Random(f"{seed} {trials}")  # those that a continued campaign adds are others
         self.inputs = self.make_inputs()
         self.unbroken: dict[str, tuple[dict[str, str], float]] = {}
+        self.sizes: dict[str, int] = {}
+        self.templates: dict[str, Path] = {}
         self.lost = 0
 
     def make_inputs(self) -> dict[str, Path]:
-        """A CLIP as an archive and as a state dict, a CNN, a head, a student's weights."""
+        """A CLIP as an archive and as a state dict, a CNN, a head, a student's weights, a folder of pictures."""
         folder = self.work / "inputs"
         paths = {name: folder / f"{name}.pth" for name in ("clip", "clip_state", "weights")}
 
@@ -274,7 +282,9 @@ class Campaign:
             torch.save(dict(torch.jit.load(paths["clip"]).state_dict()), paths["clip_state"])
             torch.manual_seed(0)
             torch.save(create_model("resnet8", 0).state_dict(), paths["weights"])
+            draw_pictures(paths["images"])
 
+        paths["images"] = folder / "images"
         folder.mkdir()
         made = command(Target(train_teacher, []), ["--help"], self.log, patch=make)
         paths |= {"cnn": folder / "resnet14.pth", "head": folder / "head.pth"}
@@ -299,6 +309,7 @@ class Campaign:
             ended = command(target, self.argv(target.options, save_dir), self.log)
             assert ended.whole, ended
             self.unbroken[name] = result(save_dir), ended.seconds
+            self.sizes[name] = sum(path.stat().st_size for path in save_dir.rglob("*"))
             shutil.rmtree(save_dir)
         return self.unbroken[name]
 
@@ -343,7 +354,7 @@ class Campaign:
         hits = 0
         with self.save_dir() as save_dir:
             argv = self.argv(target.options, save_dir)
-            if target.saves_inside and self.random.random() < 0.5:
+            if self.random.random() < 0.5:
                 argv += SAVE_STEPS
             for _ in range(self.random.randint(1, 3)):
                 children, began = start(target, argv, self.log)
@@ -386,12 +397,7 @@ class Campaign:
         with self.save_dir() as save_dir:
             inputs = dict(self.inputs)
             if damage.pattern is not None:
-                template = self.work / "template"
-                if not template.exists():
-                    shorter = [*damage.options, "--epochs", "2"]
-                    ended = command(target, self.argv(shorter, template / "save"), self.log)
-                    assert ended.whole, ended
-                shutil.copytree(template / "save", save_dir)
+                shutil.copytree(self.earlier(target), save_dir)
                 (path,) = save_dir.parent.glob(damage.pattern)
             else:
                 path = save_dir.parent / "inputs" / self.inputs[damage.input].name
@@ -404,6 +410,19 @@ class Campaign:
                 self.count(kind, "refused")
             elif self.check(kind, save_dir, expected, ended):
                 self.count(kind, "ended bit-identical")
+
+    def earlier(self, target: Target) -> Path:
+        """What the command leaves that has fewer epochs; where it has but one, what it leaves before its end."""
+        key = " ".join(target.options)
+        if key not in self.templates:
+            save_dir = self.work / f"earlier{len(self.templates)}"
+            options = target.options if "folder" in target.options else [*target.options, "--epochs", "2"]
+            ended = command(target, self.argv(options, save_dir), self.log)
+            assert ended.whole, ended
+            for path in [*save_dir.rglob("resume.pth"), *save_dir.rglob("*_last.pth")] if "folder" in options else ():
+                path.unlink()
+            self.templates[key] = save_dir
+        return self.templates[key]
 
     def flip(self, name: str) -> None:
         def flipped(content: bytes) -> bytes:
@@ -435,10 +454,11 @@ class Campaign:
         """A file system that is full at a random moment, and is then made larger."""
         target = TARGETS[name]
         expected, _ = self.expected(name, target)
+        largest = self.sizes[name]
         kind = f"a full file system: {name}"
         with self.save_dir() as save_dir:
             mount = save_dir.parent
-            size = self.random.randint(8, 1200)
+            size = self.random.randint(8, largest // 1024)
             if os.system(f"mount -t tmpfs -o size={size}k tmpfs {mount}"):
                 self.count("a full file system: not allowed here", "skipped")
                 return
@@ -449,7 +469,7 @@ class Campaign:
                     self.fault(kind, f"{size} KiB", ended)
                     return
                 full = not ended.whole
-                os.system(f"mount -o remount,size=64m {mount}")
+                os.system(f"mount -o remount,size=1g {mount}")
                 if self.check(kind, save_dir, expected, command(target, argv, self.log)) and full:
                     self.count(kind, "ended bit-identical")
             finally:
@@ -482,6 +502,74 @@ def fail_writes(folder: Path, number: int, error: int) -> None:
     failing(os, "posix_fallocate", lambda *args: True)
 
 
+# An EGA run of many steps on small data, in epochs of 500 that are each tested and saved.
+SOAK = [
+    *EGA,
+    "--teacher_views",
+    "2",
+    "--batch_size",
+    "4",
+    "--epochs",
+    "40",
+    "--save_steps",
+    "250",
+    "--print_freq",
+    "500",
+]
+SOAK_AT = (2_000, 20_000)
+
+
+def resources() -> dict[str, int]:
+    """Of this process: resident memory in KiB, open files, threads."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    files = len(os.listdir("/proc/self/fd"))
+    return {"KiB": int(status["VmRSS"].split()[0]), "files": files, "threads": int(status["Threads"])}
+
+
+def soak(campaign: Campaign, processes: int) -> bool:
+    """Whether memory, files and threads are after all steps what they were after the first of them; prints them."""
+    notes = campaign.work / "soak"
+
+    def note_resources() -> None:
+        dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
+        step, count = Step.__call__, itertools.count(1)
+
+        def counted(*args):
+            step(*args)
+            if next(count) in SOAK_AT:
+                with open(f"{notes}{distributed.rank()}", "a") as file:
+                    file.write(json.dumps(resources()) + "\n")
+
+        Step.__call__ = counted
+
+    with campaign.save_dir() as save_dir:
+        target = Target(train_student, SOAK, processes)
+        ended = end(*start(target, campaign.argv(SOAK, save_dir), campaign.log, note_resources), campaign.log, 7200)
+    if not ended.whole:
+        print(ended)
+        return False
+    constant = True
+    for rank in range(processes):
+        early, late = map(json.loads, Path(f"{notes}{rank}").read_text().splitlines())
+        growth = late["KiB"] / early["KiB"] - 1
+        constant &= growth < 0.02 and early["files"] == late["files"] and early["threads"] == late["threads"]
+        print(
+            f"process {rank} of {processes}: after {SOAK_AT[0]} steps {early}, after {SOAK_AT[1]} {late}: {growth:+.2%}"
+        )
+        Path(f"{notes}{rank}").unlink()
+    return constant
+
+
+def draw_pictures(folder: Path) -> None:
+    """A folder of 600 pictures of 3 classes for training, and 30 for tests."""
+    data = make_dataset(num_train=600, num_test=30, num_classes=3)
+    for name, split in (("train", data.train), ("test", data.test)):
+        for number, (image, target) in enumerate(zip(split.images, split.targets.tolist(), strict=True)):
+            path = folder / name / f"class_{target}" / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).resize((64, 48)).save(path)
+
+
 def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
     """The trials of a campaign, for ever, in an order that tries each kind early."""
     pick = campaign.random.choice
@@ -501,7 +589,7 @@ def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
                 write[name] = write[name] + 1 if came else 1
 
             yield from [next_write] * 4
-        for name in ("train_student, CLIP", "train_student, first stage", "train_teacher, CNN", "pretrain_clip"):
+        for name in ("train_student, CLIP", "train_student, first stage", "pretrain_clip", "the images"):
             yield lambda name=name: campaign.full_disk(name)
 
 
@@ -520,11 +608,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5, help="how long (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the places")
     parser.add_argument("--folder", type=Path, default=Path("save/campaign"), help="of its counts and its work")
+    parser.add_argument("--soak", action="store_true", help="instead: 20,000 steps by one process and by two")
+    parser.add_argument("--command_lines", type=int, metavar="N", help="instead: so many random command lines")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
     until = time.monotonic() + 60 * args.minutes
     campaign = Campaign(args.folder.absolute(), args.seed)
+    if args.soak:
+        kept = [soak(campaign, processes) for processes in (1, 2)]
+        return int(not all(kept))
+    if args.command_lines:
+        outcomes = fuzz(campaign.inputs["clip"], args.command_lines, args.seed)
+        print(", ".join(f"{outcome} {times}" for outcome, times in sorted(outcomes.items())))
+        return 0
     for trial in trials(campaign):
         if time.monotonic() > until:
             break
