@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         name, stem = student_run_name(opt), sized_name(opt.model_s, opt.student_resolution)
         run = Run(opt, "student_model", "student_tensorboards", name, stem)
         if run.finished:
-            run.print_result()
+            print_result(run)
             return
         dataset = open_dataset(vars(opt))
         opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         stage = None if run.state else pretrain.open_first_stage(opt, objective, name, run.options)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
+    facts = loaders.image_facts()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
@@ -56,10 +57,16 @@ def main(argv: list[str] | None = None) -> None:
         record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
         record["seconds"] = trained.earlier + time.perf_counter() - start
         print_record(record)
-        run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options), opt.save_freq)
+        run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, facts), opt.save_freq)
 
-    run.finish(model_file(student, teacher, run.options))
+    run.finish(model_file(student, teacher, run.options, facts))
+    print_result(run)
+
+
+def print_result(run: Run) -> None:
     run.print_result()
+    print(f"evaluate it: python evaluate.py {run.folder}")
+    print(f"export it:   python export.py {run.folder} --format onnx")
 
 
 if __name__ == "__main__":

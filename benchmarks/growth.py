@@ -1,13 +1,16 @@
 """What a step, the bank and a job cost as they grow: ``python -m benchmarks.growth``.
 
-Three tables: a step of EGA at larger batches, the bank at more views, and the same batches on more processes. A bank
-of random embeddings costs what a real one does.
+A step of EGA at larger batches; the bank at more views; the same batches on more processes, beside the student alone,
+with DDP's exchange of gradients and without; and, computed from the sizes of the messages of these steps, what they put
+on the wire with many GPUs. A bank of random embeddings costs what a real one does.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import cores, machine, median_seconds, peak_memory, print_table, three_digits
+from benchmarks.common import cores, machine, median_seconds, now, peak_memory, print_table, three_digits
 from benchmarks.pipeline import Ours, load_images, time_encoding
 from benchmarks.random_clip import SIZES, write_archive
 from dataset import DATASETS, ImageDataset
@@ -23,12 +26,15 @@ from dataset.views import CIFAR_VIEWS
 from distiller_zoo import EGA
 from helper import distributed
 from helper.bank import EmbeddingBank
+from helper.loops import Distillation, Step
+from helper.objective import Objective
+from helper.optim import sgd
 from helper.options import parse_student_options
 from helper.parser import positive_int
 from helper.runtime import resolve_amp, resolve_compile, resolve_device
 from helper.teacher import load_encoder
 from helper.util import exit_on_bad_input
-from models import model_dict
+from models import create_student, model_dict
 
 
 def student_options(args: argparse.Namespace, batch_size: int) -> argparse.Namespace:
@@ -91,14 +97,51 @@ def start(args: argparse.Namespace, batch_size: int, what: str, processes: int =
     return json.loads(said.splitlines()[-1])
 
 
+def measure_job(dataset: ImageDataset, args: argparse.Namespace) -> list[float]:
+    """Of a step on ``args.worker`` samples of all processes: seconds of the student alone without an exchange, of the
+    student alone, and of EGA; bytes of the gradients and of EGA's own messages.
+
+    The three take turns, so that whatever else the machine does meets them alike; medians.
+    """
+    ours = Ours(dataset, args.dim, student_options(args, args.worker), warm_up=1)
+    opt, classes = ours.opt, len(dataset.classes)
+    student = create_student(opt.model_s, opt.feature_dim, classes).to(opt.device, memory_format=torch.channels_last)
+    objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
+    losses = Distillation(student, None, objective, ours.loader, opt)
+    scaler = torch.amp.GradScaler(opt.device, enabled=False)
+    alone = Step(losses, [sgd(student.parameters(), opt.learning_rate, opt)], scaler, ours.loader)
+    draw, times = next(ours.loader.draws(1)), []
+    for _ in range(args.steps):
+        clock = [now(opt.device)]
+        with distributed.unsynchronised(alone.losses):
+            alone(draw, 1)
+        clock.append(now(opt.device))
+        alone(draw, 1)
+        clock.append(now(opt.device))
+        ours.step(draw, 1)
+        clock.append(now(opt.device))
+        times.append([end - start for start, end in itertools.pairwise(clock)])
+    gradients = sum(
+        p.nbytes for optimizer in ours.optimizers for group in optimizer.param_groups for p in group["params"]
+    )
+    messages, all_reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda x, *args: messages.append(x.nbytes) or all_reduce(x, *args)
+    ours.step(draw, 1)
+    torch.distributed.all_reduce = all_reduce
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    return [*distributed.from_first(medians), gradients, sum(messages)]
+
+
+def wire_row(gpus: int, gradients: float, messages: list[float]) -> list[str]:
+    """MiB that each GPU sends, and receives, in a step: a ring's all-reduce moves 2 (N - 1) / N times a message."""
+    sent = [2 * (gpus - 1) / gpus * size / 2**20 for size in (gradients, *messages)]
+    return [f"{gpus}", *map(three_digits, sent), *(f"{100 * size / sent[0]:.0f}%" for size in sent[1:])]
+
+
 def work(args: argparse.Namespace) -> None:
     """What such a process does."""
     dataset, _ = load_images(args.dataset, args.data_dir)
-    if args.measure == "step":
-        print(json.dumps(measure_step(dataset, args)))
-    else:
-        seconds = Ours(dataset, args.dim, student_options(args, args.worker)).train(args.steps)
-        print(json.dumps([args.steps * args.worker / seconds]))
+    print(json.dumps((measure_step if args.measure == "step" else measure_job)(dataset, args)))
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -109,9 +152,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", default=[64, 128, 256, 512, 1024, 2048, 4096], help="sizes of a step", **numbers)
     parser.add_argument("--views", default=[1, 4, 16, 64, CIFAR_VIEWS.count], help="of the bank", **numbers)
     parser.add_argument("--processes", default=[1, 2, 4], help="of a job", **numbers)
-    parser.add_argument("--job_batches", default=[64, 256], help="sizes of a job's step, of all processes", **numbers)
+    parser.add_argument("--job_batches", default=[64, 512], help="sizes of a job's step, of all processes", **numbers)
     parser.add_argument("--seconds", type=float, default=5, help="time to spend on each batch size")
-    parser.add_argument("--steps", type=positive_int, default=60, help="steps of each job")
+    parser.add_argument("--steps", type=positive_int, default=60, help="steps of each job, of each kind")
     parser.add_argument("--chunks", type=positive_int, default=3, help="chunks of the bank to encode")
     parser.add_argument("--max_bank", type=float, default=4096, help="MiB of the largest bank that is looked up in")
     parser.add_argument("--size", choices=tuple(SIZES), default="ViT-B/32", help="of the teacher, with random weights")
@@ -152,12 +195,25 @@ def main(argv: list[str] | None = None) -> None:
         header = ("views", "rows", "MiB", "hours to encode", "look-up of 64, ms")
         print_table(header, (bank_row(dataset, args, views, encoding) for views in args.views))
 
-    def job_row(processes: int) -> list[str]:
-        rates = [start(args, batch, "job", processes)[0] for batch in args.job_batches]
-        return [f"{processes}", f"{max(1, cores() // processes)}", *(f"{rate:.0f}" for rate in rates)]
+    sizes = {}
 
-    header = ("processes", "threads each", *(f"images/s, batch {batch}" for batch in args.job_batches))
-    print_table(header, map(job_row, args.processes))
+    def job_row(processes: int, batch: int) -> list[str]:
+        *seconds, gradients, messages = start(args, batch, "job", processes)
+        if processes > 1:
+            sizes[batch] = (gradients, messages)
+        alone, ddp, ega = (1e3 * value for value in seconds)
+        times = map(three_digits, (alone, ddp - alone, ega - ddp, ega))
+        return [f"{batch}", f"{processes}", f"{max(1, cores() // processes)}", *times, f"{1e3 * batch / ega:.0f}"]
+
+    parts = ("the student alone, ms", "DDP's exchange", "EGA and its exchange", "a step, ms")
+    header = ("batch", "processes", "threads each", *parts, "images/s")
+    jobs = [(processes, batch) for batch in args.job_batches for processes in args.processes]
+    print_table(header, itertools.starmap(job_row, jobs))
+    if sizes:
+        (gradients, *_), messages = zip(*sizes.values(), strict=True)
+        names = [f"EGA, batch {batch}" for batch in sizes]
+        header = ("GPUs", "gradients, MiB", *(f"{name}, MiB" for name in names), *(f"{name}, share" for name in names))
+        print_table(header, (wire_row(gpus, gradients, messages) for gpus in (8, 64, 1024)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Data sets as uint8 tensors in memory. A new one is one file and one row of ``DATASETS``."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .views import CIFAR_VIEWS, Views
@@ -61,13 +63,38 @@ class ImageDataset:
                 digest.update(images.contiguous().numpy())
         return digest.hexdigest()
 
+    def without(self, names: list[str]) -> "ImageDataset":
+        """The data set without the images of some classes; those that stay keep their order.
 
-from .cifar100 import load_cifar100  # noqa: E402  (the loaders need the classes above)
+        Raises:
+            ValueError: it has no such class, or fewer than two would stay.
+        """
+        if unknown := [name for name in names if name not in self.classes]:
+            raise ValueError(f"{self.name} has no class {', '.join(map(repr, unknown))}")
+        kept = [target for target, name in enumerate(self.classes) if name not in names]
+        if len(kept) < 2:
+            raise ValueError(
+                f"without {len(names)} of its {len(self.classes)} classes {self.name} has nothing to learn"
+            )
+        new = torch.full((len(self.classes) + 1,), -1)  # the last for targets of -1
+        new[kept] = torch.arange(len(kept))
+
+        def part(split: Split) -> Split:
+            rows = ((new[split.targets] >= 0) | (split.targets < 0)).nonzero().flatten()
+            return Split(split.images[rows], new[split.targets[rows]])
+
+        names = [self.classes[target] for target in kept]
+        parts = {"classes": names, "train": part(self.train), "test": part(self.test)}
+        return dataclasses.replace(self, **parts, draw_captioned=None, sha256=None)
+
+
+from .cifar import load_cifar10, load_cifar100  # noqa: E402  (the loaders need the classes above)
 from .folder import load_folder  # noqa: E402
 from .shapes import load_shapes  # noqa: E402
+from .stl10 import load_stl10  # noqa: E402
 from .tinyimagenet import load_tinyimagenet  # noqa: E402
 
-DATASETS = {"cifar100": load_cifar100, "shapes": load_shapes}
+DATASETS = {"cifar100": load_cifar100, "cifar10": load_cifar10, "stl10": load_stl10, "shapes": load_shapes}
 
 # Decoded once from image files, into the folder of all results.
 FROM_FILES = {"tinyimagenet": load_tinyimagenet, "folder": load_folder}

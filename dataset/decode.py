@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,11 +32,20 @@ def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
     PIL image, as in the usual evaluation on ImageNet: what a wide picture has at its sides, and a high one above and
     below, is cut off. A JPEG is decoded at its full size: Pillow's draft mode, which is faster, gives other pixels.
 
-    EXIF's orientation is honoured. What is transparent shows white. 16 bits are scaled to 8, of a file with many
-    pictures the first is taken.
-
     Returns:
         (side, side, 3) uint8.
+
+    Raises:
+        BadImage, OSError: see ``read_rgb``.
+    """
+    return read_rgb(path, lambda image: np.asarray(_square(image, side)))
+
+
+def read_rgb(path: str | os.PathLike, use: Callable[[Image.Image], Any] = Image.Image.copy) -> Any:
+    """A picture from a file, see ``upright_rgb``, or what is made of it; of a file with many the first.
+
+    Args:
+        use: makes something of the picture, while its file is open.
 
     Raises:
         BadImage: the file is no image, damaged, of more pixels than Pillow thinks safe, or of a kind that has no one
@@ -46,13 +57,22 @@ def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
             warnings.simplefilter("ignore")  # of EXIF blocks that are corrupt, say
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
-                return np.asarray(_square(_to_rgb(_upright(image)), side))
+                return use(upright_rgb(image))
     except UnidentifiedImageError:
         raise BadImage("not an image, or damaged at its beginning") from None
     except Exception as error:  # a damaged file makes Pillow raise whatever it stumbles over
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's, not the picture's
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture in 8-bit RGB: upright, as EXIF's orientation says; what is transparent shows white; 16 bits scaled.
+
+    Raises:
+        BadImage: it has no one way to 8 bits.
+    """
+    return _to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,23 +1,26 @@
 """Tiny ImageNet (Le and Yang, Stanford CS231n, 2015), from the published archive."""
 
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from . import ImageDataset, Split
+from .archives import Archive, fetch
 from .files import list_images, open_images
 from .views import CropViews
 
 SIZE = 64
 
-_FOLDER = "tiny-imagenet-200"
-_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+# As published; of the many files in it there are no hashes.
+ARCHIVE = Archive(
+    title="Tiny ImageNet",
+    url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    filename="tiny-imagenet-200.zip",
+    md5="90528d7ca1a48142e341f4ef8d21d0de",
+    folder="tiny-imagenet-200",
+    files=[],
+)
 
 
 def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> ImageDataset:
@@ -27,10 +30,9 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
 
     Raises:
         ValueError: see ``open_images``.
-        OSError: what is there is not whole, or missing and not to be downloaded; see also ``open_images``.
+        OSError: what is there is not whole; see also ``fetch`` and ``open_images``.
     """
-    _fetch(Path(data_dir))
-    root = Path(data_dir) / _FOLDER
+    root = fetch(ARCHIVE, Path(data_dir))
     try:
         classes = sorted((root / "wnids.txt").read_text().split())
         words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text("utf-8").splitlines())
@@ -64,32 +66,3 @@ def _names(words: list[str]) -> list[str]:
     first = [word.split(",")[0] for word in words]
     counts = Counter(first)
     return [name if counts[name] == 1 else word for name, word in zip(first, words, strict=True)]
-
-
-def _fetch(root: Path) -> None:
-    """Make sure that the extracted folder is there, downloading the archive if that is not there either."""
-    folder, archive = root / _FOLDER, root / f"{_FOLDER}.zip"
-    if folder.exists():
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".tiny-imagenet.lock"):
-            if folder.exists():  # another run fetched it meanwhile
-                return
-            if archive.exists() and not check_integrity(str(archive), _MD5):
-                raise OSError(f"{archive} is corrupt (its md5 differs): delete it and run again")
-            # Into a folder of its own first, so that what was interrupted is never taken for the data.
-            with tempfile.TemporaryDirectory(dir=root, prefix=".tiny-imagenet-") as temporary:
-                if not archive.exists():
-                    try:
-                        download_url(_URL, temporary, archive.name, _MD5)
-                    except Exception as error:
-                        raise OSError(
-                            f"Tiny ImageNet is not in {root} and could not be downloaded ({error}); "
-                            f"with no network, put {archive.name} there"
-                        ) from error
-                there = archive if archive.exists() else Path(temporary) / archive.name
-                extract_archive(str(there), temporary)
-                shutil.move(Path(temporary) / _FOLDER, folder)
-    except PermissionError as error:
-        raise OSError(f"cannot write to {root}: {error.strerror}; choose another --data_dir") from error

@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 
-import clip
 import torch
 import torch.nn.functional as F
 from clip.model import CLIP
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from dataset import Split
 from dataset.loader import Batch, Loader, deal, on_device, take
 from dataset.views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
+from models.clip_teacher import tokenize
+from models.encoders import TextEncoder
 
 from . import distributed
 from .loops import Step
@@ -34,15 +35,14 @@ TEMPLATES = (
 )
 
 
-def caption_tokens(classes: list[str], templates: tuple[str, ...] = TEMPLATES) -> Tensor:
-    """Every caption of every class, (classes, templates, length) int, cut after the longest caption's last token.
-
-    CLIP's text encoder is causal and reads its result at the end-of-text token, so that the padding which is cut
-    away here never counted.
-    """
-    tokens = clip.tokenize([template.format(name) for name in classes for template in templates])
-    length = int(tokens.argmax(dim=-1).max()) + 1
-    return tokens[:, :length].view(len(classes), len(templates), length)
+def caption_tokens(
+    classes: list[str],
+    templates: tuple[str, ...] = TEMPLATES,
+    tokenize: Callable[[list[str]], Tensor] = tokenize,
+) -> Tensor:
+    """Every caption of every class, (classes, templates, length) int; by default in CLIP's tokens."""
+    tokens = tokenize([template.format(name) for name in classes for template in templates])
+    return tokens.view(len(classes), len(templates), -1)
 
 
 def contrastive_loss(
@@ -221,13 +221,13 @@ def learning_rate(step: int, total: int, opt) -> float:
 
 
 @torch.no_grad()
-def class_embeddings(model: CLIP, tokens: Tensor) -> Tensor:
+def class_embeddings(model: CLIP | TextEncoder, tokens: Tensor) -> Tensor:
     """Zero-shot classifier weights (CLIP, section 3.1.4): each class's mean over its normalised captions.
 
     Many processes encode the classes together.
 
     Args:
-        model: the CLIP.
+        model: the CLIP, or its text encoder.
         tokens: (classes, templates, length), see ``caption_tokens``.
 
     Returns:
@@ -236,7 +236,8 @@ def class_embeddings(model: CLIP, tokens: Tensor) -> Tensor:
     shares = deal(len(tokens), distributed.count())
     captions = distributed.own(tokens, shares).flatten(0, 1)
     text = [model.encode_text(part) for part in captions.split(500)] if len(captions) else []
-    text = torch.cat([torch.zeros(0, model.text_projection.shape[1], device=tokens.device), *text])
+    dim = model.dim if isinstance(model, TextEncoder) else model.text_projection.shape[1]
+    text = torch.cat([torch.zeros(0, dim, device=tokens.device), *text])
     text = F.normalize(text, dim=1).view(-1, tokens.shape[1], text.shape[1])
     return distributed.gather(F.normalize(text.mean(dim=1), dim=1), shares)
 

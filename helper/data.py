@@ -33,6 +33,8 @@ class Loaders:
             is a class of its own.
         image_size: height and width of what a student sees.
         labelled: how many of the rows that are trained on have a label.
+        classes: their names, in the order of the targets.
+        stored_size: height and width of the images as they are stored, of which a student's test view is the centre.
     """
 
     train: Loader
@@ -41,16 +43,26 @@ class Loaders:
     targets: Tensor
     image_size: int
     labelled: int
+    classes: list[str]
+    stored_size: int
+
+    def image_facts(self) -> dict:
+        """What a user of the student has to know about its images: a student's file says so."""
+        sizes = {"image_size": self.image_size, "stored_size": self.stored_size}
+        return {"classes": self.classes, "normalization": self.test.normalization} | sizes
 
 
 def open_dataset(options: dict) -> ImageDataset:
     """The data set that a run's options name: those of the command line, or those that a run recorded.
 
+    Without the classes that they leave out.
+
     Raises:
-        ValueError, OSError: see ``dataset.load_dataset``.
+        ValueError, OSError: see ``dataset.load_dataset`` and ``ImageDataset.without``.
     """
     known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
-    return load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
+    dataset = load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
+    return dataset.without(options["leave_out"]) if options.get("leave_out") else dataset
 
 
 def check_labels(opt, share: float) -> None:
@@ -69,7 +81,7 @@ def check_labels(opt, share: float) -> None:
         what = f"{distill} --mode relax" if distill == "crd" else distill
         raise ValueError(
             f"--distill {what} needs the class of every image, and only {share:.3g} of them have a label: use "
-            f"--labels 1, or one of {able}"
+            f"{'' if opt.labels == 1 else '--labels 1, or '}one of {able}"
         )
     if share > 0:
         return
@@ -84,6 +96,11 @@ def check_labels(opt, share: float) -> None:
         raise ValueError(
             f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
         )
+
+
+def normalization_of(options: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that a run's student sees its images normalised by: CLIP's, or with a CNN teacher RepDistiller's."""
+    return CLIP_NORMALIZATION if options.get("clip_tn", 1) else CIFAR100_NORMALIZATION
 
 
 def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
@@ -103,7 +120,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
         "views": dataset.views,
-        "normalization": CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION,
+        "normalization": normalization_of(vars(opt)),
         "images": images,
         "rank": distributed.rank(),
         "processes": distributed.count(),
@@ -138,4 +155,5 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     unknown = rows[targets[rows] < 0]
     classes = targets.clone()
     classes[unknown] = len(dataset.classes) + unknown
-    return Loaders(train, test, val, classes, dataset.views.size, labelled)
+    stored_size = dataset.test.images.shape[-1]
+    return Loaders(train, test, val, classes, dataset.views.size, labelled, dataset.classes, stored_size)

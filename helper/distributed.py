@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,20 @@ def processes() -> Iterator[None]:
         return
     if int(local) < torch.cuda.device_count():
         torch.cuda.set_device(int(local))
-    dist.init_process_group(timeout=_TIMEOUT)  # gloo for tensors on the CPU, NCCL for those on a GPU
+    store, number, processes = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store for all starts of a job, and a process that met the address of one that is dead there
+        # would wait for it. Each agent counts its own starts.
+        if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+            if number == 0:
+                what = (
+                    "error: to restart on several machines, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
+                )
+                print(f"{Path(sys.argv[0]).name}: {what} environment", file=sys.stderr)
+            raise SystemExit(2)
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # gloo for tensors on the CPU, NCCL for those on a GPU
+    dist.init_process_group(store=store, rank=number, world_size=processes, timeout=_TIMEOUT)
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

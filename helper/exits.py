@@ -50,7 +50,7 @@ class _Signals:
         handlers = {signal.SIGINT: self.on_stop, signal.SIGTERM: self.on_stop, signal.SIGUSR1: self.on_save}
         before = {number: signal.getsignal(number) for number in handlers}
         for number, handler in handlers.items():
-            if before[number] is not signal.SIG_IGN:
+            if before[number] is not signal.SIG_IGN or number == signal.SIGUSR1:  # torchrun has to ignore that itself
                 signal.signal(number, handler)
         return before
 
@@ -108,8 +108,8 @@ def save_asked(step: int) -> bool:
 def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
     """Have a script's ``main`` end with one line and an exit code of this module's, where it cannot go on.
 
-    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What was ignored when the script was started,
-    by nohup say, stays so.
+    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What ends a script and was ignored when it was
+    started, by nohup say, stays so.
 
     Args:
         program: its name in the line.

@@ -203,6 +203,11 @@ def train_epoch(
     return log.result()
 
 
+def scores(logits: Tensor, target: Tensor) -> Tensor:
+    """(3,): mean cross-entropy, top-1 and top-5 accuracy in percent, of logits (B, classes)."""
+    return torch.stack([F.cross_entropy(logits, target), *accuracy(logits, target, topk=(1, 5))])
+
+
 @torch.no_grad()
 def validate(
     loader: Loader,
@@ -227,10 +232,8 @@ def validate(
         out = None if student is None else _eval_student(student, batch, opt)
         out_t = None if teacher is None else teacher(loader.name, batch)
         main = out_t if out is None else out
-        logits = main.logits.float()
-        top1, top5 = accuracy(logits, batch.target, topk=(1, 5))
-        values[f"{prefix}_loss"] = F.cross_entropy(logits, batch.target)
-        values[f"{prefix}_acc"], values[f"{prefix}_acc_top5"] = top1, top5
+        named = (f"{prefix}_loss", f"{prefix}_acc", f"{prefix}_acc_top5")
+        values |= zip(named, scores(main.logits.float(), batch.target), strict=True)
         if out is not None and out_t is not None:
             (values["teacher_acc"],) = accuracy(out_t.logits, batch.target)
         names = tuple(values)

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from distiller_zoo import method_table
 from models import check_model_name
@@ -79,6 +80,20 @@ def network(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def names_file(text: str) -> list[str]:
+    """The names in a text file, one a line; empty lines do not count."""
+    try:
+        names = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as a file of names, one a line") from error
+    names = [name for name in names if name]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text} holds no name; one a line is expected")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise argparse.ArgumentTypeError(f"{text} names {', '.join(repeated)} more than once")
+    return names
 
 
 def trial_name(text: str) -> str:

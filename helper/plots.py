@@ -1,8 +1,10 @@
-"""A picture of runs: their curves, and the teacher's and the student's embedding graphs.
+"""Pictures of runs: their curves, and the teacher's and the student's embedding graphs; what they make of each class.
 
-``python -m helper.plots RUN... [--out PNG]``, each RUN being the folder of a finished run of train_student.py.
+``python -m helper.plots [--embedding|--per_class] RUN... [--out PNG]``, each RUN being the folder of a finished run of
+train_student.py.
 """
 
+import contextlib
 import itertools
 import textwrap
 from dataclasses import dataclass
@@ -17,25 +19,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataset import ImageDataset
-from dataset.loader import Loader
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
-from distiller_zoo import Needs
 from distiller_zoo.EGA import standardize
-from models.heads import Classifier, Student, TeacNet
-from models.weights import sha256_of
 
-from . import checkpoint
-from .data import open_dataset
-from .options import sized_name
+from .class_plots import COLOURS, class_rows, embedding_figure, gain_figure, outputs_on_test
 from .parser import Parser
 from .report import StoredRun, read_run, run_labels
-from .student import restore_student
-from .teacher import ClipTeacher, CnnTeacher, load_cnn, load_encoder, open_embeddings
+from .student import model_path, open_dataset, open_student
 from .util import exit_on_bad_input
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the line style changes once they are used up.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The line style changes once the colours are used up.
 _LINES = ("-", "--", ":", "-.")
 _TEACHER = "#555555"
 
@@ -65,66 +57,12 @@ class Graphs:
     classes: list[str]
 
 
-def graph_rows(targets: Tensor, num_classes: int = 10, per_class: int = 12) -> Tensor:
-    """The first samples of classes spread evenly over all, ordered by class.
-
-    Args:
-        targets: (N,) classes.
-        num_classes: how many classes at most.
-        per_class: how many samples of each at most.
-
-    Returns:
-        Row numbers.
-    """
-    present = targets.unique()
-    chosen = present[torch.linspace(0, len(present) - 1, min(num_classes, len(present))).round().long()]
-    return torch.cat([(targets == target).nonzero().flatten()[:per_class] for target in chosen])
-
-
 def edge_matrix(embedding: Tensor) -> Tensor:
     """Pearson correlations (N, N) of embeddings (N, D): the edges of their graph."""
     z = standardize(embedding.double())
     return z @ z.T
 
 
-def _check_same(run: StoredRun, name: str, value: str) -> None:
-    if run.options[name] != value:
-        raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
-
-
-def _clip_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[ClipTeacher, Student]:
-    """A run's CLIP with its head, and its best student."""
-    options, num_classes = run.options, len(dataset.classes)
-    same_device = device == options["device"]
-    amp = options["amp"] if same_device else "off"
-    encoder = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution"))
-    _check_same(run, "clip_sha256", encoder.sha256)
-    # The bank's test split is enough; one that was built on another device is of another precision.
-    views = min(options["teacher_views"], 1) if same_device else 0
-    embed = open_embeddings(dataset, encoder, views, str(run.folder.parents[1]), device, amp)
-    head = None
-    if "teacher_layer" in state:
-        head = TeacNet(encoder.dim, options["feature_dim"], num_classes)
-        head.load_state_dict(state["teacher_layer"])
-    return ClipTeacher(embed, head, dim=encoder.dim), restore_student(options, state, num_classes)
-
-
-def _cnn_networks(run: StoredRun, dataset: ImageDataset, state: dict, device: str) -> tuple[CnnTeacher, Classifier]:
-    """A run's CNN teacher and its best student, with their projections where the run had them."""
-    options, num_classes = run.options, len(dataset.classes)
-    _check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
-    (backbone, resolution), head = load_cnn(options["path_t"], num_classes, Needs()), None
-    if "teacher_layer" in state:
-        head = TeacNet(backbone.num_features, options["feature_dim"], num_classes)
-        head.load_state_dict(state["teacher_layer"])
-    return CnnTeacher(backbone, head, amp="off", resolution=resolution), restore_student(options, state, num_classes)
-
-
-def _best_model(run: StoredRun) -> Path:
-    return run.folder / f"{sized_name(run.options['model_s'], run.options.get('student_resolution'))}_best.pth"
-
-
-@torch.no_grad()
 def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12) -> Graphs:
     """The teacher's and the best student's edge matrices of some test samples.
 
@@ -135,29 +73,9 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
         ValueError: the run has no teacher or no weights, or its teacher or data set are others by now.
         OSError: data set or teacher are missing.
     """
-    options = run.options
-    if options["distill"] == "none":
-        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
-    device = options["device"] if torch.cuda.is_available() else "cpu"
-    dataset = open_dataset(options | {"save_dir": str(run.folder.parents[1])})
-    if not _best_model(run).is_file():
-        raise ValueError(f"{run.folder} holds no weights to draw the graphs of: {_best_model(run).name} is missing")
-    state = checkpoint.load(_best_model(run))
-    _check_same(run, "dataset_sha256", dataset.fingerprint())
-    networks, normalization = _clip_networks, CLIP_NORMALIZATION
-    if not options["clip_tn"]:
-        networks, normalization = _cnn_networks, CIFAR100_NORMALIZATION
-    try:
-        teacher, student = networks(run, dataset, state, device)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{run.folder}: its best model does not fit its options.json") from error
-    teacher.to(device)
-    student.to(device).eval()
-
-    rows = graph_rows(dataset.test.targets, num_classes, per_class)
-    loader = Loader(dataset.test, "test", len(rows), torch.device(device), rows=rows, normalization=normalization)
-    (batch,) = loader.epoch()
-    edges = (edge_matrix(out.embedding).cpu() for out in (teacher("test", batch), student(batch.image)))
+    student, dataset = open_student(run), open_dataset(run)
+    rows = class_rows(dataset.test.targets, num_classes, per_class)
+    edges = [edge_matrix(outputs_on_test(student, dataset, rows, of_teacher)[0]) for of_teacher in (True, False)]
     targets = dataset.test.targets[rows]
     classes = [dataset.classes[target] for target in targets.unique_consecutive()]
     return Graphs(*edges, rows, targets, classes)
@@ -189,14 +107,43 @@ def plot_runs(
     else:
         taught = [run for run in runs if run.options["distill"] != "none"]
         shown = next((run for run in taught if run.options["distill"] == "ega"), taught[0] if taught else None)
-    with_weights = shown is not None and (graph_of is not None or _best_model(shown).is_file())
+    with_weights = shown is not None and (graph_of is not None or model_path(shown).is_file())
     graphs = embedding_graphs(shown) if with_weights else None
 
-    named = shown or runs[0]
-    path = named.folder.parents[1] / "plots" / f"{named.folder.name}.png" if out is None else Path(out)
+    with _style():
+        return _save(_figure(runs, shown, graphs), shown or runs[0], "", out)
+
+
+def plot_classes(folders: list[str] | list[Path], what: str, out: str | Path | None = None) -> Path:
+    """Draw what runs make of each class, and save it.
+
+    Args:
+        folders: of the runs.
+        what: 'embedding' or 'per_class', see ``embedding_figure`` and ``gain_figure``.
+        out: the picture's file; by default SAVE/plots/NAME_WHAT.png, of the first run that has a teacher.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        ValueError, OSError: see these, and ``plot_runs``.
+    """
+    runs = [read_run(folder) for folder in folders]
+    named = next((run for run in runs if run.options["distill"] != "none"), runs[0])
+    with _style():
+        figure = {"embedding": embedding_figure, "per_class": gain_figure}[what](runs)
+        return _save(figure, named, f"_{what}", out)
+
+
+def _style() -> contextlib.AbstractContextManager:
+    return matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False})
+
+
+def _save(figure: Figure, named: StoredRun, ending: str, out: str | Path | None) -> Path:
+    """Save a picture, by default beside the run that it is named after."""
+    path = named.folder.parents[1] / "plots" / f"{named.folder.name}{ending}.png" if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False}):
-        _figure(runs, shown, graphs).savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
     return path
 
 
@@ -225,7 +172,7 @@ def _legend_columns(labels: list[str]) -> int:
 def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], shown: StoredRun | None) -> None:
     accuracy, loss = axes[:2]
     for place, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        style = {"color": _COLOURS[place % len(_COLOURS)], "ls": _LINES[place // len(_COLOURS) % len(_LINES)]}
+        style = {"color": COLOURS[place % len(COLOURS)], "ls": _LINES[place // len(COLOURS) % len(_LINES)]}
         _line(accuracy, *run.curve("test_acc"), label=label, **style)
         _line(loss, *run.curve("train_loss"), label=label, **style)
     if shown is not None:
@@ -240,7 +187,7 @@ def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], sho
         drawn = [name for name, (epochs, _) in terms.items() if epochs]
         for name, line in zip(drawn, _LINES, strict=False):
             # A colour stands for a run in every panel.
-            _line(axes[2], *terms[name], label=_TERMS[name], color=_COLOURS[place % len(_COLOURS)], ls=line)
+            _line(axes[2], *terms[name], label=_TERMS[name], color=COLOURS[place % len(COLOURS)], ls=line)
         title = f"Weighted terms of the training loss: {labels[place]}"
         axes[2].set(title=textwrap.fill(title, _TITLE_WIDTH), xlabel="epoch")
     for axis in axes[1:]:
@@ -301,9 +248,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--graph_of", metavar="RUN", help="the run whose graphs are drawn; if unset, the first with EGA or a teacher"
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--embedding",
+        action="store_const",
+        const="embedding",
+        dest="what",
+        help="in place of the curves, test images of at most 20 classes in each run's space and its teacher's (t-SNE)",
+    )
+    what.add_argument(
+        "--per_class",
+        action="store_const",
+        const="per_class",
+        dest="what",
+        help="in place of the curves, each class's gain over the run of --distill none",
+    )
     args = parser.parse_args(argv)
+    if args.what and args.graph_of:
+        parser.error(f"--graph_of is of the curves' picture, not of --{args.what}")
     with exit_on_bad_input(parser.prog):
-        print(plot_runs(args.runs, args.out, args.graph_of))
+        if args.what:
+            print(plot_classes(args.runs, args.what, args.out))
+        else:
+            print(plot_runs(args.runs, args.out, args.graph_of))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ def _told(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _shortly(value: object) -> str:
+    """As ``_told``; of many names their number alone."""
+    return f"{len(value)} names" if isinstance(value, list) and isinstance(value[0], str) else _told(value)
+
+
 def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[str]:
     """A short name for each run: its method, and where methods are equal, the options that differ.
 
@@ -109,7 +114,7 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
         names = [name for name in names if name in run.options or name in BEFORE]
         if "model_t" in names:  # which says more than the options that it comes from
             names = [name for name in names if name not in ("clip_mode", "clip_tn", "path_t")]
-        labels.append(", ".join([_title(method)] + [f"{name} {_told(run.option(name))}" for name in names]))
+        labels.append(", ".join([_title(method)] + [f"{name} {_shortly(run.option(name))}" for name in names]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
         for place, label in enumerate(labels)
@@ -130,11 +135,23 @@ def repeats(runs: list[StoredRun]) -> list[list[StoredRun]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def _mean(values: list[float]) -> str:
+def mean_and_deviation(values: list[float], digits: int = 2) -> str:
     """The mean, with the sample standard deviation and the number of values where there are several."""
     if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({len(values)})"
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, its first row the headings; the first column to the left, the others to the right."""
+    widths = [max(6, *map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = widths
+    lines = [
+        f"| {row[0]:{first}} | " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], others, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = f"|{'-' * (first + 2)}|" + "|".join("-" * (width + 1) + ":" for width in others) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def accuracies(group: list[StoredRun]) -> dict[int, float]:
@@ -234,8 +251,8 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
     for group, label in zip(groups, run_labels([group[0] for group in groups], _REPEATS), strict=True):
         best = last = "–"  # without labels
         if found := accuracies(group):
-            best = _mean([*found.values()])
-            last = _mean([run.curve("test_acc")[1][-1] for run in group])
+            best = mean_and_deviation([*found.values()])
+            last = mean_and_deviation([run.curve("test_acc")[1][-1] for run in group])
         options = group[0].options
         ahead = ""
         if (reference := _reference(group, references)) is not None:
@@ -244,14 +261,7 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
     # Columns in which no row says anything are left out.
     kept = [place for place in range(len(rows[0])) if place < 3 or any(row[place] for row in rows[1:])]
     rows = [tuple(row[place] for place in kept) for row in rows]
-    widths = [max(6, *map(len, column)) for column in zip(*rows, strict=True)]
-    first, *others = widths
-    lines = [
-        f"| {row[0]:{first}} | " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], others, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = f"|{'-' * (first + 2)}|" + "|".join("-" * (width + 1) + ":" for width in others) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown(rows)
 
 
 def _told_difference(found: tuple[float, float | None] | None) -> str:

@@ -18,6 +18,7 @@ from models.weights import sha256_of
 
 from . import checkpoint
 from .bank import OnTheFly, open_bank
+from .report import StoredRun
 from .runtime import DTYPES, autocast, teacher_precision
 
 
@@ -158,6 +159,88 @@ def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> Cli
     return ClipTeacher(embed, head, identity, encoder.dim).to(opt.device)
 
 
+def open_teacher(
+    run: StoredRun,
+    state: dict,
+    dataset: ImageDataset,
+    device: str,
+    num_classes: int | None = None,
+    encode_once: bool = False,
+) -> ClipTeacher | CnnTeacher:
+    """The teacher of a finished run, with the head that it had when its student was saved.
+
+    Args:
+        state: the content of the student's file.
+        dataset: whose images it is asked for. A CLIP's embeddings of the run's own test split are in the run's bank.
+        device: 'cpu' or 'cuda', for which it is made.
+        num_classes: the run's, where the data set is not the run's own.
+        encode_once: make a bank of another data set too, of one view of its training and of its test split.
+
+    Raises:
+        ValueError: the run has no teacher, or its teacher or data set are others by now.
+        OSError: the teacher's weights are missing.
+    """
+    own = num_classes is None
+    if own:
+        check_same(run, "dataset_sha256", dataset.fingerprint())
+    same_device = device == run.options["device"]
+    amp = run.options["amp"] if same_device else "off"
+    network, head = open_teacher_network(run, state, num_classes or len(dataset.classes), device, amp)
+    if not isinstance(network, FrozenEncoder):
+        teacher = CnnTeacher(network.backbone, head, amp=amp, resolution=network.resolution)
+        return teacher.to(device, memory_format=torch.channels_last)
+    # The bank's test split is enough; one that was built on another device is of another precision.
+    views = min(run.options["teacher_views"], 1) if own and same_device else int(encode_once)
+    embed = open_embeddings(dataset, network, views, str(run.folder.absolute().parents[1]), device, amp)
+    return ClipTeacher(embed, head, dim=network.dim).to(device)
+
+
+def open_teacher_network(
+    run: StoredRun, state: dict, num_classes: int, device: str = "cpu", amp: str = "off"
+) -> tuple[FrozenEncoder | Classifier, TeacNet | None]:
+    """A finished run's frozen encoder, or its CNN; and the head on it, where it had one.
+
+    Args:
+        state: see ``open_teacher``.
+        num_classes: number of classes.
+        device, amp: what an encoder is made for.
+
+    Raises:
+        ValueError, OSError: see ``open_teacher``.
+    """
+    options = run.options
+    if options["distill"] == "none":
+        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
+    if options["clip_tn"]:
+        network = load_encoder(
+            options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution")
+        )
+        check_same(run, "clip_sha256", network.sha256)
+        return network, _restore_head(run, state, network.dim)
+    backbone, resolution = load_cnn(options["path_t"], num_classes, Needs())
+    check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
+    return Classifier(backbone, resolution=resolution).eval(), _restore_head(run, state, backbone.num_features)
+
+
+def check_same(run: StoredRun, name: str, value: str) -> None:
+    """Raise a ValueError where a hash is not the one that a run recorded by that name."""
+    if run.options[name] != value:
+        raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
+
+
+def _restore_head(run: StoredRun, state: dict, dim: int) -> TeacNet | None:
+    """The teacher's head in a student's file, where it has one."""
+    if "teacher_layer" not in state:
+        return None
+    layer = state["teacher_layer"]
+    try:
+        head = TeacNet(dim, *layer["cl_Net.weight"].shape[::-1])
+        head.load_state_dict(layer)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{run.folder}: its student's file does not fit its options.json") from error
+    return head
+
+
 def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
     """The CNN that train_teacher.py trains from scratch, on the device.
 
@@ -223,8 +306,8 @@ def _read(path: str) -> dict:
 def architecture(path: str) -> str | None:
     """Which CNN a checkpoint holds; None for the head of a frozen encoder.
 
-    Our own files say so, in the grammar of ``models.names``. RepDistiller's are in a folder that begins with the
-    name: resnet32x4_vanilla.
+    Our own files say so, in the grammar of ``models.names``. RepDistiller's teachers are in a folder that begins with
+    the name, resnet32x4_vanilla; its students' files begin with it themselves, resnet8x4_best.pth.
 
     Raises:
         ValueError: the file is neither, or does not tell.
@@ -232,15 +315,15 @@ def architecture(path: str) -> str | None:
     state = _read(path)
     if "clip_sha256" in state:
         return None
-    folder = Path(path).absolute().parent.name
-    named = [name for name in model_dict if folder == name or folder.startswith(f"{name}_")]
+    told = (Path(path).absolute().parent.name, Path(path).stem)
+    named = [name for name in model_dict if any(text == name or text.startswith(f"{name}_") for text in told)]
     arch = state.get("arch") or max(named, key=len, default=None)
     try:
         check_model_name(arch or "")
     except ValueError:
         raise ValueError(
-            f"--path_t {path}: which CNN it holds is told neither by the file nor by its folder's name, which has to "
-            "begin with it, as RepDistiller's resnet32x4_vanilla does"
+            f"--path_t {path}: which CNN it holds is told neither by the file nor by the beginning of its name or its "
+            "folder's, as RepDistiller's resnet32x4_vanilla does"
         ) from None
     return arch
 

@@ -46,6 +46,15 @@ class AverageMeter:
         self.avg = self.sum / self.count
 
 
+def predicted_class(output: Tensor) -> Tensor:
+    """The class that ``accuracy`` takes for the network's answer: of equal logits, as bf16 has them, only one is.
+
+    Args:
+        output: logits, (B, classes).
+    """
+    return _highest(output, 5)[:, 0]  # not argmax, nor a smaller k, which may take another one of them
+
+
 def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
     """Percentage of samples whose target is among the k highest logits, for each k.
 
@@ -54,9 +63,12 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
         target: (B,) classes.
         topk: each k; one above the number of classes counts all of them.
     """
-    highest = output.topk(min(max(topk), output.shape[1]), dim=1).indices
-    correct = highest == target[:, None]
+    correct = _highest(output, max(topk)) == target[:, None]
     return [100.0 * correct[:, :k].any(dim=1).float().mean() for k in topk]
+
+
+def _highest(output: Tensor, k: int) -> Tensor:
+    return output.topk(min(k, output.shape[1]), dim=1).indices
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .encoders import FrozenEncoder, LibraryEncoder
+from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text_encoder
 from .heads import Classifier, Projection, Student, StudNet
 from .library import check_library_model, create_library_model
 from .mobilenetv2 import mobile_half
@@ -133,3 +133,23 @@ def create_encoder(
 
         return ImageEncoder(clip_mode, clip_root, dtype, resolution)
     return LibraryEncoder(name, dtype, resolution)
+
+
+def create_text_encoder(clip_mode: str, clip_root: str) -> TextEncoder:
+    """The text encoder beside a CLIP's image encoder, on the CPU.
+
+    Args:
+        clip_mode, clip_root: see ``create_encoder``.
+
+    Raises:
+        ValueError: an encoder that has none, or as ``create_encoder``.
+        OSError: weights that are missing and not to be downloaded.
+    """
+    name = parse_name(clip_mode)
+    if name.library is None:
+        from .clip_teacher import load_text_encoder
+
+        return load_text_encoder(clip_mode, clip_root)
+    if name.library != "open_clip":
+        raise ValueError(f"{clip_mode} understands no text: OpenAI's CLIPs and open_clip's models do")
+    return open_clip_text_encoder(name)

@@ -9,7 +9,7 @@ import torch
 from clip.model import CLIP, build_model
 from torch import Tensor
 
-from .encoders import FrozenEncoder
+from .encoders import FrozenEncoder, TextEncoder
 from .names import LIBRARIES, parse_name
 from .weights import is_torchscript, load_plain, load_torchscript, sha256_of
 
@@ -108,6 +108,28 @@ def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a CLIP checkpoint: it holds more than named tensors")
     return dict(state)
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """Byte pairs of texts, (N, length) int, cut after the longest text's last token.
+
+    CLIP's text encoder is causal and reads its result at the end-of-text token, so that the padding which is cut
+    away here never counted.
+
+    Raises:
+        ValueError: a text is too long for CLIP.
+    """
+    try:
+        tokens = clip.tokenize(texts)
+    except RuntimeError as error:
+        raise ValueError(f"a text is too long for CLIP ({' '.join(str(error).split())[:200]})") from error
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+
+
+def load_text_encoder(clip_mode: str, root: str) -> TextEncoder:
+    """The text encoder of a published CLIP or of a checkpoint, in float32; see ``fetch_clip`` and ``load_clip``."""
+    model = load_clip(fetch_clip(clip_mode, root)[0]).float()
+    return TextEncoder(tokenize, model.encode_text, model.text_projection.shape[1])
 
 
 class ImageEncoder(FrozenEncoder):

@@ -1,5 +1,8 @@
 """Frozen image encoders of timm, open_clip and torchvision, and what the house sees of any frozen encoder."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
@@ -55,6 +58,19 @@ class FrozenEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Normalised images (B, 3, resolution, resolution) to embeddings (B, dim), float32."""
         return self.embed(image).float()
+
+
+class TextEncoder(NamedTuple):
+    """The other half of a CLIP, on the CPU.
+
+    tokenize: texts to tokens (N, length).
+    encode_text: tokens to embeddings (N, dim), in the space of the image encoder's.
+    dim: width of the embedding.
+    """
+
+    tokenize: Callable[[list[str]], Tensor]
+    encode_text: Callable[[Tensor], Tensor]
+    dim: int
 
 
 class LibraryEncoder(FrozenEncoder):
@@ -125,7 +141,8 @@ def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
     return net, (resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"], True)
 
 
-def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+def _open_clip_model(name: Name, resolution: int | None = None) -> nn.Module:
+    """Both halves of a model of open_clip, in evaluation mode."""
     open_clip = import_library("open_clip", "open_clip_torch")
     arch, _, tag = name.name.partition("/")
     if arch not in open_clip.list_models():
@@ -137,10 +154,27 @@ def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Fac
             f"open_clip:{name.name}: weights of {arch} are open_clip:{arch}/TAG with a TAG of {', '.join(tags)}, or "
             f"open_clip:{arch}=PATH"
         )
-    model = open_clip.create_model(arch, pretrained=name.path or tag, force_image_size=resolution)
-    config = model.visual.preprocess_cfg
+    return open_clip.create_model(arch, pretrained=name.path or tag, force_image_size=resolution).eval()
+
+
+def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+    visual = _open_clip_model(name, resolution).visual
+    config = visual.preprocess_cfg
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    return model.visual, (size, config["mean"], config["std"], config["interpolation"], True)
+    return visual, (size, config["mean"], config["std"], config["interpolation"], True)
+
+
+def open_clip_text_encoder(name: Name) -> TextEncoder:
+    """The text encoder of a model of open_clip.
+
+    Raises:
+        ValueError, OSError: as ``LibraryEncoder``.
+    """
+    check_file(name)
+    with library_errors(name):
+        model = _open_clip_model(name).requires_grad_(False)
+        tokenizer = import_library("open_clip", "open_clip_torch").get_tokenizer(name.name.partition("/")[0])
+    return TextEncoder(tokenizer, model.encode_text, model.encode_text(tokenizer(["a"])).shape[1])
 
 
 def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:

@@ -86,12 +86,29 @@ def _timm(name: Name, resolution: int | None, pretrained: bool) -> Network:
         weight = state.get(f"{classifier}.weight")
         options["num_classes"] = 0 if weight is None else len(weight)
         options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": options["num_classes"]}
-    sized = resolution is not None and _is_sized(timm, name.name)
-    if sized:
-        options["img_size"] = resolution
-    net = timm.create_model(name.name, **options)
+    sized = library_options(name, resolution)
+    net = timm.create_model(name.name, **options, **sized)
     net.reset_classifier(0)
     return Network(net, classifier, resolution if sized else net.pretrained_cfg.get("input_size", (3, 224))[1])
+
+
+def library_options(name: Name, resolution: int | None, weighted: bool = False) -> dict:
+    """What a library has to be told to build a network as it is built here, besides its name and number of classes.
+
+    Args:
+        name: of timm or torchvision.
+        resolution: see ``network``.
+        weighted: whether it starts from published weights.
+    """
+    if name.library == "timm":
+        sized = resolution is not None and _is_sized(import_library("timm", "timm"), name.name)
+        return {"img_size": resolution} if sized else {}
+    if name.name.startswith("vit"):
+        size = torchvision_models.get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
+        return {"image_size": resolution or size}
+    if name.name in ("googlenet", "inception_v3"):  # their auxiliary heads are not distilled
+        return {"aux_logits": False, "init_weights": not weighted, "transform_input": weighted}
+    return {}
 
 
 def _is_sized(timm: ModuleType, name: str) -> bool:
@@ -109,12 +126,8 @@ def _is_sized(timm: ModuleType, name: str) -> bool:
 def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Network:
     builder = torchvision_models.get_model_builder(name.name)
     weighted = pretrained or name.path is not None
-    options = {}
+    options = library_options(name, resolution, weighted)
     size = torchvision_models.get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
-    if name.name.startswith("vit"):
-        options["image_size"] = size = resolution or size
-    if name.name in ("googlenet", "inception_v3"):  # their auxiliary heads are not distilled
-        options |= {"aux_logits": False, "init_weights": not weighted, "transform_input": weighted}
     net = builder(weights=None, **options)
     linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear or net.get_submodule(linear[-1]).out_features != 1000:
@@ -127,7 +140,7 @@ def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Networ
             state = interpolate_embeddings(net.image_size, net.patch_size, state)
         heads = (f"{classifier}.", "AuxLogits.", "aux1.", "aux2.")
         net.load_state_dict({key: x for key, x in state.items() if not key.startswith(heads)})
-    return Network(net, classifier, size)
+    return Network(net, classifier, options.get("image_size", size))
 
 
 def _published(name: str) -> dict[str, Tensor]:

@@ -74,10 +74,10 @@ class VGG(nn.Module):
         """Logits, or with ``is_feat`` ([block 0, 1, 2, 3, 4, pooled], logits).
 
         Args:
-            x: (B, 3, H, W). Before block 4, only images 64 pixels high are pooled.
+            x: (B, 3, H, W). Before block 4, only images of 64 pixels and more are pooled.
             preact: give the maps of blocks 1 to 4 as they are before their last ReLU.
         """
-        pool3 = self.pool3 if x.shape[2] == 64 else nn.Identity()
+        pool3 = self.pool3 if x.shape[2] >= 64 else nn.Identity()
         x = F.relu(self.block0(x))
         maps = [x]
         pools = (self.pool0, self.pool1, self.pool2, pool3)

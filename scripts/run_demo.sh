@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job on the embedded default data set, some ten minutes on two cores: pre-train a small CLIP on many
-# captioned images, distil it into a student that sees few labelled ones, compare, and draw the picture.
+# captioned images, distil it into a student that sees few labelled ones, compare, draw the pictures, export.
 # Anything after the script's name goes to train_student.py and wins: bash scripts/run_demo.sh --seed 1
 set -euo pipefail
 
@@ -25,11 +25,30 @@ for distill in none kd ega; do
     "$PYTHON" train_student.py --dataset shapes --distill "$distill" --clip_mode "$clip_mode" --model_s "$model_s" \
         --epochs "$epochs" --batch_size "$batch_size" --lr_decay_epochs "$lr_decay_epochs" --eval_freq "$eval_freq" \
         --save_dir "$save_dir" "$@" | tee "$log"
-    # A run's last line ends with its folder.
-    runs+=("$(tail -n 1 "$log" | sed 's/.*, in //')")
+    # The line with a run's accuracy ends with its folder.
+    runs+=("$(sed -n 's/.*accuracy.*, in //p' "$log" | tail -n 1)")
 done
 
 echo
 "$PYTHON" -m helper.report "${runs[@]}"
 echo
-echo "picture: $("$PYTHON" -m helper.plots "${runs[@]}")"
+echo "pictures:"
+"$PYTHON" -m helper.plots "${runs[@]}"
+"$PYTHON" -m helper.plots --embedding "${runs[0]}" "${runs[2]}"
+echo
+
+# The last run's student, EGA's, as ONNX, and what that makes of a picture that it was not trained on.
+"$PYTHON" export.py "${runs[2]}" --force
+picture="$save_dir/striped star.png"
+"$PYTHON" - "$picture" <<'EOF'
+import sys
+
+from torchvision.io import write_png
+
+from dataset import load_dataset
+
+shapes = load_dataset("shapes", "")
+star = shapes.test.targets.tolist().index(shapes.classes.index("striped star"))
+write_png(shapes.test.images[star], sys.argv[1])
+EOF
+"$PYTHON" export.py "${runs[2]}" --predict "$picture"

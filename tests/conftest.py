@@ -86,6 +86,32 @@ def train(tiny_dataset, tiny_clip, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_clip) -> dict[str, Path]:
+    """Finished runs of three methods, one of them without a teacher: {method: folder}. Not to be written to."""
+    root = tmp_path_factory.mktemp("finished")
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        made = make_dataset()
+        patch.setitem(dataset.DATASETS, "tiny", lambda data_dir: made)
+        for method in ("none", "kd", "ega"):
+            options = {
+                "--distill": method,
+                "--dataset": "tiny",
+                "--clip_mode": tiny_clip,
+                "--model_s": "resnet8",
+                "--save_dir": root,
+                "--device": "cpu",
+                "--amp": "off",
+                "--feature_dim": 8,
+                "--batch_size": 32,
+                "--epochs": 2,
+            }
+            train_student.main([str(word) for pair in options.items() for word in pair])
+            (folders[method],) = (root / "student_model").glob(f"*_{method}_*")
+    return folders
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of the reference values."""
     return Path(__file__).parent / "golden"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dataset
 import train_teacher
+from dataset import ImageDataset, Split
 from dataset.loader import Loader, keep_labels
-from dataset.views import view_order
+from dataset.views import ResizedCropViews, view_order
 from distiller_zoo import EGA, DistillKL
 from helper import bank as bank_module
 from helper.bank import encode_view
@@ -392,6 +394,65 @@ def test_killed_inside_an_epoch_and_resumed_ends_bit_identical(
     assert not list(killed.glob("*.tmp"))
 
 
+def stop_inside(monkeypatch, epoch: int, train: Callable[[], object]) -> None:
+    """Interrupt training after what it first saves inside an epoch."""
+    with monkeypatch.context() as patch:
+        saved = Run.save_inside
+
+        def save_and_stop(run, steps, state):
+            saved(run, steps, state)
+            if run.first_epoch == epoch:
+                raise KeyboardInterrupt
+
+        patch.setattr(Run, "save_inside", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    gc.collect()  # the run, which holds its folder's lock
+
+
+def photographs(folder: Path, mapped: bool) -> ImageDataset:
+    """Squares of 37 pixels, of which a student sees 32, in two files, or read from them."""
+
+    def split(name: str, count: int) -> Split:
+        path, shape = folder / name, (count, 37, 37, 3)
+        if not path.exists():
+            np.random.default_rng(count).integers(0, 256, shape, dtype=np.uint8).tofile(path)
+        images = np.memmap(path, dtype=np.uint8, mode="c", shape=shape)
+        images = torch.from_numpy(images if mapped else images.copy()).permute(0, 3, 1, 2)
+        return Split(images, torch.arange(count) % 5, mapped)
+
+    classes = ["a", "b", "c", "d", "e"]
+    return ImageDataset("photos", classes, split("train", 70), split("test", 12), views=ResizedCropViews(32))
+
+
+@pytest.mark.parametrize(
+    "options", [["--teacher_views", 3, "--holdout", 0.2], ["--teacher_views", 0, "--views", "shared"]]
+)
+def test_photographs_in_a_file_train_as_in_memory_and_resume_inside_an_epoch(train, tmp_path, monkeypatch, options):
+    options = ["--dataset", "photos", "--epochs", 2, "--save_steps", 2, *options]
+    monkeypatch.setitem(dataset.DATASETS, "photos", lambda data_dir: photographs(tmp_path, mapped=False))
+    whole = train(*options, save_dir=tmp_path / "whole")
+    assert any(record["loss_distill"] > 0 for record in read_metrics(whole))
+
+    monkeypatch.setitem(dataset.DATASETS, "photos", lambda data_dir: photographs(tmp_path, mapped=True))
+    stop_inside(monkeypatch, 1, lambda: train(*options))
+    resumed = train(*options)
+    assert read_metrics(resumed) == read_metrics(whole)
+    for key in ("model", "layer", "teacher_layer"):
+        assert_equal_tensors(load(resumed / "resnet8_last.pth")[key], load(whole / "resnet8_last.pth")[key])
+
+
+def test_photographs_have_views_without_end(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(dataset.DATASETS, "photos", lambda data_dir: photographs(tmp_path, mapped=True))
+    with pytest.raises(SystemExit) as stopped:
+        train("--dataset", "photos", "--teacher_views", "all")
+    assert stopped.value.code == 2
+    assert "error: --teacher_views all: a photograph has views without end; use a number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train("--teacher_views", 163)
+    assert "error: --teacher_views 163: an image of 32 pixels has 162 views; use all" in capsys.readouterr().err
+
+
 def test_saving_inside_an_epoch_changes_nothing_and_may_begin_later(train, tmp_path):
     plain = train("--epochs", 2)
     train("--epochs", 1, save_dir=tmp_path / "saved")
@@ -406,18 +467,7 @@ def test_a_first_stage_goes_on_inside_an_epoch(train, tmp_path, monkeypatch):
     options = ["--distill", "fsp", "--path_t", cnn, "--learning_rate", 0.001, "--init_epochs", 2, "--epochs", 1]
     options += ["--save_steps", 2]
     whole = train(*options, save_dir=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        saved = Run.save_inside
-
-        def save_and_stop(run, steps, state):
-            saved(run, steps, state)
-            if run.first_epoch == 2:
-                raise KeyboardInterrupt
-
-        patch.setattr(Run, "save_inside", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(*options)
-    gc.collect()  # the run, which holds its folder's lock
+    stop_inside(monkeypatch, 2, lambda: train(*options))
     resumed = train(*options)
     assert_equal_tensors(load(whole / "resnet8_last.pth")["model"], load(resumed / "resnet8_last.pth")["model"])
     assert read_metrics(whole / "init") == read_metrics(resumed / "init")

@@ -1,14 +1,20 @@
+import dataclasses
 import math
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import dataset.loader as loader_module
 from dataset import Split
 from dataset.loader import Loader, epoch_seed, holdout_rows, keep_labels
 from dataset.views import (
     CIFAR100_NORMALIZATION,
     CLIP_NORMALIZATION,
+    CropViews,
+    ResizedCropViews,
     crop_flip,
     normalize,
     view_order,
@@ -281,3 +287,117 @@ def test_a_mean_over_labels_is_that_of_the_whole_batch_over_processes(split, pro
     assert next(train_loader(split, 7).epoch(1)).labelled is None
     labelled_rows = (targets >= 0).nonzero().flatten()
     assert next(train_loader(some, 7, rows=labelled_rows).epoch(1)).labelled is None
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """Squares of 37 pixels that lie in a file, channels last; mapped, or read from it."""
+    images = np.random.default_rng(1).integers(0, 256, (60, 37, 37, 3), dtype=np.uint8)
+    images.tofile(tmp_path / "images.u8")
+    file = np.memmap(tmp_path / "images.u8", dtype=np.uint8, mode="c", shape=images.shape)
+    targets = torch.arange(60) % 7
+    return (Split(torch.from_numpy(x).permute(0, 3, 1, 2), targets, x is file) for x in (file, images))
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[torch.Tensor]:
+    """The row numbers of each batch that is read."""
+    read, take = [], loader_module.take
+
+    def reading(images, index, device):
+        read.append(index)
+        return take(images, index, device)
+
+    monkeypatch.setattr(loader_module, "take", reading)
+    return read
+
+
+def reader_threads() -> int:
+    return sum("ThreadPool" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("views", [CropViews(37), ResizedCropViews(32)])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_read_ahead_from_a_file_is_the_same(mapped, views, training):
+    options = {"training": training, "views": views, "rows": torch.arange(3, 60)}
+    ahead, plain = (Loader(split, "train", 8, CPU, **options) for split in mapped)
+    assert (ahead.reads_ahead, plain.reads_ahead) == (True, False)
+    for a, b in zip(ahead.epoch(1), plain.epoch(1), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+        assert a.image.shape[1:] == (3, views.size, views.size)
+        assert reader_threads() == 1
+    assert (ahead.waited > 0, plain.waited) == (True, 0)
+    next(ahead.epoch(1))
+    assert reader_threads() == 0  # nor does one remain where an epoch is left
+
+
+def test_planar_images_are_read_ahead_too(split):
+    file = dataclasses.replace(split, mapped=True)
+    for a, b in zip(train_loader(file).epoch(1), train_loader(split).epoch(1), strict=True):
+        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.target, b.target)
+
+
+def test_an_epoch_can_begin_inside_and_reads_nothing_before(mapped, reads):
+    file, memory = mapped
+    whole = list(train_loader(file, 8, views=CropViews(37)).draws(2))
+    assert len(reads) == 8
+    for split in (file, memory):
+        reads.clear()
+        rest = list(train_loader(split, 8, views=CropViews(37)).draws(2, done=5))
+        assert len(rest) == 3
+        assert all(torch.equal(a.numbers, b.numbers) for a, b in zip(rest, whole[5:], strict=True))
+        assert len(reads) == (3 if split is file else 0)
+    assert all(torch.equal(a.stored, memory.images[a.numbers[0]]) for a in whole)
+
+
+def test_each_process_reads_its_own_share_only(mapped, reads):
+    file = next(mapped)
+    for rank in range(2):
+        list(train_loader(file, 7, views=CropViews(37), rank=rank, processes=2).draws(1))
+    assert torch.cat(reads).sort().values.tolist() == list(range(60))
+
+
+def test_no_more_is_read_ahead_than_two_batches(mapped, reads):
+    for number, _ in enumerate(train_loader(next(mapped), 8).draws(1), start=1):
+        assert number <= len(reads) <= min(number + 2, 8)
+
+
+def test_what_goes_wrong_in_the_thread_is_an_error_of_the_epoch(mapped, monkeypatch):
+    def fails(images, index, device):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loader_module, "take", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(train_loader(next(mapped), 8).epoch(1))
+
+
+def own_memory() -> int:
+    """Bytes of this process that are not pages of a file."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_reading_a_large_file_takes_no_memory_of_ones_own(tmp_path):
+    with open(tmp_path / "images.u8", "wb") as file:
+        file.truncate(1024 * 256 * 256 * 3)  # a hole of 192 MiB
+    images = np.memmap(tmp_path / "images.u8", dtype=np.uint8, mode="c", shape=(1024, 256, 256, 3))
+    split = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.zeros(1024).long(), mapped=True)
+    before = own_memory()
+    batches = train_loader(split, 16, views=ResizedCropViews(224)).epoch(1)
+    assert max(own_memory() for _ in batches) - before < 96 * 2**20
+
+
+def test_photographs_views_are_drawn_without_end_but_for_the_teachers_first(blank):
+    views = ResizedCropViews(1)
+    drawing = train_loader(blank, 5000, views=views, teacher_views=4)
+    view, teacher_view = (torch.cat([draw.numbers[i] for draw in drawing.draws(1)]) for i in (1, 2))
+    assert len(view.unique()) > 19_990
+    assert view.min() > 0
+    assert abs(chi_square(torch.bincount(teacher_view, minlength=4).numpy(), 5000)) < 4
+    any_view = torch.cat([draw.numbers[2] for draw in train_loader(blank, 5000, views=views).draws(1)])
+    assert len(any_view.unique()) > 19_990
+    shared = train_loader(blank, 5000, views=views, teacher_views=4, shared=True)
+    assert all(torch.equal(draw.numbers[1], draw.numbers[2]) for draw in shared.draws(1))
+    assert (Loader(blank, "test", 5000, CPU, views=views)._draw(0)[1] == 0).all()

@@ -68,20 +68,23 @@ def archive(layout, tmp_path, monkeypatch, dead_url) -> Path:
     with zipfile.ZipFile(path, "w") as packed:
         for file in sorted(layout.rglob("*")):
             packed.write(file, file.relative_to(layout.parent))
-    monkeypatch.setattr(tinyimagenet, "_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(tinyimagenet, "_URL", f"{dead_url}/{path.name}")
+    publish(monkeypatch, md5=hashlib.md5(path.read_bytes()).hexdigest(), url=f"{dead_url}/{path.name}")
     return path
+
+
+def publish(monkeypatch, **values) -> None:
+    monkeypatch.setattr(tinyimagenet, "ARCHIVE", tinyimagenet.ARCHIVE._replace(**values))
 
 
 @pytest.fixture
 def served(archive, web_server, monkeypatch) -> Path:
     folder, url = web_server
-    monkeypatch.setattr(tinyimagenet, "_URL", f"{url}/{archive.name}")
+    publish(monkeypatch, url=f"{url}/{archive.name}")
     return Path(shutil.copy(archive, folder))
 
 
 def leftovers(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir()} - {".tiny-imagenet.lock", "save"}
+    return {path.name for path in root.iterdir()} - {".tiny-imagenet-200.lock", "save"}
 
 
 def test_the_folder_is_read_without_a_network(layout, archive):
@@ -100,7 +103,7 @@ def test_a_missing_one_is_downloaded_once(layout, served, tmp_path, monkeypatch,
     root = tmp_path / "new" / "data"
     check(load(root), layout)
     assert leftovers(root) == {"tiny-imagenet-200"}
-    monkeypatch.setattr(tinyimagenet, "_URL", dead_url)
+    publish(monkeypatch, url=dead_url)
     check(load(root), layout)
 
 

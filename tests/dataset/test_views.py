@@ -1,9 +1,11 @@
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -12,10 +14,13 @@ from dataset.views import (
     CIFAR100_NORMALIZATION,
     CLIP_NORMALIZATION,
     CropViews,
+    ResizedCropViews,
+    _resize_boxes_at_once,
     crop_flip,
     crop_resize_flip,
     normalize,
     resize,
+    resize_boxes,
     view_order,
 )
 
@@ -35,10 +40,10 @@ def tensor(images) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def pil_view(image: np.ndarray, dy: int, dx: int, flip: int, size: int | None) -> np.ndarray:
+def pil_view(image: np.ndarray, dy: int, dx: int, flip: int, size: int | None, padding: int = 4) -> np.ndarray:
     """The paper's pipeline, with the crop's offset and the coin given: pad, crop, resize, flip."""
     height, width = image.shape[:2]
-    picture = TF.crop(TF.pad(Image.fromarray(image), 4), dy, dx, height, width)
+    picture = TF.crop(TF.pad(Image.fromarray(image), padding), dy, dx, height, width)
     if size is not None:
         picture = TF.resize(picture, [size, size], InterpolationMode.BICUBIC)
     return np.asarray(TF.hflip(picture) if flip else picture)
@@ -128,9 +133,10 @@ def test_every_images_order_is_a_permutation_with_the_image_itself_first():
 
 
 @pytest.mark.parametrize("num_views", [1, 2, 16, 161])
-def test_fewer_views_are_the_first_of_more(num_views):
-    order = view_order(np.arange(200), NUM_VIEWS)
-    assert np.array_equal(view_order(np.arange(200), num_views), order[:, :num_views])
+@pytest.mark.parametrize("padding", [4, 12])
+def test_fewer_views_are_the_first_of_more(num_views, padding):
+    order = view_order(np.arange(200), 2 * (2 * padding + 1) ** 2, padding)
+    assert np.array_equal(view_order(np.arange(200), num_views, padding), order[:, :num_views])
 
 
 def test_an_images_order_depends_on_its_row_alone():
@@ -167,13 +173,161 @@ def test_the_order_sorts_the_views_by_splitmix64():
         return z ^ z >> 31
 
     assert splitmix64(1) == 0xE220A8397B1DCDAF  # as published
-    for row in (0, 1, 49_999, 10**9):
-        others = [view for view in range(NUM_VIEWS) if view != TEST_VIEW]
-        others.sort(key=lambda view, row=row: splitmix64(row * NUM_VIEWS + view + 1))
-        assert view_order(np.array([row]), NUM_VIEWS)[0].tolist() == [TEST_VIEW, *others]
+    for row, (padding, count, test) in itertools.product((0, 49_999, 10**9), ((4, 162, 80), (8, 578, 288))):
+        others = [view for view in range(count) if view != test]
+        others.sort(key=lambda view, row=row, count=count: splitmix64(row * count + view + 1))
+        assert view_order(np.array([row]), count, padding)[0].tolist() == [test, *others]
 
 
 @pytest.mark.parametrize("num_views", [0, -1, 163])
 def test_a_number_of_views_that_no_image_has_is_refused(num_views):
     with pytest.raises(ValueError, match="1 to 162"):
         view_order(np.arange(3), num_views)
+
+
+@pytest.mark.parametrize(("size", "count", "test"), [(32, 162, 80), (64, 578, 288), (96, 1250, 624)])
+def test_views_of_other_sizes_are_padded_by_an_eighth(size, count, test):
+    views = CropViews(size)
+    assert (views.padding, views.count, views.test) == (size // 8, count, test)
+    offsets = size // 4 + 1
+    drawn = [0, 1, test, test + 1, count - 1, *np.random.default_rng(0).integers(0, count, 7).tolist()]
+    image = noise(1, size)[0]
+    where = [(view // 2 // offsets, view // 2 % offsets, view % 2) for view in drawn]
+    stored, index, view = tensor([image] * len(drawn)), torch.arange(len(drawn)), torch.tensor(drawn)
+    expected = tensor([pil_view(image, *place, None, size // 8) for place in where])
+    assert torch.equal(views.student(stored, index, view), expected)
+    assert torch.equal(expected[2], stored[2])
+    expected = tensor([pil_view(image, *place, 48, size // 8) for place in where])
+    assert torch.equal(views.teacher(stored, index, view, 48), expected)
+
+
+def test_the_order_of_many_views_holds_each_once_in_numbers_that_are_large_enough():
+    order = CropViews(96).order(4000, 1250)  # more rows than are sorted at a time
+    assert order.dtype == torch.int16
+    assert (order.sort(dim=1).values == torch.arange(1250)).all()
+    assert (order[:, 0] == 624).all()
+    assert np.array_equal(order[3999:], view_order(np.array([3999]), 1250, 12))
+
+
+PHOTOS = ResizedCropViews(224)
+
+
+def drawn_boxes(count: int, stored: int = 256, index: int | None = None) -> np.ndarray:
+    """(count, 5): top, left, height, width and flip; of views of one image, or of one view of many images."""
+    rows, one = torch.arange(count), torch.full((count,), 1 if index is None else index)
+    boxes, flip = PHOTOS.boxes(rows, one, stored) if index is None else PHOTOS.boxes(one, rows + 1, stored)
+    return torch.cat([boxes, flip[:, None]], dim=1).numpy()
+
+
+@pytest.fixture(scope="module")
+def torchvisions_boxes() -> np.ndarray:
+    torch.manual_seed(0)
+    image = torch.zeros(1, 256, 256)
+    draw = transforms.RandomResizedCrop(224)
+    return np.array([draw.get_params(image, draw.scale, draw.ratio) for _ in range(6000)])
+
+
+@pytest.mark.parametrize("index", [None, 7])
+def test_boxes_of_photographs_are_distributed_as_torchvisions(torchvisions_boxes, index):
+    ours, theirs = drawn_boxes(6000, index=index).T, torchvisions_boxes.T
+    assert abs(ours[4].mean() - 0.5) < 0.03
+
+    def measured(top, left, height, width):
+        inside = [offset / np.maximum(256 - length, 1) for offset, length in ((top, height), (left, width))]
+        return {"area": height * width, "ratio": width / height, "top": inside[0], "left": inside[1], "width": width}
+
+    for (name, a), b in zip(measured(*ours[:4]).items(), measured(*theirs).values(), strict=True):
+        assert stats.ks_2samp(a, b).pvalue > 1e-3, name
+        hist, edges = np.histogram(b, bins=12)
+        counts = np.stack([np.histogram(a, bins=edges)[0], hist])
+        assert stats.chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue > 1e-3, name
+
+
+def test_boxes_lie_in_the_image_and_differ_from_view_to_view():
+    for stored in (111, 256):
+        top, left, height, width, _ = drawn_boxes(3000, stored, index=0).T
+        assert min(top.min(), left.min()) == 0
+        assert max((top + height).max(), (left + width).max()) == stored
+        assert min(height.min(), width.min()) > 0.2 * stored
+    boxes = np.concatenate([drawn_boxes(1000, index=index) for index in range(3)])
+    assert len(np.unique(boxes, axis=0)) > 2950
+
+
+def test_where_no_attempt_fits_it_is_all_of_the_image(monkeypatch):
+    monkeypatch.setattr(ResizedCropViews, "_ATTEMPTS", 1)
+    whole = (drawn_boxes(2000, index=3)[:, :4] == [0, 0, 256, 256]).all(axis=1)
+    assert 0.1 < whole.mean() < 0.2  # of a square, an attempt in seven
+
+
+def test_boxes_are_those_that_banks_on_disk_were_built_with():
+    boxes = np.concatenate([drawn_boxes(500), drawn_boxes(500, index=10**7)])
+    digest = hashlib.sha256(boxes.astype(np.int64).tobytes()).hexdigest()
+    assert digest == "9e7e4656e821a6ec1b0665085ad64f48ef39788f2fc9a5b40c012d83eac4d6d2"
+
+
+def stored_photos(count: int, stored: int) -> torch.Tensor:
+    """In the memory format that is fastest."""
+    return tensor(noise(count, stored)).contiguous(memory_format=torch.channels_last)
+
+
+def test_the_test_view_of_a_photograph_is_its_centre():
+    images, index = stored_photos(3, 37), torch.arange(3)
+    views = ResizedCropViews(32)
+    test = torch.full((3,), views.test)
+    centre = images[:, :, 2:34, 2:34]
+    assert torch.equal(views.student(images, index, test), centre)
+    expected = torch.nn.functional.interpolate(centre, (48, 48), mode="bicubic", antialias=True)
+    assert torch.equal(views.teacher(images, index, test, 48), expected)
+
+
+@pytest.mark.parametrize(("size", "interpolation"), [(56, "bilinear"), (24, "bicubic"), (96, "bicubic")])
+def test_photographs_are_cropped_and_resized_as_by_torchvision_to_a_level_or_two(size, interpolation):
+    images, index, view = stored_photos(40, 64), torch.arange(40) * 10**5, torch.arange(40) % 9
+    views = ResizedCropViews(56)
+    boxes, flip = views.boxes(index, view, 64)
+    expected = []
+    for image, box, mirrored in zip(images, boxes.tolist(), flip.tolist(), strict=True):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = TF.resized_crop(picture, *box, [size, size], InterpolationMode(interpolation))
+        expected.append(np.asarray(TF.hflip(picture) if mirrored else picture))
+    found = views.teacher(images, index, view, size, interpolation)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    apart = (found.int() - tensor(expected).int()).abs()
+    assert apart.max() <= (1 if interpolation == "bilinear" else 2)
+    assert apart.double().mean() < 0.1
+    assert torch.equal(views.teacher(images.contiguous(), index, view, size, interpolation), found)
+    if size == views.size:
+        assert torch.equal(views.student(images, index, view), found)
+
+
+def test_a_view_of_a_photograph_is_the_same_in_any_batch():
+    images, index, view = stored_photos(30, 37), torch.arange(30) + 5, torch.arange(30) % 7
+    views = ResizedCropViews(32)
+    whole = views.student(images, index, view)
+    some = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:11]
+    assert torch.equal(views.student(images[some], index[some], view[some]), whole[some])
+    assert not torch.equal(views.student(images, index + 1, view), whole)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [56, 24, 96])
+def test_what_gpus_compute_of_boxes_is_what_cpus_do_bit_for_bit(size, interpolation):
+    """Boxes of every length, alone on this device: the formula has no step that another device may round otherwise."""
+    generator = torch.Generator().manual_seed(size)
+    height, width = torch.randperm(64, generator=generator) + 1, torch.arange(64) + 1
+    top, left = ((torch.rand(64, generator=generator) * (65 - length)).long() for length in (height, width))
+    boxes, images = torch.stack([top, left, height, width], dim=1), stored_photos(64, 64)
+    expected = resize_boxes(images, boxes, torch.zeros(64).long(), size, interpolation)
+    assert torch.equal(_resize_boxes_at_once(images, boxes, size, interpolation), expected)
+
+
+@pytest.mark.parametrize(("interpolation", "antialias"), [("lanczos", True), ("bilinear", False)])
+def test_other_ways_of_resizing_photographs_are_those_of_whole_pictures(interpolation, antialias):
+    images, index, view = stored_photos(6, 37), torch.arange(6), torch.arange(6) + 1
+    views = ResizedCropViews(32)
+    boxes, flip = views.boxes(index, view, 37)
+    found = views.teacher(images, index, view, 40, interpolation, antialias)
+    for i, (top, left, height, width) in enumerate(boxes.tolist()):
+        box = images[i : i + 1, :, top : top + height, left : left + width]
+        expected = resize(box, 40, interpolation, antialias)
+        assert torch.equal(found[i : i + 1], expected.flip(-1) if flip[i] else expected)

@@ -16,7 +16,7 @@ from torch import Tensor
 from conftest import noise_dataset, snapshot
 from dataset import ImageDataset, Split
 from dataset.loader import Loader
-from dataset.views import CLIP_NORMALIZATION, crop_resize_flip, normalize, view_order
+from dataset.views import CLIP_NORMALIZATION, CropViews, ResizedCropViews, crop_resize_flip, normalize, view_order
 from helper.bank import CHUNK, EmbeddingBank, OnTheFly, open_bank
 from models.clip_teacher import ImageEncoder
 from models.encoders import FrozenEncoder
@@ -126,6 +126,46 @@ def test_every_view_that_a_loader_draws_is_found(tmp_path, few, all_views, num_v
         torch.testing.assert_close(bank("train", batch.index, batch.teacher_view), expected, rtol=2**-10, atol=1e-4)
     if num_views > 1:  # and a wrong view would be seen
         assert not torch.allclose(fly("train", batch.index, torch.full((20,), TEST_VIEW)), expected, rtol=0.1)
+
+
+def sized(size: int, views) -> ImageDataset:
+    """Ten training and four test images of noise."""
+
+    def split(count: int) -> Split:
+        images = np.random.default_rng(count).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+        return Split(torch.from_numpy(images), torch.arange(count) % 2)
+
+    return ImageDataset("sized", ["a", "b"], split(10), split(4), views=views)
+
+
+@pytest.mark.parametrize(
+    ("size", "views", "num_views"),
+    [(64, CropViews(64), 300), (64, CropViews(64), 578), (37, ResizedCropViews(32), 300)],
+)
+def test_banks_of_other_views_hold_every_view_that_a_loader_draws(tmp_path, size, views, num_views):
+    made, encoder = sized(size, views), Encoder()
+    bank, fly = build(tmp_path, made, encoder, num_views), OnTheFly(made, encoder, CPU)
+    loader = Loader(made.train, "train", 10, CPU, training=True, teacher_views=num_views, views=views)
+    seen = set()
+    for epoch in range(1, 31):
+        (batch,) = loader.epoch(epoch)
+        expected = fly("train", batch.index, batch.teacher_view)
+        torch.testing.assert_close(bank("train", batch.index, batch.teacher_view), expected, rtol=2**-10, atol=1e-4)
+        seen |= set(bank.order[batch.index].long().eq(batch.teacher_view[:, None]).nonzero()[:, 1].tolist())
+    assert max(seen) > 255
+    batch = next(Loader(made.test, "test", 4, CPU, views=views).epoch())
+    expected = fly("test", batch.index, batch.teacher_view)
+    torch.testing.assert_close(bank("test", batch.index, batch.teacher_view), expected, rtol=2**-10, atol=1e-4)
+
+
+def test_banks_of_photographs_grow_and_are_told_apart_by_what_a_student_sees(tmp_path):
+    first, second = Encoder(), Encoder()
+    build(tmp_path, sized(37, ResizedCropViews(32)), first, 2)
+    build(tmp_path, sized(37, ResizedCropViews(32)), second, 5)
+    assert (sum(first.sizes), sum(second.sizes)) == (4 + 20, 30)
+    build(tmp_path, sized(37, ResizedCropViews(31)), num_views=2)
+    build(tmp_path, sized(37, CropViews(37)), num_views=2)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_larger_bank_begins_with_the_smaller_and_encodes_the_rest_only(tmp_path, dataset):

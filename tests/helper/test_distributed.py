@@ -240,6 +240,18 @@ def test_contrastive_training_is_that_of_one_process(job, micro_batch):
                 assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * size
 
 
+def of_different_losses(x: Tensor, weights: list[Tensor], shares: tuple[int, ...]) -> Tensor:
+    mine = distributed.own(x, shares).clone().requires_grad_()
+    (distributed.gather(mine, shares, alike=False) * weights[distributed.rank()]).sum().backward()
+    return mine.grad
+
+
+def test_gathering_adds_up_the_gradients_of_different_losses(job):
+    x, *weights = torch.randn(1 + job.count, 7, 3, generator=torch.Generator().manual_seed(0))
+    found = job(of_different_losses, x, weights, deal(7, job.count))
+    torch.testing.assert_close(torch.cat(found), sum(weights))
+
+
 # Training
 
 
@@ -566,6 +578,86 @@ def test_a_teachers_head_learns_as_on_one_process(job):
     assert all(found == pytest.approx(expected, rel=1e-4) for found in job(head_epoch))
 
 
+# What every process has to agree on
+
+
+def refusals(function: Callable, *args) -> str:
+    """How a function ends: with what it raises, or with an exit code."""
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    except SystemExit as exit_:
+        return f"exit {exit_.code}"
+    return "fine"
+
+
+def given(names: list[str]) -> str:
+    """Each process is given one of these names for its data, the others the last."""
+    name = names[min(distributed.rank(), len(names) - 1)]
+    return refusals(distributed.check_alike, {"batch_size": 64, "dataset_sha256": name})
+
+
+def test_what_is_not_alike_is_refused(job):
+    assert set(job(given, ["abc"])) == {"fine"}
+    first, *others = job(given, ["abc", "def"])
+    assert first.startswith("process 1 has dataset_sha256 def, the first one abc")
+    assert set(others) == {"exit 2"}
+
+
+def shared(folder: Path, own_folder: bool) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_SEEN_WITHIN", 0.3)
+        place = folder / str(distributed.rank()) if own_folder else folder
+        place.mkdir(exist_ok=True)
+        return refusals(distributed.check_shared, place)
+
+
+def test_a_folder_that_only_the_first_machine_sees_is_refused(job, tmp_path):
+    assert set(job(shared, tmp_path, False)) == {"fine"}
+    first, *others = job(shared, tmp_path, True)
+    assert first.startswith("process 1 (on ")
+    assert f"{tmp_path / '0'}: it has to be on storage that all machines share" in first
+    assert set(others) == {"exit 2"}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def fails_in_first(error: type[Exception]) -> str:
+    def fail() -> None:
+        raise error("only here")
+
+    return refusals(distributed.in_first, fail)
+
+
+def test_where_the_first_fails_all_end(job):
+    first, *others = job(fails_in_first, ValueError)
+    assert first == "only here"
+    assert set(others) == {"exit 2"}
+
+
+@pytest.mark.parametrize("what", ["run", "bank"])
+def test_a_run_is_refused_where_only_one_process_sees_its_files(job, what, tiny_clip, tmp_path):
+    if what == "bank":
+        for name in ("student_model", "student_tensorboards"):
+            (tmp_path / "shared" / name).mkdir(parents=True)
+    assert set(job(distil_apart, str(tiny_clip), tmp_path)) == {2}
+    assert not list(tmp_path.rglob("embeddings.fp16"))
+    assert not list(tmp_path.rglob("resume.pth"))
+
+
+def distil_apart(clip: str, tmp_path: Path) -> int:
+    """Each process with a SAVE of its own, in which what is in tmp_path/shared is everybody's."""
+    save = tmp_path / str(distributed.rank())
+    save.mkdir()
+    for path in (tmp_path / "shared").glob("*"):
+        (save / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_SEEN_WITHIN", 0.3)
+        code = distil("--clip_mode", clip, "--teacher_views", "1", "--epochs", "1", "--save_dir", str(save))
+    gc.collect()
+    return code
+
+
 # A process that dies
 
 
@@ -574,27 +666,41 @@ def children(parent: int) -> list[int]:
     return [int(word) for word in said.stdout.split()]
 
 
-def test_a_process_that_dies_ends_the_job(tmp_path):
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv += [
-        "train_student.py",
-        "--distill",
-        "none",
-        "--dataset",
-        "shapes",
-        "--model_s",
-        "resnet8",
-        "--print_freq",
-        "1",
-    ]
-    argv += ["--epochs", "100", "--batch_size", "16", "--device", "cpu", "--save_dir", str(tmp_path)]
+SHAPES = ["--distill", "none", "--dataset", "shapes", "--model_s", "resnet8", "--epochs", "2", "--batch_size", "16"]
+SHAPES += [
+    "--amp",
+    "off",
+    "--feature_dim",
+    "8",
+    "--max_steps",
+    "20",
+    "--save_steps",
+    "4",
+    "--print_freq",
+    "4",
+    "--device",
+    "cpu",
+    "--save_dir",
+]
+
+
+@pytest.mark.parametrize("job", [2], indirect=True)
+def test_a_job_that_loses_a_process_goes_on_by_itself_and_ends_bit_identical(job, tmp_path):
+    """Whatever --resume said at first; ``python -m tests.restarts`` does it at random moments."""
+    assert set(job(distil, *SHAPES, str(tmp_path / "whole"))) == {0}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--max_restarts", "1", "train_student.py", "--resume", "none", *SHAPES, str(tmp_path / "other")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    lines = []
     with subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         for line in process.stdout:
-            if line.startswith(b"Epoch 1 [3/"):
-                break
-        victim = children(process.pid)[-1]
-        os.kill(victim, 9)
-        assert process.wait(timeout=60) != 0
+            lines.append(line)
+            if line.startswith("Epoch 2 [8/") and sum("Epoch 2 [8/" in line for line in lines) == 1:
+                os.kill(children(process.pid)[-1], 9)
+        assert process.wait(timeout=60) == 0
+    assert any(line.startswith("resuming") and "of epoch 2" in line for line in lines)
+    assert records(tmp_path / "other") == records(tmp_path / "whole")
+    found, expected = (torch.load(run_folder(tmp_path / save) / "resnet8_last.pth") for save in ("other", "whole"))
+    assert all(torch.equal(value, expected["model"][name]) for name, value in found["model"].items())

@@ -6,43 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset
 import train_student
 import train_teacher
-from conftest import make_dataset
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
-from helper import plots
-from helper.plots import embedding_graphs, graph_rows, plot_runs
+from helper import class_plots, plots
+from helper.class_plots import class_rows
+from helper.plots import embedding_graphs, plot_runs
 from helper.report import StoredRun, read_run, table
+from helper.student import load_student
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
-
-
-@pytest.fixture(scope="module")
-def save(tmp_path_factory, tiny_clip):
-    """Runs of three methods, one of them without a teacher: {method: folder}."""
-    root = tmp_path_factory.mktemp("save")
-    folders = {}
-    with pytest.MonkeyPatch.context() as patch:
-        made = make_dataset()
-        patch.setitem(dataset.DATASETS, "tiny", lambda data_dir: made)
-        for method in ("none", "kd", "ega"):
-            options = {
-                "--distill": method,
-                "--dataset": "tiny",
-                "--clip_mode": tiny_clip,
-                "--model_s": "resnet8",
-                "--save_dir": root,
-                "--device": "cpu",
-                "--amp": "off",
-                "--feature_dim": 8,
-                "--batch_size": 32,
-                "--epochs": 2,
-            }
-            train_student.main([str(word) for pair in options.items() for word in pair])
-            (folders[method],) = (root / "student_model").glob(f"*_{method}_*")
-    return folders
 
 
 @pytest.fixture
@@ -69,18 +43,18 @@ def assert_is_picture(path) -> tuple[int, int]:
 
 def test_rows_are_ordered_by_class():
     targets = torch.randint(20, (1000,), generator=torch.Generator().manual_seed(0))
-    rows = graph_rows(targets, num_classes=5, per_class=4)
+    rows = class_rows(targets, num_classes=5, per_class=4)
     assert targets[rows].tolist() == [target for target in (0, 5, 10, 14, 19) for _ in range(4)]
     assert len(rows.unique()) == 20
-    few = graph_rows(torch.tensor([7, 3, 7]), num_classes=5, per_class=4)
+    few = class_rows(torch.tensor([7, 3, 7]), num_classes=5, per_class=4)
     assert few.tolist() == [1, 0, 2]
 
 
-def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(save, tiny_dataset, tiny_clip, monkeypatch):
+def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(finished, tiny_dataset, tiny_clip, monkeypatch):
     seen = []
     real = plots.edge_matrix
     monkeypatch.setattr(plots, "edge_matrix", lambda embedding: seen.append(embedding) or real(embedding))
-    graphs = embedding_graphs(read_run(save["ega"]), num_classes=4, per_class=3)
+    graphs = embedding_graphs(read_run(finished["ega"]), num_classes=4, per_class=3)
 
     assert graphs.targets.tolist() == sorted(graphs.targets.tolist())
     assert graphs.targets.tolist() == tiny_dataset.test.targets[graphs.rows].tolist()
@@ -89,7 +63,7 @@ def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(save, tiny_data
         np.testing.assert_allclose(edges.numpy(), np.corrcoef(embedding.numpy()), atol=1e-6)
 
     # The embeddings are those of the stored weights, on unchanged test images.
-    state = torch.load(save["ega"] / "resnet8_best.pth", weights_only=True)
+    state = torch.load(finished["ega"] / "resnet8_best.pth", weights_only=True)
     image = normalize(tiny_dataset.test.images[graphs.rows], CLIP_NORMALIZATION)
     student, head = create_student("resnet8", 8, 5).eval(), TeacNet(16, 8, 5)
     student.backbone.load_state_dict(state["model"])
@@ -101,24 +75,26 @@ def test_graphs_are_pearson_correlations_of_the_run_s_embeddings(save, tiny_data
         torch.testing.assert_close(seen[0], head(x)[0], atol=5e-3, rtol=5e-3)
 
 
-def test_nothing_is_encoded_twice(save, tiny_dataset, monkeypatch):
+def test_nothing_is_encoded_twice(finished, tiny_dataset, monkeypatch):
     def encode(*args):
         raise AssertionError("the bank holds it")
 
     monkeypatch.setattr("helper.bank.encode_view", encode)
-    embedding_graphs(read_run(save["kd"]))
+    embedding_graphs(read_run(finished["kd"]))
 
 
-def test_picture_of_several_runs(save, tiny_dataset, capsys):
-    plots.main([str(folder) for folder in save.values()])
-    path = save["ega"].parents[1] / "plots" / f"{save['ega'].name}.png"
+def test_picture_of_several_runs(finished, tiny_dataset, capsys):
+    plots.main([str(folder) for folder in finished.values()])
+    path = finished["ega"].parents[1] / "plots" / f"{finished['ega'].name}.png"
     assert capsys.readouterr().out.strip() == str(path)
     assert_is_picture(path)
 
 
-def test_picture_of_a_student_alone_has_curves_only(save, tiny_dataset, tmp_path):
-    alone = assert_is_picture(plot_runs([save["none"]], tmp_path / "deep" / "alone.png"))
-    other = assert_is_picture(plot_runs([save["none"], save["kd"]], tmp_path / "kd.png", graph_of=save["kd"]))
+def test_picture_of_a_student_alone_has_curves_only(finished, tiny_dataset, tmp_path):
+    alone = assert_is_picture(plot_runs([finished["none"]], tmp_path / "deep" / "alone.png"))
+    other = assert_is_picture(
+        plot_runs([finished["none"], finished["kd"]], tmp_path / "kd.png", graph_of=finished["kd"])
+    )
     assert alone[1] < other[1]
 
 
@@ -146,20 +122,67 @@ def test_curves_of_few_and_of_many_runs(tmp_path, count, largest, scale):
     assert accuracy.get_yscale() == "linear"
 
 
-def test_a_run_is_read_from_its_two_small_files(save, tiny_dataset, tmp_path, capsys):
+def test_a_run_is_read_from_its_two_small_files(finished, tiny_dataset, tmp_path, capsys):
     """As kept for the record, without weights: the same table, and the curves, of its terms too."""
     kept = []
-    for folder in save.values():
+    for folder in finished.values():
         kept.append(tmp_path / "runs" / folder.name)
         kept[-1].mkdir(parents=True)
         for name in ("options.json", "metrics.jsonl"):
             shutil.copy(folder / name, kept[-1])
-    assert table([read_run(folder) for folder in kept]) == table([read_run(folder) for folder in save.values()])
-    whole = assert_is_picture(plot_runs(list(save.values()), tmp_path / "whole.png"))
+    assert table([read_run(folder) for folder in kept]) == table([read_run(folder) for folder in finished.values()])
+    whole = assert_is_picture(plot_runs(list(finished.values()), tmp_path / "whole.png"))
     curves = assert_is_picture(plot_runs(kept, tmp_path / "curves.png"))
     assert curves[0] == whole[0]
     assert curves[1] < whole[1]
     assert_refused(capsys, "holds no weights", *kept, "--graph_of", kept[-1], "--out", tmp_path / "refused.png")
+
+
+def test_picture_of_embeddings_of_both_students_and_the_teacher(finished, tiny_dataset, tmp_path, capsys, monkeypatch):
+    seen = []
+    real = class_plots.plane
+    monkeypatch.setattr(class_plots, "plane", lambda embedding: seen.append(embedding) or real(embedding))
+    out = tmp_path / "deep" / "embedding.png"
+    plots.main(["--embedding", str(finished["none"]), str(finished["ega"]), "--out", str(out)])
+    assert capsys.readouterr().out.strip() == str(out)
+    assert_is_picture(out)
+
+    order = tiny_dataset.test.targets.argsort(stable=True)
+    image = normalize(tiny_dataset.test.images[order], CLIP_NORMALIZATION)
+    with torch.no_grad():
+        for embedding, method in zip(seen, ("none", "ega"), strict=False):
+            torch.testing.assert_close(embedding, load_student(finished[method])[0].embed(image), atol=1e-4, rtol=1e-4)
+    assert len(seen) == 3
+    assert seen[2].shape == seen[1].shape
+
+
+def test_the_legend_names_at_most_twenty_classes_outside_of_the_panels(finished, tiny_dataset):
+    figure = class_plots.embedding_figure([read_run(finished["none"])])
+    (axis,) = figure.axes
+    assert axis.get_legend() is None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == tiny_dataset.classes
+    assert len({(str(c.get_facecolor()), c.get_paths()[0].vertices.shape) for c in axis.collections}) == 5
+    targets = torch.arange(300) % 100
+    assert len(targets[class_rows(targets, class_plots._CLASSES, 3)].unique()) == 20
+
+
+def test_gain_of_each_class_over_the_student_alone(finished, tiny_dataset, tmp_path):
+    figure = class_plots.gain_figure([read_run(finished[method]) for method in ("kd", "none", "ega")])
+    assert len(figure.axes) == 2
+    targets = tiny_dataset.test.targets
+    for axis, method in zip(figure.axes, ("kd", "ega"), strict=True):
+        right = []
+        for name in (method, "none"):
+            with torch.no_grad():
+                logits = load_student(finished[name])[0](normalize(tiny_dataset.test.images, CLIP_NORMALIZATION))
+            right.append([100 * float((logits[targets == c].argmax(1) == c).float().mean()) for c in range(5)])
+        gain = {name: a - b for name, a, b in zip(tiny_dataset.classes, *right, strict=True)}
+        names = [text.get_text() for text in axis.get_xticklabels()]
+        assert sorted(names) == tiny_dataset.classes
+        heights = [bar.get_height() for bar in axis.patches]
+        assert heights == pytest.approx([gain[name] for name in names])
+        assert heights == sorted(heights, reverse=True)
+    assert_is_picture(plots.plot_classes([finished["none"], finished["kd"]], "per_class", tmp_path / "gain.png"))
 
 
 def assert_refused(capsys, words: str, *argv):
@@ -171,12 +194,12 @@ def assert_refused(capsys, words: str, *argv):
     assert err.count("\n") == 1
 
 
-def test_bad_input(save, tiny_dataset, tmp_path, capsys):
+def test_bad_input(finished, tiny_dataset, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert_refused(capsys, "not the folder of a run", tmp_path / "nowhere", "--out", out)
 
     broken = tmp_path / "save" / "student_model" / "run"
-    shutil.copytree(save["ega"], broken)
+    shutil.copytree(finished["ega"], broken)
     first, second = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text(first)
     assert_refused(capsys, "not finished", broken, "--out", out)
@@ -186,16 +209,18 @@ def test_bad_input(save, tiny_dataset, tmp_path, capsys):
     (broken / "options.json").write_text("{")
     assert_refused(capsys, "corrupt", broken, "--out", out)
 
-    assert_refused(capsys, "no teacher", save["none"], "--graph_of", save["none"], "--out", out)
-    assert_refused(capsys, "none of the runs", save["none"], "--graph_of", save["kd"], "--out", out)
+    assert_refused(capsys, "no teacher", finished["none"], "--graph_of", finished["none"], "--out", out)
+    assert_refused(capsys, "compares runs with a student alone", "--per_class", finished["ega"], "--out", out)
+    assert_refused(capsys, "--graph_of is of the curves", "--embedding", finished["ega"], "--graph_of", finished["ega"])
+    assert_refused(capsys, "none of the runs", finished["none"], "--graph_of", finished["kd"], "--out", out)
     (tmp_path / "file").touch()
-    assert_refused(capsys, "file", save["none"], "--out", tmp_path / "file" / "out.png")
+    assert_refused(capsys, "file", finished["none"], "--out", tmp_path / "file" / "out.png")
     assert not out.exists()
 
 
-def test_other_data_than_the_run_s_is_refused(save, tiny_dataset, tmp_path, capsys):
+def test_other_data_than_the_run_s_is_refused(finished, tiny_dataset, tmp_path, capsys):
     other = tmp_path / "save" / "student_model" / "run"
-    shutil.copytree(save["ega"], other)
+    shutil.copytree(finished["ega"], other)
     options = json.loads((other / "options.json").read_text())
     (other / "options.json").write_text(json.dumps(options | {"dataset_sha256": "0"}))
     assert_refused(capsys, "another dataset", other)

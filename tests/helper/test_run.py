@@ -229,6 +229,19 @@ def test_other_options_are_refused_with_both_values(tmp_path, changed):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("word", ["auto", "all"])
+def test_a_word_is_not_compared_before_it_has_become_a_number(tmp_path, word):
+    run = start(tmp_path, teacher_views=162)
+    train(run, 1)
+    close(run)
+    opt = Namespace(save_dir=str(tmp_path), resume="auto", epochs=3, teacher_views=word)
+    again = Run(opt, "kind", "tb", "run", "net")
+    again.record(teacher_views=162)
+    with pytest.raises(ValueError, match="teacher_views 162, not 16"):
+        again.record(teacher_views=16)
+    close(again)
+
+
 def test_a_run_that_knew_nothing_of_processes_had_one(tmp_path):
     run = start(tmp_path)
     train(run, 1)

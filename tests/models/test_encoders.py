@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from conftest import Code
-from models import create_encoder
+from models import create_encoder, create_text_encoder
 from models.weights import sha256_of
 
 TINY_TOWER = {
@@ -206,3 +206,19 @@ def test_without_a_network_the_line_says_what_to_give(name, monkeypatch, dead_ur
         with pytest.raises(OSError, match=f"{name} could not be downloaded .*with no network, give .*=PATH") as error:
             create_encoder(name, "unused")
     assert "\n" not in str(error.value)
+
+
+def test_the_text_encoder_is_the_library_s(make, tower):
+    net, name, _ = make("open_clip")
+    encoder = create_text_encoder(name, "unused")
+    texts = ["a red circle", "a photo of many things, and of one more"]
+    with torch.no_grad():
+        expected = net.encode_text(open_clip.get_tokenizer(tower)(texts))
+        torch.testing.assert_close(encoder.encode_text(encoder.tokenize(texts)), expected)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_who_has_no_text_encoder_says_so(make, library):
+    _, name, _ = make(library)
+    with pytest.raises(ValueError, match="understands no text"):
+        create_text_encoder(name, "unused")

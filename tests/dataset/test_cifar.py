@@ -11,47 +11,53 @@ import torch
 from torchvision import datasets
 
 from conftest import snapshot
-from dataset import DATASETS, load_dataset
-from dataset.cifar100 import load_cifar100
+from dataset import DATASETS, archives, load_dataset
+from dataset.cifar import load_cifar100
 
 REAL = Path(__file__).parents[2] / "data"
 NAME = datasets.CIFAR100.base_folder
 
 
 class Archive:
-    """A CIFAR-100 of a few images in the published format, put in torchvision's list in its place."""
+    """A CIFAR of a few images in the published format, put in torchvision's list in its place."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, cifar: type[datasets.CIFAR10] = datasets.CIFAR100, key: str = "fine_label"):
+        self.cifar, self.folder = cifar, cifar.base_folder
         rng = np.random.default_rng(0)
         names = [f"class_{i}" for i in range(100)]
         self.pixels = {part: rng.integers(0, 256, (n, 3072), dtype=np.uint8) for part, n in (("train", 7), ("test", 3))}
         self.labels = {"train": [5, 1, 99, 0, 1, 2, 50], "test": [7, 0, 99]}
         self.files = {
-            part: pickle.dumps({"data": self.pixels[part], "fine_labels": self.labels[part]}) for part in self.pixels
+            "train": self._pickled(key, "train", slice(0, 4)),
+            "train_2": self._pickled(key, "train", slice(4, 7)),
+            "test": self._pickled(key, "test", slice(0, 3)),
+            "meta": pickle.dumps({f"{key}_names": names}),
         }
-        self.files["meta"] = pickle.dumps({"fine_label_names": names})
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as tar:
             for name, content in self.files.items():
-                entry = tarfile.TarInfo(f"{NAME}/{name}")
+                entry = tarfile.TarInfo(f"{self.folder}/{name}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
         self.bytes = packed.getvalue()
         md5 = {name: hashlib.md5(content).hexdigest() for name, content in self.files.items()}
         for attribute, value in {
-            "train_list": [["train", md5["train"]]],
+            "train_list": [["train", md5["train"]], ["train_2", md5["train_2"]]],
             "test_list": [["test", md5["test"]]],
-            "meta": {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]},
+            "meta": {"filename": "meta", "key": f"{key}_names", "md5": md5["meta"]},
             "tgz_md5": hashlib.md5(self.bytes).hexdigest(),
         }.items():
-            monkeypatch.setattr(datasets.CIFAR100, attribute, value)
-        self.filename = datasets.CIFAR100.filename
+            monkeypatch.setattr(cifar, attribute, value)
+        self.filename = cifar.filename
+
+    def _pickled(self, key: str, part: str, rows: slice) -> bytes:
+        return pickle.dumps({"data": self.pixels[part][rows], f"{key}s": self.labels[part][rows]})
 
     def extract(self, root: Path) -> Path:
-        (root / NAME).mkdir(parents=True)
+        (root / self.folder).mkdir(parents=True)
         for name, content in self.files.items():
-            (root / NAME / name).write_bytes(content)
-        return root / NAME
+            (root / self.folder / name).write_bytes(content)
+        return root / self.folder
 
     def check(self, dataset) -> None:
         for part, split in (("train", dataset.train), ("test", dataset.test)):
@@ -81,13 +87,26 @@ def served(archive, web_server, monkeypatch) -> Path:
 
 
 def leftovers(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir()} - {".cifar100.lock"}
+    return {path.name for path in root.iterdir()} - {f".{NAME}.lock"}
 
 
 def test_extracted_files_are_read_without_a_network(archive, tmp_path):
     archive.extract(tmp_path)
     archive.check(load_dataset("cifar100", str(tmp_path)))
     assert leftovers(tmp_path) == {NAME}
+
+
+def test_cifar_10_is_read_and_downloaded_likewise(monkeypatch, web_server, tmp_path):
+    archive = Archive(monkeypatch, datasets.CIFAR10, "label")
+    folder, url = web_server
+    (folder / archive.filename).write_bytes(archive.bytes)
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{url}/{archive.filename}")
+    for _ in range(2):
+        dataset = load_dataset("cifar10", str(tmp_path))
+        archive.check(dataset)
+        assert dataset.name == "cifar10"
+        (folder / archive.filename).unlink(missing_ok=True)
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {"cifar-10-batches-py"} | {folder.name}
 
 
 def test_extracted_files_are_read_from_a_folder_that_cannot_be_written(archive, tmp_path, monkeypatch):
@@ -127,7 +146,7 @@ def test_a_corrupt_archive_is_refused_and_kept(archive, served, tmp_path):
     assert snapshot(root) == before
 
 
-@pytest.mark.parametrize("name", ["train", "test", "meta"])
+@pytest.mark.parametrize("name", ["train_2", "test", "meta"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_a_corrupt_extracted_file_is_refused_and_kept(archive, served, tmp_path, name, damage):
     root = tmp_path / "data"
@@ -153,7 +172,7 @@ def test_a_download_of_another_content_is_refused_and_leaves_nothing(archive, se
 
 def test_an_interrupted_download_is_begun_again(archive, served, tmp_path, monkeypatch):
     root = tmp_path / "data"
-    fetch = datasets.cifar.download_and_extract_archive
+    fetch = archives.download_and_extract_archive
 
     def interrupted(url, download_root, **options):
         fetch(url, download_root, **options)
@@ -161,7 +180,7 @@ def test_an_interrupted_download_is_begun_again(archive, served, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(datasets.cifar, "download_and_extract_archive", interrupted)
+        patch.setattr(archives, "download_and_extract_archive", interrupted)
         for method in ("cleanup", "_cleanup"):  # who is killed does not clean up
             patch.setattr(tempfile.TemporaryDirectory, method, lambda *args, **options: None)
         with pytest.raises(KeyboardInterrupt):
@@ -182,7 +201,7 @@ def test_a_run_that_waited_for_anothers_download_does_not_begin_its_own(archive,
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr("dataset.cifar100.FileLock", Waited)
+    monkeypatch.setattr(archives, "FileLock", Waited)
     archive.check(load_cifar100(str(tmp_path)))
 
 
@@ -208,8 +227,8 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_input(archive, served, 
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown data set 'cifar10'.*" + ".*".join(DATASETS)):
-        load_dataset("cifar10", "data")
+    with pytest.raises(ValueError, match="unknown data set 'cifar11'.*" + ".*".join(DATASETS)):
+        load_dataset("cifar11", "data")
 
 
 def test_the_fingerprint_follows_the_pixels(archive, tmp_path):

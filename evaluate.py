@@ -1,0 +1,36 @@
+"""What a finished student knows, beside its teacher: ``python evaluate.py SAVE/student_model/NAME``."""
+
+from helper.answers import ask
+from helper.evaluation import Accuracy, Corruptions
+from helper.options import parse_evaluate_options
+from helper.probe import Transfer
+from helper.runtime import resolve_device
+from helper.search import search
+from helper.subjects import open_subjects, save_dir
+from helper.util import exit_on_bad_input
+from helper.zero_shot import ZeroShot
+
+
+def main(argv: list[str] | None = None) -> None:
+    opt = parse_evaluate_options(argv)
+    with exit_on_bad_input("evaluate.py"):
+        device = resolve_device(opt.device)
+        if opt.searches:
+            print(search(opt, device))
+            return
+
+        subjects = open_subjects(opt.runs, opt, device)
+        questions = [Transfer(opt, save_dir(subjects[0].run))] if opt.probe is not None else []
+        questions += [ZeroShot(opt.labels)] if opt.zero_shot else []
+        questions += [Corruptions(opt.data_dir)] if opt.corruptions else []
+        questions = questions or [Accuracy()]
+        # Everything that can be wrong with the input is found here, before anything is computed.
+        for question in questions:
+            for subject in subjects:
+                question.check(subject)
+        for question in questions:
+            ask(question, subjects)
+
+
+if __name__ == "__main__":
+    main()
