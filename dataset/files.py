@@ -104,7 +104,7 @@ def open_images(
         max_bad: files that cannot be decoded are left out, up to so many.
 
     Raises:
-        ValueError: more files cannot be decoded.
+        ValueError: more files cannot be decoded, or none of a split can.
         OSError: there is no room for the images, their folder cannot be written, or a file not be read.
     """
     about = {"side": side, "resampling": RESAMPLING, "chunk": CHUNK}
@@ -130,7 +130,11 @@ def open_images(
                 f"out with --max_bad_images {len(bad)}"
             )
         print(f"left out of {root}, since they cannot be decoded: {told}")
-    return store.squares(), store.fingerprint()
+    squares = store.squares()
+    for split, files in zip(squares, splits, strict=True):
+        if not len(split.files):
+            raise ValueError(f"none of the images in {root} that belong with {shown(files[0].name)} can be decoded")
+    return squares, store.fingerprint()
 
 
 def _recorded(path: Path) -> list | None:
