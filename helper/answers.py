@@ -116,9 +116,7 @@ def table(section: str, dataset: str, subjects: list[Subject], results: list[dic
     shown = [True, *(any(row[place] != "–" for row in rows) for place in range(1, len(columns) + 1))]
     rows = [("", *(heading for heading, _ in columns.values())), *dict.fromkeys(rows)]
     rows = [tuple(cell for cell, show in zip(row, shown, strict=True) if show) for row in rows]
-    return (
-        f"{title.format(dataset)}\n\n{markdown(rows)}" if len(rows) > 1 else f"{title.format(dataset)}: nothing to say"
-    )
+    return f"{title.format(dataset)}\n\n{markdown(rows)}"
 
 
 def _cell(values: list[float | None], digits: int) -> str:

@@ -41,6 +41,9 @@ from helper import checkpoint, distributed
 from helper.loops import Step
 from models import create_model
 
+# Of few words, which a teacher of images does not need.
+SMALL_VIT = (*TINY_VIT[:6], 100, *TINY_VIT[7:])
+
 COMMON = ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16"]
 STUDENT = ["--model_s", "resnet8", "--epochs", "3"]
 EGA = [*STUDENT, "--clip_mode", "{clip}", "--feature_dim", "8"]
@@ -194,7 +197,7 @@ def end(children: list[int], began: float, log: Path, seconds: float) -> Ended:
     """Wait for all; who is not done after so many seconds is killed, which counts as a fault: code -9."""
     deadline = time.monotonic() + seconds
     while any(map(alive, children)) and time.monotonic() < deadline:
-        time.sleep(0.005)
+        time.sleep(0.02)
     for child in children:
         if alive(child):
             os.kill(child, signal.SIGKILL)
@@ -278,7 +281,7 @@ class Campaign:
         paths = {name: folder / f"{name}.pth" for name in ("clip", "clip_state", "weights")}
 
         def make() -> None:
-            write_archive(paths["clip"], TINY_VIT)
+            write_archive(paths["clip"], SMALL_VIT)
             torch.save(dict(torch.jit.load(paths["clip"]).state_dict()), paths["clip_state"])
             torch.manual_seed(0)
             torch.save(create_model("resnet8", 0).state_dict(), paths["weights"])
@@ -302,8 +305,9 @@ class Campaign:
         words = [word.format(**(inputs or self.inputs)) for word in options]
         return [*COMMON, "--save_dir", str(save_dir), *words]
 
-    def expected(self, name: str, target: Target) -> tuple[dict[str, str], float]:
+    def expected(self, target: Target) -> tuple[dict[str, str], float]:
         """What the unbroken command leaves, and how many seconds it takes."""
+        name = self.key(target)
         if name not in self.unbroken:
             save_dir = self.work / "unbroken"
             ended = command(target, self.argv(target.options, save_dir), self.log)
@@ -312,6 +316,10 @@ class Campaign:
             self.sizes[name] = sum(path.stat().st_size for path in save_dir.rglob("*"))
             shutil.rmtree(save_dir)
         return self.unbroken[name]
+
+    @staticmethod
+    def key(target: Target) -> str:
+        return " ".join([target.script.__name__, *target.options, str(target.processes)])
 
     @contextlib.contextmanager
     def save_dir(self) -> Iterator[Path]:
@@ -349,7 +357,7 @@ class Campaign:
     def interrupt(self, name: str, number: int) -> None:
         """One to three signals at random moments of one run, which must then end as the unbroken one."""
         target = TARGETS[name]
-        expected, seconds = self.expected(name, target)
+        expected, seconds = self.expected(target)
         kind = f"{signal.Signals(number).name}: {name}"
         hits = 0
         with self.save_dir() as save_dir:
@@ -392,7 +400,7 @@ class Campaign:
         """A damaged file is refused in one line, or mended, or does not matter: the end is the unbroken run's."""
         damage = FILES[name]
         target = Target(train_student, damage.options)
-        expected, _ = self.expected(f"file {' '.join(damage.options)}", target)
+        expected, _ = self.expected(target)
         kind = f"{what}: {name}"
         with self.save_dir() as save_dir:
             inputs = dict(self.inputs)
@@ -413,7 +421,7 @@ class Campaign:
 
     def earlier(self, target: Target) -> Path:
         """What the command leaves that has fewer epochs; where it has but one, what it leaves before its end."""
-        key = " ".join(target.options)
+        key = self.key(target)
         if key not in self.templates:
             save_dir = self.work / f"earlier{len(self.templates)}"
             options = target.options if "folder" in target.options else [*target.options, "--epochs", "2"]
@@ -437,7 +445,7 @@ class Campaign:
     def failing_write(self, name: str, number: int, error: int) -> bool:
         """The write of that number fails, and all after it; whether the run came so far."""
         target = TARGETS[name]
-        expected, _ = self.expected(name, target)
+        expected, _ = self.expected(target)
         kind = f"{errno.errorcode[error]} at every write: {name}"
         with self.save_dir() as save_dir:
             argv = self.argv(target.options, save_dir)
@@ -453,8 +461,8 @@ class Campaign:
     def full_disk(self, name: str) -> None:
         """A file system that is full at a random moment, and is then made larger."""
         target = TARGETS[name]
-        expected, _ = self.expected(name, target)
-        largest = self.sizes[name]
+        expected, _ = self.expected(target)
+        largest = self.sizes[self.key(target)]
         kind = f"a full file system: {name}"
         with self.save_dir() as save_dir:
             mount = save_dir.parent
@@ -612,7 +620,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--command_lines", type=int, metavar="N", help="instead: so many random command lines")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=48, num_test=10)
     until = time.monotonic() + 60 * args.minutes
     campaign = Campaign(args.folder.absolute(), args.seed)
     if args.soak:
