@@ -124,6 +124,10 @@ FILES = {
 }
 
 
+# Seconds that a command may take, on however busy a machine; and from a signal to its end, see ``Campaign.interrupt``.
+PATIENCE, STOPPING = 1800, 60
+
+
 # One command in processes of its own
 
 
@@ -207,7 +211,7 @@ def end(children: list[int], began: float, log: Path, seconds: float) -> Ended:
 
 def command(target: Target, argv: list[str], log: Path, patch: Callable[[], None] | None = None) -> Ended:
     """Run a command to its end."""
-    return end(*start(target, argv, log, patch), log, 120)
+    return end(*start(target, argv, log, patch), log, PATIENCE)
 
 
 # What is compared
@@ -271,6 +275,7 @@ class Campaign:
         self.random = random.Random(f"{seed} {trials}")  # those that a continued campaign adds are others
         self.inputs = self.make_inputs()
         self.unbroken: dict[str, tuple[dict[str, str], float]] = {}
+        self.slowest = 0.0
         self.sizes: dict[str, int] = {}
         self.templates: dict[str, Path] = {}
         self.lost = 0
@@ -375,9 +380,11 @@ class Campaign:
                 for child in children:  # as torchrun does when one of its processes ends
                     if child != victim and hit and alive(child):
                         os.kill(child, signal.SIGTERM if number == signal.SIGKILL else number)
-                # The exit handlers of a run that is done are short; of one that is stopped the issue says ten seconds.
-                ended = end(children, began, self.log, 10 if hit and number != signal.SIGUSR1 else 120)
+                stops = hit and number != signal.SIGUSR1
+                ended = end(children, began, self.log, STOPPING if stops else PATIENCE)
                 hits += hit
+                if stops and number != signal.SIGKILL:
+                    self.slowest = max(self.slowest, time.monotonic() - sent)
                 if number == signal.SIGKILL:
                     gone = not hit or all(code in (-9, 0, 1, 143, -15) for code in ended.codes)
                 elif number == signal.SIGUSR1:
@@ -635,6 +642,7 @@ def main(argv: list[str] | None = None) -> int:
             break
         trial()
     print(summary(campaign.counts))
+    print(f"Ctrl-C and SIGTERM: every process had ended after {campaign.slowest:.1f} s at most")
     lost = sum(outcomes.get("LOST", 0) for outcomes in campaign.counts.values())
     print(f"{sum(sum(outcomes.values()) for outcomes in campaign.counts.values())} trials, lost: {lost}")
     return int(campaign.lost > 0)
