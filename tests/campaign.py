@@ -390,10 +390,10 @@ class Campaign:
                 elif number == signal.SIGUSR1:
                     gone = ended.whole or -signal.SIGUSR1 in ended.codes  # before main: the system's own way
                 else:
-                    early = (
-                        all(code in (-number, 128 + number, 99, 0) for code in ended.codes) and not save_dir.exists()
-                    )
-                    gone = ended.whole or early or ended.in_one_line(128 + number, 0)
+                    # Before main and after it, the signal acts as on any program.
+                    outside = ended.codes[0] != 128 + number and not ended.said.count(".py: ")
+                    codes = {-number, 128 + number, 0}
+                    gone = codes.issuperset(ended.codes) and (outside or ended.in_one_line(*codes))
                 if not gone:
                     self.fault(kind, f"ended {time.monotonic() - sent:.1f} s after the signal", ended)
                     return
