@@ -24,6 +24,9 @@ from tests.conftest import TINY_VIT
 ROOT = Path(__file__).parent.parent
 RESTARTS = 3
 
+# How the lines begin that say where a job is.
+_TOLD = ("Epoch", "* Epoch", "teacher's", "ega:", "resuming", "best accuracy")
+
 
 def start(save_dir: Path, processes: int, clip: Path, options: list[str]) -> subprocess.Popen:
     """torchrun, its output in SAVE/out."""
@@ -60,8 +63,8 @@ def are_equal(one: tuple[list[dict], dict], other: tuple[list[dict], dict]) -> b
 def where(save_dir: Path) -> str:
     """What the job said last."""
     lines = (save_dir / "out").read_text(errors="replace").replace("\r", "\n").splitlines()
-    said = [line for line in lines if line.lstrip().startswith(("Epoch", "* Epoch", "teacher's", "ega:", "resuming"))]
-    return " ".join(said[-1].split())[:40] if said else "starting"
+    said = [line for line in lines if line.lstrip().startswith(_TOLD) or "failed (exitcode" in line]
+    return " ".join(said[-1].split())[:40] if said and "failed" not in said[-1] else "starting"
 
 
 def kill(job: subprocess.Popen, rng: random.Random, seconds: float, processes: int, before: set[int]) -> set[int]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import pretrain_clip
+from dataset import DATASETS, Split
 from dataset.views import CLIP_NORMALIZATION, normalize
 from helper.contrastive import caption_tokens
 from models.clip_teacher import ImageEncoder, load_clip
@@ -122,6 +124,17 @@ def test_a_finished_run_prints_its_result_and_trains_no_more(tiny_dataset, tmp_p
     assert "zero-shot accuracy" in out
     assert "Epoch" not in out
     assert before == ((folder / "clip.pt").read_bytes(), (folder / "metrics.jsonl").read_bytes())
+
+
+def test_images_without_a_label_have_no_caption(tiny_dataset, tmp_path, monkeypatch):
+    def metrics(name: str, rows: int) -> list[dict]:
+        targets = tiny_dataset.train.targets.clone()
+        targets[50:] = -1
+        split = Split(tiny_dataset.train.images[:rows], targets[:rows])
+        monkeypatch.setitem(DATASETS, "tiny", lambda data_dir: dataclasses.replace(tiny_dataset, train=split))
+        return read_metrics(train(tmp_path / name, *VIT, "--epochs", 1))
+
+    assert metrics("with them", 70) == metrics("without", 50)
 
 
 def test_max_steps_and_eval_freq(tiny_dataset, tmp_path):

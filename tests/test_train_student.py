@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dataset
@@ -488,6 +489,64 @@ def test_more_epochs_continue_a_finished_run(train, tmp_path):
     continued = train("--epochs", 3)
     assert read_metrics(longer) == read_metrics(continued)
     assert_equal_tensors(load(longer / "resnet8_last.pth")["model"], load(continued / "resnet8_last.pth")["model"])
+
+
+# ---- images in a folder
+
+
+def write_photos(root: Path, *folders: str, count: int = 6) -> Path:
+    """So many images in each folder, in its own colour, under noise."""
+    rng = np.random.default_rng(0)
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            colour = rng.integers(40 * number, 40 * number + 60, (48, 40, 3), dtype=np.uint8)
+            Image.fromarray(colour).save(root / folder / f"{i}.jpg")
+    return root
+
+
+def test_a_folder_of_images_teaches_a_student(train, tmp_path, capsys):
+    classes = ("red hair", "Löwe", "x")
+    root = write_photos(tmp_path / "my photos", *(f"train/{name}" for name in classes), "test/x", "unlabelled/deep")
+    options = ["--dataset", "folder", "--data_dir", root, "--image_size", 32, "--epochs", 2]
+    folder = train(*options)
+    assert "_folder-my-photos@32px_" in folder.name
+    recorded = json.loads((folder / "options.json").read_text())
+    assert recorded["image_size"] == 32 and len(recorded["dataset_sha256"]) == 64
+    assert [record["loss_cls"] > 0 and "test_acc" in record for record in read_metrics(folder)] == [True, True]
+    assert plot_runs([folder]).is_file()
+    # The data set is known by its content: it may move.
+    moved = tmp_path / "elsewhere" / "my photos"
+    moved.parent.mkdir()
+    root.rename(moved)
+    options[3] = moved
+    assert train(*options, "--epochs", 3) == folder
+    Image.new("RGB", (9, 9)).save(moved / "train" / "x" / "more.jpg")
+    with pytest.raises(SystemExit):  # and not change
+        train(*options, "--epochs", 4)
+    assert_refused(capsys, 2, "dataset_sha256")
+
+
+def test_a_folder_without_test_images_is_tested_on_what_is_held_out(train, tmp_path, capsys):
+    root = write_photos(tmp_path / "photos", "train/a", "train/b", count=8)
+    options = ["--dataset", "folder", "--data_dir", root, "--image_size", 32, "--epochs", 1]
+    with pytest.raises(SystemExit):
+        train(*options)
+    assert_refused(capsys, 2, "no image in test/CLASS/ or val/CLASS/", "--holdout F")
+    head = train(*options, "--holdout", 0.25, script=train_teacher)
+    folder = train(*options, "--holdout", 0.25, "--path_t", head / "tiny_clip_last.pth")
+    (record,) = read_metrics(folder)
+    assert "val_acc" not in record and record["test_acc"] in (0, 25, 50, 75, 100)
+    assert json.loads((folder / "options.json").read_text())["holdout"] == 0.25
+
+
+def test_photographs_are_seen_in_random_resized_crops(train, tmp_path):
+    root = write_photos(tmp_path / "photos", "train/a", "train/b", "val/a", "val/b", count=4)
+    options = ["--dataset", "folder", "--data_dir", root, "--image_size", 100, "--epochs", 1, "--teacher_views", 2]
+    (record,) = read_metrics(train(*options))
+    assert 0 <= record["test_acc"] <= 100
+    (images,) = (tmp_path / "save" / "images").glob("*/images.u8")
+    assert images.stat().st_size == 16 * 114 * 114 * 3
 
 
 # ---- bad input

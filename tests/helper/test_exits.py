@@ -139,6 +139,21 @@ def test_what_was_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_checkpoint_can_be_asked_for_where_torchrun_ignores_the_signal():
+    """A process inherits what its parent ignores."""
+    before, asked = signal.signal(signal.SIGUSR1, signal.SIG_IGN), []
+
+    def main() -> None:
+        send(signal.SIGUSR1)
+        asked.append(save_asked(1))
+
+    try:
+        exits("train.py", memory="--batch_size")(main)()
+        assert asked == [True]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [

@@ -141,6 +141,10 @@ def test_senseless_numbers_and_words_are_refused(capsys, flag, value):
         ("--joint teacher -a 1", "no logits of the teacher for KD (-a)"),
         ("--joint teacher --feature_dim 64", "leave it out"),
         ("--save_steps 0", "--save_steps"),
+        ("--dataset folder", "--dataset folder needs --image_size R"),
+        ("--image_size 64", "the images of cifar100 have a size of their own"),
+        ("--dataset tinyimagenet --image_size 64", "the images of tinyimagenet have a size of their own"),
+        ("--max_bad_images 2", "cifar100 is not decoded from image files"),
         ("--unknown 3", "--unknown"),
         ("stray", "stray"),
         ("--batch_size", "--batch_size"),
@@ -158,6 +162,7 @@ def test_contradictions_are_refused_with_a_way_out(capsys, argv, words):
         ("--model resnet9 --dataset x", "--dataset"),
         ("--num_workers 8", "--num_workers"),
         ("--labels 0", "above 0"),
+        ("--dataset folder", "--dataset folder needs --image_size R"),
     ],
 )
 def test_a_teachers_contradictions_are_refused_too(capsys, argv, words):
@@ -238,6 +243,12 @@ def test_the_name_of_a_run_carries_what_tells_runs_apart():
     assert teacher_run_name(parse_teacher_options(["--model", "RN50"])) == "RN50_f256_cifar100_lr_0.01_seed0_trial1"
     for clip in PUBLISHED:
         assert not set(student_run_name(parse_student_options(["--clip_mode", clip]))) & set("/:\\ ")
+
+
+def test_the_name_of_a_run_on_a_folder_tells_which():
+    argv = ["--dataset", "folder", "--data_dir", "some/where/my pets", "--image_size", "96"]
+    assert "_folder-my-pets@96px_ega_" in student_run_name(parse_student_options(argv))
+    assert "_folder-my-pets@96px_labels0.5_" in teacher_run_name(parse_teacher_options([*argv, "--labels", "0.5"]))
 
 
 @pytest.fixture
