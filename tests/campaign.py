@@ -440,11 +440,7 @@ class Campaign:
         return self.templates[key]
 
     def flip(self, name: str) -> None:
-        def flipped(content: bytes) -> bytes:
-            place = self.random.randrange(len(content))
-            return content[:place] + bytes([content[place] ^ 1 << self.random.randrange(8)]) + content[place + 1 :]
-
-        self.damage(name, flipped, "a bit flipped")
+        self.damage(name, lambda content: flipped(content, self.random), "a bit flipped")
 
     def cut(self, name: str) -> None:
         self.damage(name, lambda content: content[: self.random.randrange(len(content))], "cut off")
@@ -489,6 +485,12 @@ class Campaign:
                     self.count(kind, "ended bit-identical")
             finally:
                 os.system(f"umount {mount}")
+
+
+def flipped(content: bytes, numbers: random.Random) -> bytes:
+    """With one bit changed."""
+    place = numbers.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ 1 << numbers.randrange(8)]) + content[place + 1 :]
 
 
 def fail_writes(folder: Path, number: int, error: int) -> None:
