@@ -2,6 +2,7 @@
 
 from helper.answers import ask
 from helper.evaluation import Accuracy, Corruptions
+from helper.exits import exits
 from helper.options import parse_evaluate_options
 from helper.probe import Transfer
 from helper.runtime import resolve_device
@@ -11,6 +12,7 @@ from helper.util import exit_on_bad_input
 from helper.zero_shot import ZeroShot
 
 
+@exits("evaluate.py", memory="use --device cpu, or evaluate fewer runs at once")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_evaluate_options(argv)
     with exit_on_bad_input("evaluate.py"):

@@ -124,6 +124,10 @@ FILES = {
 }
 
 
+# Seconds that a command may take, on however busy a machine; and from a signal to its end, see ``Campaign.interrupt``.
+PATIENCE, STOPPING = 1800, 60
+
+
 # One command in processes of its own
 
 
@@ -207,7 +211,7 @@ def end(children: list[int], began: float, log: Path, seconds: float) -> Ended:
 
 def command(target: Target, argv: list[str], log: Path, patch: Callable[[], None] | None = None) -> Ended:
     """Run a command to its end."""
-    return end(*start(target, argv, log, patch), log, 120)
+    return end(*start(target, argv, log, patch), log, PATIENCE)
 
 
 # What is compared
@@ -271,6 +275,7 @@ class Campaign:
         self.random = random.Random(f"{seed} {trials}")  # those that a continued campaign adds are others
         self.inputs = self.make_inputs()
         self.unbroken: dict[str, tuple[dict[str, str], float]] = {}
+        self.slowest = 0.0
         self.sizes: dict[str, int] = {}
         self.templates: dict[str, Path] = {}
         self.lost = 0
@@ -375,18 +380,20 @@ class Campaign:
                 for child in children:  # as torchrun does when one of its processes ends
                     if child != victim and hit and alive(child):
                         os.kill(child, signal.SIGTERM if number == signal.SIGKILL else number)
-                # The exit handlers of a run that is done are short; of one that is stopped the issue says ten seconds.
-                ended = end(children, began, self.log, 10 if hit and number != signal.SIGUSR1 else 120)
+                stops = hit and number != signal.SIGUSR1
+                ended = end(children, began, self.log, STOPPING if stops else PATIENCE)
                 hits += hit
+                if stops and number != signal.SIGKILL:
+                    self.slowest = max(self.slowest, time.monotonic() - sent)
                 if number == signal.SIGKILL:
                     gone = not hit or all(code in (-9, 0, 1, 143, -15) for code in ended.codes)
                 elif number == signal.SIGUSR1:
                     gone = ended.whole or -signal.SIGUSR1 in ended.codes  # before main: the system's own way
                 else:
-                    early = (
-                        all(code in (-number, 128 + number, 99, 0) for code in ended.codes) and not save_dir.exists()
-                    )
-                    gone = ended.whole or early or ended.in_one_line(128 + number, 0)
+                    # Before main and after it, the signal acts as on any program.
+                    outside = ended.codes[0] != 128 + number and not ended.said.count(".py: ")
+                    codes = {-number, 128 + number, 0}
+                    gone = codes.issuperset(ended.codes) and (outside or ended.in_one_line(*codes))
                 if not gone:
                     self.fault(kind, f"ended {time.monotonic() - sent:.1f} s after the signal", ended)
                     return
@@ -433,11 +440,7 @@ class Campaign:
         return self.templates[key]
 
     def flip(self, name: str) -> None:
-        def flipped(content: bytes) -> bytes:
-            place = self.random.randrange(len(content))
-            return content[:place] + bytes([content[place] ^ 1 << self.random.randrange(8)]) + content[place + 1 :]
-
-        self.damage(name, flipped, "a bit flipped")
+        self.damage(name, lambda content: flipped(content, self.random), "a bit flipped")
 
     def cut(self, name: str) -> None:
         self.damage(name, lambda content: content[: self.random.randrange(len(content))], "cut off")
@@ -482,6 +485,12 @@ class Campaign:
                     self.count(kind, "ended bit-identical")
             finally:
                 os.system(f"umount {mount}")
+
+
+def flipped(content: bytes, numbers: random.Random) -> bytes:
+    """With one bit changed."""
+    place = numbers.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ 1 << numbers.randrange(8)]) + content[place + 1 :]
 
 
 def fail_writes(folder: Path, number: int, error: int) -> None:
@@ -635,6 +644,7 @@ def main(argv: list[str] | None = None) -> int:
             break
         trial()
     print(summary(campaign.counts))
+    print(f"Ctrl-C and SIGTERM: every process had ended after {campaign.slowest:.1f} s at most")
     lost = sum(outcomes.get("LOST", 0) for outcomes in campaign.counts.values())
     print(f"{sum(sum(outcomes.values()) for outcomes in campaign.counts.values())} trials, lost: {lost}")
     return int(campaign.lost > 0)
