@@ -5,8 +5,8 @@ from helper.deployed import predict
 from helper.exits import exits
 from helper.export import BESIDE, FILES, check, export, new_files, quantize
 from helper.model_card import describe, write_beside
-from helper.options import parse_export_options
 from helper.student import open_dataset, open_student
+from helper.use_options import parse_export_options
 from helper.util import exit_on_bad_input
 
 
