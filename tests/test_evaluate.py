@@ -21,7 +21,8 @@ import train_student
 import train_teacher
 from conftest import make_dataset
 from dataset import ImageDataset, Split
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize, resize
+from dataset.resize import resize
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize
 from helper.contrastive import TEMPLATES
 from helper.student import load_student
 from models import create_student, model_dict
