@@ -2,15 +2,17 @@
 
 from helper.answers import ask
 from helper.evaluation import Accuracy, Corruptions
-from helper.options import parse_evaluate_options
+from helper.exits import exits
 from helper.probe import Transfer
 from helper.runtime import resolve_device
 from helper.search import search
 from helper.subjects import open_subjects, save_dir
+from helper.use_options import parse_evaluate_options
 from helper.util import exit_on_bad_input
 from helper.zero_shot import ZeroShot
 
 
+@exits("evaluate.py", memory="use --device cpu, or evaluate fewer runs at once")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_evaluate_options(argv)
     with exit_on_bad_input("evaluate.py"):

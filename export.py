@@ -2,13 +2,15 @@
 
 from helper.costs import Row, cost, table, teacher_rows
 from helper.deployed import predict
+from helper.exits import exits
 from helper.export import BESIDE, FILES, check, export, new_files, quantize
 from helper.model_card import describe, write_beside
-from helper.options import parse_export_options
 from helper.student import open_dataset, open_student
+from helper.use_options import parse_export_options
 from helper.util import exit_on_bad_input
 
 
+@exits("export.py", memory="end what else is running")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_export_options(argv)
     with exit_on_bad_input("export.py"):

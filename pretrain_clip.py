@@ -154,7 +154,7 @@ def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]
     return model.cpu().state_dict()
 
 
-@exits("pretrain_clip.py", memory="--micro_batch or --batch_size")
+@exits("pretrain_clip.py", memory="lower --micro_batch or --batch_size")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_options(argv)
 

@@ -17,7 +17,7 @@ from helper.teacher import build_teacher
 from helper.util import exit_on_bad_input
 
 
-@exits("train_student.py", memory="--batch_size or --teacher_views")
+@exits("train_student.py", memory="lower --batch_size or --teacher_views")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_student_options(argv)
     needs = METHODS[opt.distill].needs(clip=bool(opt.clip_tn))

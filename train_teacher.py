@@ -14,7 +14,7 @@ from helper.teacher import build_cnn, build_teacher, teacher_file
 from helper.util import exit_on_bad_input
 
 
-@exits("train_teacher.py", memory="--batch_size or --teacher_views")
+@exits("train_teacher.py", memory="lower --batch_size or --teacher_views")
 def main(argv: list[str] | None = None) -> None:
     opt = parse_teacher_options(argv)
     encoder = bool(opt.clip_tn)

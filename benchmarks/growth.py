@@ -148,7 +148,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    numbers = {"type": positive_int, "nargs": "+"}
+    numbers = {"type": positive_int, "nargs": "*"}  # none: that table is left out
     parser.add_argument("--batches", default=[64, 128, 256, 512, 1024, 2048, 4096], help="sizes of a step", **numbers)
     parser.add_argument("--views", default=[1, 4, 16, 64, CIFAR_VIEWS.count], help="of the bank", **numbers)
     parser.add_argument("--processes", default=[1, 2, 4], help="of a job", **numbers)
@@ -182,18 +182,20 @@ def main(argv: list[str] | None = None) -> None:
         dataset, data_name = load_images(args.dataset, args.data_dir)
         print(f"{machine(opt.device)}\n", flush=True)
         print(f"EGA from a bank of 1 view to {args.model_s}, {data_name}, amp {opt.amp}, compile {opt.compile}\n")
-        header = ("batch", "ms per step", "of it EGA", "images/s", "tensors, peak MiB", "process, peak MiB")
-        print_table(header, (step_row(args, batch) for batch in args.batches))
-
-        clip_mode = args.clip_mode
-        if clip_mode is None:
-            clip_mode = str(Path(folder) / "random.pt")
-            write_archive(Path(clip_mode), SIZES[args.size])
-        encoder = load_encoder(clip_mode, folder, opt.device, opt.amp)
-        encoding = time_encoding(dataset, encoder, args.chunks, torch.device(opt.device))
-        print(f"{args.size if args.clip_mode is None else encoder.name}: {1e3 * encoding:.2f} ms to encode an image\n")
-        header = ("views", "rows", "MiB", "hours to encode", "look-up of 64, ms")
-        print_table(header, (bank_row(dataset, args, views, encoding) for views in args.views))
+        if args.batches:
+            header = ("batch", "ms per step", "of it EGA", "images/s", "tensors, peak MiB", "process, peak MiB")
+            print_table(header, (step_row(args, batch) for batch in args.batches))
+        if args.views:
+            clip_mode = args.clip_mode
+            if clip_mode is None:
+                clip_mode = str(Path(folder) / "random.pt")
+                write_archive(Path(clip_mode), SIZES[args.size])
+            encoder = load_encoder(clip_mode, folder, opt.device, opt.amp)
+            encoding = time_encoding(dataset, encoder, args.chunks, torch.device(opt.device))
+            name = args.size if args.clip_mode is None else encoder.name
+            print(f"{name}: {1e3 * encoding:.2f} ms to encode an image\n")
+            header = ("views", "rows", "MiB", "hours to encode", "look-up of 64, ms")
+            print_table(header, (bank_row(dataset, args, views, encoding) for views in args.views))
 
     sizes = {}
 
@@ -205,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         times = map(three_digits, (alone, ddp - alone, ega - ddp, ega))
         return [f"{batch}", f"{processes}", f"{max(1, cores() // processes)}", *times, f"{1e3 * batch / ega:.0f}"]
 
+    if not (args.processes and args.job_batches):
+        return
     parts = ("the student alone, ms", "DDP's exchange", "EGA and its exchange", "a step, ms")
     header = ("batch", "processes", "threads each", *parts, "images/s")
     jobs = [(processes, batch) for batch in args.job_batches for processes in args.processes]

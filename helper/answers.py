@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import checkpoint
-from .report import markdown, mean_and_deviation, repeats, run_labels
+from .report import REPEATS, markdown, mean_and_deviation, repeats, run_labels
 from .subjects import Subject
 
 # What a table shows of each section: its title, and by column the number's name, its heading and its decimals.
@@ -103,7 +103,7 @@ def table(section: str, dataset: str, subjects: list[Subject], results: list[dic
     found = {id(subject.run): result for subject, result in zip(subjects, results, strict=True)}
     groups = repeats([subject.run for subject in subjects])
     rows = []
-    for group, label in zip(groups, run_labels([group[0] for group in groups], ("seed", "trial")), strict=True):
+    for group, label in zip(groups, run_labels([group[0] for group in groups], REPEATS), strict=True):
         options = group[0].options
         names = {"student": f"{options['model_s']}: {label}", "teacher": f"teacher: {options.get('model_t')}"}
         for side, name in names.items():
@@ -116,9 +116,7 @@ def table(section: str, dataset: str, subjects: list[Subject], results: list[dic
     shown = [True, *(any(row[place] != "–" for row in rows) for place in range(1, len(columns) + 1))]
     rows = [("", *(heading for heading, _ in columns.values())), *dict.fromkeys(rows)]
     rows = [tuple(cell for cell, show in zip(row, shown, strict=True) if show) for row in rows]
-    return (
-        f"{title.format(dataset)}\n\n{markdown(rows)}" if len(rows) > 1 else f"{title.format(dataset)}: nothing to say"
-    )
+    return f"{title.format(dataset)}\n\n{markdown(rows)}"
 
 
 def _cell(values: list[float | None], digits: int) -> str:

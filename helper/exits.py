@@ -41,7 +41,7 @@ class _Signals:
         self.at = 0.0
         self.held = 0
         self.save = False
-        self.next = "no epoch is finished: the same command begins with the first"
+        self.next = "the same command begins anew"
 
     def take(self) -> dict:
         """Handle the signals from now on; gives the handlers that they had."""
@@ -113,7 +113,7 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
 
     Args:
         program: its name in the line.
-        memory: the options that lower what it takes of that.
+        memory: what lowers what it takes of that.
     """
 
     def decorate(main: Callable) -> Callable:
@@ -168,10 +168,10 @@ def _is_of_messages(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)
 
 
-def _out_of_memory(error: BaseException, options: str) -> str:
+def _out_of_memory(error: BaseException, advice: str) -> str:
     asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
     more = f" ({asked[1]} more were asked for)" if asked else ""
-    return f"out of memory{more}: lower {options}"
+    return f"out of memory{more}: {advice}"
 
 
 def _exit(program: str, line: str, code: int, error: BaseException, everybody: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Pictures of runs: their curves, and the teacher's and the student's embedding graphs; what they make of each class.
 
-``python -m helper.plots [--embedding|--per_class] RUN... [--out PNG]``, each RUN being the folder of a finished run of
-train_student.py.
+``python -m helper.plots [--accuracies|--embedding|--per_class] RUN... [--out PNG]``, each RUN being the folder of a
+finished run of train_student.py.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from distiller_zoo.EGA import standardize
 
 from .class_plots import COLOURS, class_rows, embedding_figure, gain_figure, outputs_on_test
 from .parser import Parser
-from .report import StoredRun, read_run, run_labels
+from .report import REPEATS, StoredRun, accuracies, read_run, repeats, run_labels
 from .student import model_path, open_dataset, open_student
 from .util import exit_on_bad_input
 
@@ -114,12 +114,12 @@ def plot_runs(
         return _save(_figure(runs, shown, graphs), shown or runs[0], "", out)
 
 
-def plot_classes(folders: list[str] | list[Path], what: str, out: str | Path | None = None) -> Path:
-    """Draw what runs make of each class, and save it.
+def plot_comparison(folders: list[str] | list[Path], what: str, out: str | Path | None = None) -> Path:
+    """Draw a picture that sets runs side by side, and save it.
 
     Args:
         folders: of the runs.
-        what: 'embedding' or 'per_class', see ``embedding_figure`` and ``gain_figure``.
+        what: 'accuracies', 'embedding' or 'per_class', see ``accuracy_figure``, ``embedding_figure``, ``gain_figure``.
         out: the picture's file; by default SAVE/plots/NAME_WHAT.png, of the first run that has a teacher.
 
     Returns:
@@ -131,7 +131,8 @@ def plot_classes(folders: list[str] | list[Path], what: str, out: str | Path | N
     runs = [read_run(folder) for folder in folders]
     named = next((run for run in runs if run.options["distill"] != "none"), runs[0])
     with _style():
-        figure = {"embedding": embedding_figure, "per_class": gain_figure}[what](runs)
+        figures = {"accuracies": accuracy_figure, "embedding": embedding_figure, "per_class": gain_figure}
+        figure = figures[what](runs)
         return _save(figure, named, f"_{what}", out)
 
 
@@ -145,6 +146,41 @@ def _save(figure: Figure, named: StoredRun, ending: str, out: str | Path | None)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
+
+
+def accuracy_figure(runs: list[StoredRun]) -> Figure:
+    """The accuracy of each run in its best epoch, the best one on top; no weights are needed.
+
+    Of runs that differ in their seed alone, a dot for each, their mean and their standard deviation. The student alone
+    is a line, where there is one.
+
+    Raises:
+        ValueError: no run measured an accuracy.
+    """
+    groups = [group for group in repeats(runs) if accuracies(group)]
+    if not groups:
+        raise ValueError("--accuracies: none of these runs measured one, for want of labels")
+    labels = run_labels([group[0] for group in groups], REPEATS)
+    shown = [([*accuracies(group).values()], label, group[0]) for group, label in zip(groups, labels, strict=True)]
+    shown.sort(key=lambda row: sum(row[0]) / len(row[0]))
+    figure = Figure(figsize=(7, 1.1 + 0.3 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for place, (values, _, run) in enumerate(shown):
+        mean = sum(values) / len(values)
+        colour = COLOURS[1] if run.options["distill"] == "ega" else COLOURS[0]
+        deviation = None if len(values) == 1 else np.std(values, ddof=1)
+        axis.errorbar(mean, place, xerr=deviation, color=colour, fmt="o", ms=6, capsize=3, lw=1.5)
+        if len(values) > 1:
+            axis.plot(values, [place] * len(values), "o", ms=3, mfc="white", mec=colour, mew=0.8)
+        if run.options["distill"] == "none":
+            axis.axvline(mean, color=_TEACHER, ls="--", lw=0.8, zorder=0)
+    axis.set_yticks(range(len(shown)), [textwrap.fill(label, _LABEL_WIDTH) for _, label, _ in shown])
+    axis.set(ylim=(-0.6, len(shown) - 0.4), xlabel="test accuracy (top-1, %), best epoch")
+    axis.grid(axis="x", color="#eeeeee")
+    axis.spines["right"].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    return figure
 
 
 def _figure(runs: list[StoredRun], shown: StoredRun | None, graphs: Graphs | None) -> Figure:
@@ -250,6 +286,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
+        "--accuracies",
+        action="store_const",
+        const="accuracies",
+        dest="what",
+        help="in place of the curves, each run's accuracy as a dot, sorted, with the standard deviation over seeds",
+    )
+    what.add_argument(
         "--embedding",
         action="store_const",
         const="embedding",
@@ -268,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--graph_of is of the curves' picture, not of --{args.what}")
     with exit_on_bad_input(parser.prog):
         if args.what:
-            print(plot_classes(args.runs, args.what, args.out))
+            print(plot_comparison(args.runs, args.what, args.out))
         else:
             print(plot_runs(args.runs, args.out, args.graph_of))
 

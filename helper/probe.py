@@ -135,6 +135,9 @@ class Transfer:
         train, test = (_labelled(split) for split in (full.train, full.test))
         if not len(train) or not len(test):
             raise ValueError(f"--probe {opt.probe} needs labels in its training and in its test split")
+        counts = torch.bincount(train.targets)
+        if int(counts[counts > 0].min()) * _HOLDOUT <= 0.5:
+            raise ValueError(f"--probe {opt.probe}: a class has too few training images to hold {_HOLDOUT} of them out")
         whole = len(train) == len(full.train) and len(test) == len(full.test)
         self.dataset = full if whole else dataclasses.replace(full, train=train, test=test, sha256=None)
         self._teachers: dict[tuple, dict] = {}

@@ -122,14 +122,14 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
 
 
 # What tells runs apart of which a mean is taken.
-_REPEATS = ("seed", "trial")
+REPEATS = ("seed", "trial")
 
 
 def repeats(runs: list[StoredRun]) -> list[list[StoredRun]]:
     """The runs, in order, those together that differ in seed and trial alone, each seed once."""
     groups: dict[str, dict[int, StoredRun]] = {}
     for run in runs:
-        names = (run.options.keys() | BEFORE.keys()) - _SAME - set(_REPEATS)
+        names = (run.options.keys() | BEFORE.keys()) - _SAME - set(REPEATS)
         options = {name: _told(run.option(name)) for name in names if run.option(name) is not None}
         groups.setdefault(json.dumps(options, sort_keys=True), {})[run.options.get("seed")] = run
     return [list(group.values()) for group in groups.values()]
@@ -195,7 +195,7 @@ def _reference(group: list[StoredRun], references: list[list[StoredRun]]) -> lis
     references = references[: references.index(group)] if group in references else references
 
     def differing(other: list[StoredRun]) -> int:
-        names = (group[0].options.keys() | other[0].options.keys() | BEFORE.keys()) - _SAME - set(_REPEATS)
+        names = (group[0].options.keys() | other[0].options.keys() | BEFORE.keys()) - _SAME - set(REPEATS)
         return sum(_told(group[0].option(name)) != _told(other[0].option(name)) for name in names)
 
     return min(references, key=differing, default=None)
@@ -248,7 +248,7 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
             name = f"teacher: {run.options['model_t']}"
             rows.append((name, f"{max(measured):.2f}", f"{measured[-1]:.2f}", "", known))
             break
-    for group, label in zip(groups, run_labels([group[0] for group in groups], _REPEATS), strict=True):
+    for group, label in zip(groups, run_labels([group[0] for group in groups], REPEATS), strict=True):
         best = last = "–"  # without labels
         if found := accuracies(group):
             best = mean_and_deviation([*found.values()])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dataset import ImageDataset, Split
 from dataset.loader import Loader
-from dataset.views import Views, resize
+from dataset.resize import resize
+from dataset.views import Views
 from distiller_zoo import Needs
 from models.heads import Classifier, Student
 

@@ -61,8 +61,8 @@ class ZeroShot:
         self._encoders: dict[str, TextEncoder] = {}
 
     def data(self, subject: Subject) -> str:
-        """The data set that the answer is about."""
-        return subject.dataset.name
+        """The data set that the answer is about, and how many names were given."""
+        return subject.dataset.name + (f", {len(self.labels)} names" if self.labels else "")
 
     def check(self, subject: Subject) -> None:
         """Raise a ValueError where a subject cannot be asked."""

@@ -24,13 +24,16 @@ from tests.conftest import TINY_VIT
 ROOT = Path(__file__).parent.parent
 RESTARTS = 3
 
+# How the lines begin that say where a job is.
+_TOLD = ("Epoch", "* Epoch", "teacher's", "ega:", "resuming", "best accuracy")
+
 
 def start(save_dir: Path, processes: int, clip: Path, options: list[str]) -> subprocess.Popen:
     """torchrun, its output in SAVE/out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += ["--max_restarts", str(RESTARTS), "train_student.py", "--distill", "ega", "--clip_mode", str(clip)]
-    command += ["--dataset", "shapes", "--model_s", "resnet8", "--epochs", "3", "--batch_size", "16"]
-    command += ["--max_steps", "20", "--device", "cpu"]
+    command += ["--dataset", "shapes", "--model_s", "resnet8", "--epochs", "3", "--batch_size", "4"]
+    command += ["--device", "cpu"]
     save_dir.mkdir(parents=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     with open(save_dir / "out", "w") as out:
@@ -60,8 +63,8 @@ def are_equal(one: tuple[list[dict], dict], other: tuple[list[dict], dict]) -> b
 def where(save_dir: Path) -> str:
     """What the job said last."""
     lines = (save_dir / "out").read_text(errors="replace").replace("\r", "\n").splitlines()
-    said = [line for line in lines if line.lstrip().startswith(("Epoch", "* Epoch", "teacher's", "ega:", "resuming"))]
-    return " ".join(said[-1].split())[:40] if said else "starting"
+    said = [line for line in lines if line.lstrip().startswith(_TOLD) or "failed (exitcode" in line]
+    return " ".join(said[-1].split())[:40] if said and "failed" not in said[-1] else "starting"
 
 
 def kill(job: subprocess.Popen, rng: random.Random, seconds: float, processes: int, before: set[int]) -> set[int]:
@@ -89,7 +92,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="in all")
     parser.add_argument("--processes", type=int, default=2, help="of a job")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the processes that are chosen")
-    parser.add_argument("--save_steps", type=int, default=10, help="0: a job goes on after the last epoch alone")
+    parser.add_argument("--save_steps", type=int, default=25, help="0: a job goes on after the last epoch alone")
     args = parser.parse_args()
     rng, options = random.Random(args.seed), ["--save_steps", str(args.save_steps)] if args.save_steps else []
     with tempfile.TemporaryDirectory(prefix="restarts-") as folder:

@@ -21,7 +21,8 @@ import train_student
 import train_teacher
 from conftest import make_dataset
 from dataset import ImageDataset, Split
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize, resize
+from dataset.resize import resize
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize
 from helper.contrastive import TEMPLATES
 from helper.student import load_student
 from models import create_student, model_dict
@@ -52,6 +53,7 @@ def datasets():
     known = {"tiny": made, "other": other_dataset()}
     known["cifar10"] = ImageDataset("cifar10", made.classes[::-1], *turned)
     large = [Split(resize(split.images, 48), split.targets) for split in (made.train, made.test)]
+    known["few"] = make_dataset(num_train=10)
     known["large"] = ImageDataset("large", made.classes, *large, views=CropViews(48))
     with pytest.MonkeyPatch.context() as patch:
         for name, data in known.items():
@@ -242,7 +244,7 @@ def test_zero_shot_is_clip_s_own_ensemble(runs, datasets, tiny_clip, capsys):
 def test_zero_shot_chooses_from_any_names(runs, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("colour 1\nan unheard-of thing\ncolour 2\n")
     ask(runs["joint"], "--labels", tmp_path / "names.txt")
-    found = answers(runs["joint"], "zero_shot")["student"]["per_class"]
+    found = answers(runs["joint"], "zero_shot", "tiny, 3 names")["student"]["per_class"]
     assert set(found) == {"colour 1", "an unheard-of thing", "colour 2"}
     assert found["an unheard-of thing"] is None  # no image is of it
     assert found["colour 1"] is not None
@@ -424,6 +426,7 @@ def test_bad_input_ends_in_one_line(runs, pictures, tmp_path, capsys):
     refused(capsys, "not the folder of a run", tmp_path)
     refused(capsys, "not the folder of a run", tmp_path / "nowhere.pth")
     refused(capsys, "it has red, green, blue and it lacks colour 0", runs["ega0"], "--dataset", "other")
+    refused(capsys, "too few training images", runs["ega0"], "--probe", "few")
     refused(capsys, "nowhere.pth is missing", runs["ega0"], "--checkpoint", tmp_path / "nowhere.pth")
     refused(capsys, "not of 2", runs["ega0"], runs["ega1"], "--checkpoint", tmp_path / "x.pth")
     refused(capsys, "--joint teacher", runs["ega0"], "--zero_shot")

@@ -151,14 +151,17 @@ def test_growth_prints_its_tables(capsys, tiny_clip, tmp_path):
         "--steps": 1,
     }
     argv = [str(word) for pair in options.items() for word in pair]
-    growth.main([*argv, "--batches", "4", "--views", "1", "162", "--processes", "2", "--job_batches", "4"])
-    ((step,), banks, (job,)) = tables(capsys.readouterr().out)
+    growth.main([*argv, "--batches", "4", "--views", "1", "162", "--processes", "2", "--job_batches", "8"])
+    ((step,), banks, (job,), wire) = tables(capsys.readouterr().out)
     assert step[0] == "4"
     assert all(float(cell) > 0 for cell in step)
     assert [row[:2] for row in banks] == [["1", "60000"], ["162", "8110000"]]
     assert [row[-1] == "-" for row in banks] == [False, True]
-    assert job[:2] == ["2", "1"]
-    assert float(job[2]) > 0
+    assert job[:3] == ["8", "2", "1"]
+    assert float(job[6]) > 0
+    # 8 samples are gathered: student and teacher in 256 dimensions, twice 7 / 8 of it on the wire of eight.
+    assert [row[0] for row in wire] == ["8", "64", "1024"]
+    assert float(wire[0][2]) == pytest.approx(1.75 * 2 * 8 * 256 * 4 / 2**20, rel=0.01)
 
 
 def test_pipeline_goes_without_the_data(tmp_path):

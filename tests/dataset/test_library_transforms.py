@@ -11,7 +11,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms._presets import ImageClassification
 
-from dataset.views import crop_resize_flip, normalize, resize
+from dataset.resize import resize
+from dataset.views import crop_resize_flip, normalize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -302,14 +302,14 @@ def mapped(tmp_path):
 @pytest.fixture
 def reads(monkeypatch) -> list[torch.Tensor]:
     """The row numbers of each batch that is read."""
-    read, take = [], loader_module.take
+    found, read = [], loader_module.read
 
     def reading(images, index, device):
-        read.append(index)
-        return take(images, index, device)
+        found.append(index)
+        return read(images, index, device)
 
-    monkeypatch.setattr(loader_module, "take", reading)
-    return read
+    monkeypatch.setattr(loader_module, "read", reading)
+    return found
 
 
 def reader_threads() -> int:
@@ -367,7 +367,7 @@ def test_what_goes_wrong_in_the_thread_is_an_error_of_the_epoch(mapped, monkeypa
     def fails(images, index, device):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(loader_module, "take", fails)
+    monkeypatch.setattr(loader_module, "read", fails)
     with pytest.raises(OSError, match="the disk is gone"):
         next(train_loader(next(mapped), 8).epoch(1))
 

@@ -79,9 +79,10 @@ def test_files_are_read_as_torchvision_reads_them(files, data_dir):
 
 def test_a_missing_one_is_downloaded(files, tmp_path, web_server, monkeypatch):
     folder, url = web_server
-    (folder / STL.filename).write_bytes(files.packed())
+    packed = files.packed()
+    (folder / STL.filename).write_bytes(packed)
     monkeypatch.setattr(STL, "url", f"{url}/{STL.filename}")
-    monkeypatch.setattr(STL, "tgz_md5", hashlib.md5(files.packed()).hexdigest())
+    monkeypatch.setattr(STL, "tgz_md5", hashlib.md5(packed).hexdigest())
     assert np.array_equal(pixels(load_dataset("stl10", str(tmp_path / "data")).test), files.images["test"])
 
 

@@ -10,17 +10,15 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from dataset.resize import _resize_boxes_at_once, resize, resize_boxes
 from dataset.views import (
     CIFAR100_NORMALIZATION,
     CLIP_NORMALIZATION,
     CropViews,
     ResizedCropViews,
-    _resize_boxes_at_once,
     crop_flip,
     crop_resize_flip,
     normalize,
-    resize,
-    resize_boxes,
     view_order,
 )
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from clip.model import CLIP
 from torch import Tensor
+from torch.distributed import HashStore, Store
 
 import dataset
 import pretrain_clip
@@ -415,7 +416,8 @@ def interrupted(*argv: str) -> str:
     saved, collect = [], distributed.collect
 
     def collecting(value: object) -> list:
-        saved.append(value)
+        if isinstance(value, dict) and "log" in value:
+            saved.append(value)
         if len(saved) == 4:  # all processes at once, as when a job is ended
             raise KeyboardInterrupt
         return collect(value)
@@ -659,6 +661,45 @@ def distil_apart(clip: str, tmp_path: Path) -> int:
 
 
 # A process that dies
+
+
+class Joined(Exception):
+    """In the place of a process group."""
+
+
+def joined_store(monkeypatch, store: Store, restarts: int, machines: int = 1) -> Store:
+    """The store with which a process joins the others, as torchrun starts it for the first time or again."""
+    facts = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    facts |= {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+    for name, value in (facts | {"GROUP_WORLD_SIZE": str(machines)}).items():
+        monkeypatch.setenv(name, value)
+    stores = []
+
+    def join(**options) -> None:
+        stores.append(options["store"])
+        raise Joined
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    with pytest.raises(Joined), distributed.processes():
+        pass
+    return stores[0]
+
+
+def test_a_restarted_process_meets_no_address_of_an_earlier_start(monkeypatch):
+    store = HashStore()
+    first, again = (joined_store(monkeypatch, store, restarts) for restarts in (0, 1))
+    first.set("address", "of one that is dead")
+    assert first.check(["address"])
+    assert not again.check(["address"])
+
+
+def test_where_it_could_meet_one_is_refused(monkeypatch, capsys):
+    """Of many agents, each counts its own starts."""
+    with pytest.raises(SystemExit) as stop:
+        joined_store(monkeypatch, HashStore(), 0, machines=2)
+    assert stop.value.code == 2
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
 
 
 def children(parent: int) -> list[int]:

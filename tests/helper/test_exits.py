@@ -3,11 +3,13 @@
 import builtins
 import errno
 import gc
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,18 +90,18 @@ def assert_equal_files(one: Path, other: Path) -> None:
 def test_a_signal_ends_it_with_its_code(capsys, number):
     name, code = STOPS[number]
 
-    @exits("train.py", memory="--batch_size")
+    @exits("train.py", memory="lower --batch_size")
     def main():
         send(number)
 
     line = ends(capsys, code, main)
-    assert line == f"train.py: stopped by {name}; no epoch is finished: the same command begins with the first"
+    assert line == f"train.py: stopped by {name}; the same command begins anew"
 
 
 def test_a_signal_waits_for_what_is_not_to_be_broken_and_the_same_one_again_is_one(capsys):
     done = []
 
-    @exits("train.py", memory="--batch_size")
+    @exits("train.py", memory="lower --batch_size")
     def main():
         with unbroken():
             with unbroken():
@@ -119,7 +121,7 @@ def test_a_signal_that_is_lost_in_a_finaliser_stops_at_the_next_step(capsys):
         def __del__(self):
             send(signal.SIGTERM)
 
-    @exits("train.py", memory="--batch_size")
+    @exits("train.py", memory="lower --batch_size")
     def main():
         holds = Holds()
         del holds  # Python prints what is raised in there, and goes on
@@ -131,10 +133,25 @@ def test_a_signal_that_is_lost_in_a_finaliser_stops_at_the_next_step(capsys):
 def test_what_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        exits("train.py", memory="--batch_size")(send)(signal.SIGINT)
+        exits("train.py", memory="lower --batch_size")(send)(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_checkpoint_can_be_asked_for_where_torchrun_ignores_the_signal():
+    """A process inherits what its parent ignores."""
+    before, asked = signal.signal(signal.SIGUSR1, signal.SIG_IGN), []
+
+    def main() -> None:
+        send(signal.SIGUSR1)
+        asked.append(save_asked(1))
+
+    try:
+        exits("train.py", memory="--batch_size")(main)()
+        assert asked == [True]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +163,7 @@ def test_what_was_ignored_stays_ignored():
     ],
 )
 def test_errors_of_training_have_their_codes_and_one_line(capsys, error, code, words):
-    line = ends(capsys, code, exits("train.py", memory="--batch_size")(failing(error)))
+    line = ends(capsys, code, exits("train.py", memory="lower --batch_size")(failing(error)))
     assert line.startswith("train.py: error: ")
     assert all(word in line for word in words)
 
@@ -154,14 +171,14 @@ def test_errors_of_training_have_their_codes_and_one_line(capsys, error, code, w
 def test_memory_that_the_host_does_not_have(capsys):
     """What torch and numpy themselves raise."""
     for allocate in (lambda: torch.empty(2**55), lambda: np.empty(2**55)):
-        line = ends(capsys, 5, exits("train.py", memory="--batch_size")(allocate))
+        line = ends(capsys, 5, exits("train.py", memory="lower --batch_size")(allocate))
         assert "more were asked for" in line
 
 
 def test_mistakes_of_the_program_keep_their_traceback():
     for error in (RuntimeError("shapes differ"), ValueError("other"), OSError("other")):
         with pytest.raises(type(error)):
-            exits("train.py", memory="--batch_size")(failing(error))()
+            exits("train.py", memory="lower --batch_size")(failing(error))()
 
 
 # A run that is stopped
@@ -173,7 +190,7 @@ def test_mistakes_of_the_program_keep_their_traceback():
         (signal.SIGINT, loops.Step, "__call__", 8, "after epoch 1"),
         # The best epoch's file: all that belongs to the epoch is written.
         (signal.SIGTERM, checkpoint, "save", 1, "after epoch 1"),
-        (signal.SIGTERM, bank, "encode_view", 1, "no epoch is finished"),
+        (signal.SIGTERM, bank, "encode_view", 1, "the same command begins anew"),
     ],
     ids=["in a step", "in a checkpoint", "in the bank"],
 )
@@ -307,7 +324,9 @@ def test_a_process_that_is_gone_is_said_to_be_and_a_signal_says_more(monkeypatch
     """What ended the other may come here a little later."""
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr("time.sleep", lambda seconds: send(signal.SIGTERM) if signalled else None)
-    main = exits("train.py", memory="--batch_size")(failing(RuntimeError("[gloo/pair.cc] Connection closed by peer")))
+    main = exits("train.py", memory="lower --batch_size")(
+        failing(RuntimeError("[gloo/pair.cc] Connection closed by peer"))
+    )
     line = ends(capsys, 143 if signalled else 1, main)
     assert ("stopped by SIGTERM" if signalled else "another process of this job is gone") in line
 
@@ -360,3 +379,19 @@ def test_what_cannot_be_written_ends_with_code_4_and_can_be_resumed(
     resumed = train(*options)
     assert_equal_files(whole / "resnet8_last.pth", resumed / "resnet8_last.pth")
     assert read_metrics(whole) == read_metrics(resumed)
+
+
+# Clocks
+
+
+def test_a_clock_that_jumps_changes_nothing(train, tmp_path, monkeypatch):
+    """A day back at every look, as a machine's whose time is set."""
+    whole = train("--epochs", 2, save_dir=tmp_path / "whole")
+    now = time.time()
+    days = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: now - 86400 * next(days))
+    jumped = train("--epochs", 2)
+    assert_equal_files(whole / "resnet8_last.pth", jumped / "resnet8_last.pth")
+    assert read_metrics(whole) == read_metrics(jumped)
+    seconds = [json.loads(line)["seconds"] for line in (jumped / "metrics.jsonl").read_text().splitlines()]
+    assert all(value > 0 for value in seconds)

@@ -182,7 +182,7 @@ def test_gain_of_each_class_over_the_student_alone(finished, tiny_dataset, tmp_p
         heights = [bar.get_height() for bar in axis.patches]
         assert heights == pytest.approx([gain[name] for name in names])
         assert heights == sorted(heights, reverse=True)
-    assert_is_picture(plots.plot_classes([finished["none"], finished["kd"]], "per_class", tmp_path / "gain.png"))
+    assert_is_picture(plots.plot_comparison([finished["none"], finished["kd"]], "per_class", tmp_path / "gain.png"))
 
 
 def assert_refused(capsys, words: str, *argv):
@@ -255,3 +255,19 @@ def test_a_cnn_that_is_another_by_now_is_refused(from_a_cnn):
     torch.save(state | {"more": 1}, path)
     with pytest.raises(ValueError, match="another teacher"):
         embedding_graphs(read_run(folders["ega"]))
+
+
+def test_accuracies_are_dots_in_order_with_the_deviation_over_seeds():
+    def run(distill, seed, accuracy):
+        options = {"distill": distill, "seed": seed, "model_s": "resnet8", "model_t": "vit32"}
+        return StoredRun("", options, [{"epoch": 1, "test_acc": accuracy}])
+
+    runs = [run("ega", 0, 60.0), run("ega", 1, 64.0), run("none", 0, 50.0), run("kd", 0, 55.0), run("kd", 0, None)]
+    (axis,) = plots.accuracy_figure(runs[:4]).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["student alone", "KD", "EGA"]
+    bars = [bar.lines for bar in axis.containers]
+    assert [float(line.get_xdata()[0]) for line, _, _ in bars] == [50, 55, 62]
+    ((left, right),) = [segments[0][:, 0] for _, _, (drawn,) in bars[2:] for segments in [drawn.get_segments()]]
+    assert (left, right) == pytest.approx((62 - 8**0.5, 62 + 8**0.5))
+    with pytest.raises(ValueError, match="none of these runs"):
+        plots.accuracy_figure(runs[4:])

@@ -3,15 +3,17 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from conftest import make_dataset
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
+from dataset.decode import read_square
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, ResizedCropViews, normalize
 from helper import checkpoint
 from helper.report import read_run
-from helper.student import load_student, model_path, open_student
+from helper.student import image_transform, load_student, model_path, open_student
 from models import create_student
 
 
@@ -46,6 +48,22 @@ def test_pictures_of_any_size_and_mode(finished):
     _, transform, _ = load_student(finished["none"])
     for mode, size in (("L", (20, 50)), ("P", (64, 40)), ("RGBA", (32, 32))):
         assert transform(Image.new(mode, size, 255)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("size", "stored"), [(32, 32), (112, 128)])
+@pytest.mark.parametrize("shape", [(150, 200), (301, 130), (40, 40)])
+def test_a_picture_of_any_shape_is_seen_as_in_the_test_pass(tmp_path, size, stored, shape):
+    """As a folder's picture is: decoded to a square that is stored, of which the test view is the centre."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "picture.png")
+    square = torch.from_numpy(read_square(tmp_path / "picture.png", stored).copy()).permute(2, 0, 1)[None]
+    views = CropViews(size) if size == stored else ResizedCropViews(size)
+    wanted = views.student(square, torch.tensor([0]), torch.tensor([views.test]))[0]
+    with Image.open(tmp_path / "picture.png") as picture:
+        found = image_transform(size, None, stored)(picture)
+        normalised = image_transform(size, CLIP_NORMALIZATION, stored)(picture)
+    assert torch.equal(found, wanted)
+    assert torch.equal(normalised, normalize(wanted[None], CLIP_NORMALIZATION)[0])
 
 
 def test_best_last_and_any_other_file(finished, tmp_path):
