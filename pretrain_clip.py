@@ -50,7 +50,7 @@ def vision_layers(text: str) -> int | tuple[int, ...]:
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("Train a small CLIP from scratch on images and captions.")
+    parser = Parser("pretrain_clip.py", "Train a small CLIP from scratch on images and captions.")
     group = parser.add_argument_group("image encoder")
     group.add_argument(
         "--vision_layers", type=vision_layers, default="1,1,1,1", metavar="N|A,B,C,D", help="of a ViT | of a ResNet"

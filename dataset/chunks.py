@@ -3,15 +3,36 @@
 A chunk is written in one piece, by whom and in whatever order: only one that is on disk whole matches its checksum.
 """
 
+import contextlib
+import errno
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there")
+_ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
+
+
+class WriteError(OSError):
+    """A file or a folder cannot be written; says which and what to do. What was there before is still there."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing to a file or a folder into a WriteError."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno, "see to the disk")
+        raise WriteError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
 
 
 class Chunk(NamedTuple):
@@ -60,10 +81,10 @@ class ChunkFile:
         """For so many chunks and rows; what is there stays.
 
         Raises:
-            OSError: the disk has no room for them.
+            WriteError: the disk has no room for them.
         """
         for path, size in ((self.rows, self.row_bytes * rows), (self.checksums, 4 * chunks)):
-            with open(path, "ab") as file:
+            with writing(path), open(path, "ab") as file:
                 if file.tell() < size:
                     # Reserved, not only named: a full disk is an error here, and a crash when met in a mapped page.
                     getattr(os, "posix_fallocate", _truncate)(file.fileno(), 0, size)
@@ -75,7 +96,7 @@ class ChunkFile:
             (self.rows, chunk.start * self.row_bytes, data),
             (self.checksums, 4 * chunk.number, np.array([_checksum(data, chunk.about)])),
         ):
-            with open(path, "r+b", buffering=0) as file:
+            with writing(path), open(path, "r+b", buffering=0) as file:
                 file.seek(start)
                 view = memoryview(written).cast("B")
                 while view:
@@ -84,7 +105,7 @@ class ChunkFile:
     def flush(self) -> None:
         """Until what was written is on the disk."""
         for path in (self.rows, self.checksums):
-            with open(path, "rb") as file:
+            with writing(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def map(self, start: int, end: int) -> Tensor:

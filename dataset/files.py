@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .chunks import Chunk, ChunkFile
+from .chunks import Chunk, ChunkFile, WriteError, writing
 from .decode import EXTENSIONS, RESAMPLING, BadImage, read_square
 
 # Images that one process decodes at a time; part of the key.
@@ -105,7 +105,8 @@ def open_images(
 
     Raises:
         ValueError: more files cannot be decoded, or none of a split can.
-        OSError: there is no room for the images, their folder cannot be written, or a file not be read.
+        WriteError: there is no room for the images, or their file cannot be written.
+        OSError: their folder cannot be made, or a file not be read.
     """
     about = {"side": side, "resampling": RESAMPLING, "chunk": CHUNK}
     key = hashlib.sha256(json.dumps([about, splits]).encode()).hexdigest()
@@ -119,7 +120,8 @@ def open_images(
     if store.state() is None or _recorded(described) != store.state():
         store.fill()
         about |= {"root": str(root.absolute()), "files": [len(split) for split in splits], "pillow": PIL.__version__}
-        described.write_text(json.dumps(about | {"checked": store.state()}, indent=1) + "\n")
+        with writing(described):
+            described.write_text(json.dumps(about | {"checked": store.state()}, indent=1) + "\n")
     bad = store.bad()
     if bad:
         told = ", ".join(f"{shown(store.names[split][file])} ({why})" for (split, file), why in list(bad.items())[:5])
@@ -231,15 +233,12 @@ class _Store:
         paths = [path for path in (self.files.rows, self.files.checksums) if path.exists()]
         needed = rows * self.files.row_bytes + 4 * chunks - sum(512 * path.stat().st_blocks for path in paths)
         free = shutil.disk_usage(self.folder).free
-        try:
-            if needed > free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.files.make_room(chunks, rows)
-        except OSError as error:
-            raise OSError(
+        if needed > free:
+            raise WriteError(
                 f"{self.folder} needs {needed / 2**30:.1f} GiB more for the decoded images, and {free / 2**30:.1f} GiB "
-                f"are free ({error.strerror}): choose another --save_dir, or a smaller --image_size"
-            ) from error
+                f"are free ({os.strerror(errno.ENOSPC)}): choose another --save_dir, or a smaller --image_size"
+            )
+        self.files.make_room(chunks, rows)
 
     def _decode_all(self, missing: list[Chunk], wait: bool) -> None:
         """Decode chunks in as many processes as there are cores for this one."""
@@ -264,7 +263,8 @@ class _Store:
                 bar.update(ends[-1] - bar.n if code is None else 0)
             if code is not None:
                 why = f"a process that decodes them ended with exit code {code}; is there enough memory?"
-                raise OSError(f"cannot decode the images: {why if failures.empty() else failures.get()}")
+                kind, why = (OSError, why) if failures.empty() else failures.get()
+                raise kind(f"cannot decode the images: {why}")
         finally:
             for worker in workers:
                 worker.terminate()
@@ -289,7 +289,7 @@ class _Store:
                 self.files.write(chunk, squares)
                 return
             lines = "".join("\n" + json.dumps(entry) for entry in found)  # a line that was cut off before ends here
-            with open(self.bad_path, "ab", buffering=0) as log:
+            with writing(self.bad_path), open(self.bad_path, "ab", buffering=0) as log:
                 log.write(lines.encode() + b"\n")
                 os.fsync(log.fileno())
 
@@ -326,6 +326,9 @@ def _work(store: _Store, numbers: list[int], taken, failures, wait: bool) -> Non
             with store.lock(numbers[place], wait) as mine:
                 if mine:
                     store.decode(numbers[place])
+    except WriteError as error:
+        failures.put((WriteError, str(error)))
+        sys.exit(1)
     except Exception as error:
-        failures.put(" ".join(f"{type(error).__name__}: {error}".split()))
+        failures.put((OSError, " ".join(f"{type(error).__name__}: {error}".split())))
         sys.exit(1)

@@ -125,8 +125,7 @@ def open_bank(
         try:
             missing = files.missing(chunks) if first else []
             if first and missing:  # another run may have built it meanwhile
-                with checkpoint.writing(files.rows):
-                    files.make_room(len(chunks), chunks[-1].end)
+                files.make_room(len(chunks), chunks[-1].end)
             mine = distributed.from_first(missing)[distributed.rank() :: distributed.count()]
             _build(files, mine, dataset, encoder, num_views, device)
             distributed.wait()
@@ -214,7 +213,5 @@ def _build(
             encoded = embedding.half().cpu().numpy()
             if not np.isfinite(encoded).all():
                 raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
-            with checkpoint.writing(files.rows):
-                files.write(chunk, encoded)
-    with checkpoint.writing(files.rows):
-        files.flush()
+            files.write(chunk, encoded)
+    files.flush()

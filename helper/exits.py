@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from dataset.chunks import WriteError
+
 from . import distributed
-from .checkpoint import WriteError
 from .util import NonFiniteLoss
 
 # Many processes agree so seldom on whether one of them was asked to save: it costs a message to each.

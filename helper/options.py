@@ -190,7 +190,7 @@ def add_training_speed_options(speed: argparse._ArgumentGroup, what: str) -> Non
 
 def student_parser() -> Parser:
     """The command line of train_student.py."""
-    parser = Parser("Distil a frozen teacher, CLIP or a CNN, into a small student.")
+    parser = Parser("train_student.py", "Distil a frozen teacher, CLIP or a CNN, into a small student.")
     group = parser.add_argument_group("method")
     group.add_argument("--distill", choices=tuple(METHODS), default="ega", help="distillation method")
     group.add_argument("--list", action=ListMethods, help="print the table of methods and exit")
@@ -373,7 +373,8 @@ def _resolve_teacher(parser: Parser, opt: argparse.Namespace) -> None:
 
 def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse train_teacher.py's options."""
-    parser = Parser("Train a teacher: a head (projection and classifier) on a frozen encoder, or a CNN from scratch.")
+    what = "Train a teacher: a head (projection and classifier) on a frozen encoder, or a CNN from scratch."
+    parser = Parser("train_teacher.py", what)
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--model",

@@ -22,8 +22,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, exit code 2; shows each flag's default in ``--help``."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str):
         if distributed.rank() == 0:  # of many processes, all are given the same

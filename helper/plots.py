@@ -277,8 +277,7 @@ def _draw_graphs(axes: np.ndarray, graphs: Graphs, label: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Draw the curves of runs, and a teacher's and its student's embedding graphs.")
-    parser.prog = "helper.plots"
+    parser = Parser("helper.plots", "Draw the curves of runs, and a teacher's and its student's embedding graphs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run: SAVE/student_model/NAME")
     parser.add_argument("--out", metavar="PNG", help="the picture; if unset, SAVE/plots/NAME.png")
     parser.add_argument(

@@ -297,8 +297,7 @@ def choose(option: str, runs: list[StoredRun]) -> object:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Print a table of runs.")
-    parser.prog = "helper.report"
+    parser = Parser("helper.report", "Print a table of runs.")
     parser.add_argument(
         "--against", metavar="METHOD", help="by how much this method is ahead of each row, and with which p (t-test)"
     )

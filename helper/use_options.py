@@ -10,7 +10,8 @@ from .parser import Parser, names_file, positive_int
 
 def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check evaluate.py's options."""
-    parser = Parser("What a finished student knows, beside its teacher. Without a question: accuracy and agreement.")
+    what = "What a finished student knows, beside its teacher. Without a question: accuracy and agreement."
+    parser = Parser("evaluate.py", what)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a finished run, or a file of weights: RepDistiller's, ours")
     add("--checkpoint", default="best", metavar="best|last|PATH", help="which of a run's files")
@@ -63,8 +64,8 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def parse_export_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse export.py's options."""
-    parser = Parser("Export a finished student, check and measure the file; or classify pictures with what it wrote.")
-    parser.prog = "export.py"
+    what = "Export a finished student, check and measure the file; or classify pictures with what it wrote."
+    parser = Parser("export.py", what)
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="folder of a finished run; to --predict, not needed beside --out"
     )

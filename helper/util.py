@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .checkpoint import WriteError
+from dataset.chunks import WriteError
 
 
 class NonFiniteLoss(RuntimeError):
