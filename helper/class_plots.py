@@ -15,6 +15,7 @@ from dataset.loader import Loader
 from .data import eval_batch_size
 from .report import StoredRun, run_labels
 from .student import TrainedStudent, open_dataset, open_student
+from .subjects import predict
 from .teacher import open_teacher
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the marker changes once they are used up, which a
@@ -45,7 +46,6 @@ def class_rows(targets: Tensor, num_classes: int, per_class: int) -> Tensor:
     return torch.cat([(targets == target).nonzero().flatten()[:per_class] for target in chosen])
 
 
-@torch.no_grad()
 def outputs_on_test(
     opened: TrainedStudent, dataset: ImageDataset, rows: Tensor | None = None, of_teacher: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -63,9 +63,8 @@ def outputs_on_test(
     common = {"rows": rows, "views": dataset.views, "normalization": opened.normalization}
     size = eval_batch_size(device, opened.network.resolution or opened.image_size)
     loader = Loader(dataset.test, "test", size, torch.device(device), **common)
-    outputs = [network("test", batch) if of_teacher else network(batch.image) for batch in loader.epoch()]
-    embedding = torch.cat([out.embedding for out in outputs]).float().cpu()
-    return embedding, None if outputs[0].logits is None else torch.cat([out.logits for out in outputs]).float().cpu()
+    out = predict(network, loader, amp="off")
+    return out.embedding, out.logits
 
 
 def plane(embedding: Tensor) -> Tensor:
