@@ -14,6 +14,7 @@ from PIL import Image
 
 import dataset.files
 from conftest import snapshot
+from dataset.chunks import WriteError
 from dataset.decode import read_square
 from dataset.files import list_images, open_images
 
@@ -288,9 +289,11 @@ def test_a_full_disk_is_said_before_anything_is_decoded(root, tmp_path, decoded,
     if when == "before":
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        told = "needs 0.0 GiB more.*are free.*No space.*choose another --save_dir"
     else:
         monkeypatch.setattr(os, "posix_fallocate", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="needs 0.0 GiB more.*are free.*No space.*choose another --save_dir"):
+        told = "cannot write .*images.u8 .*No space left.*free some space"
+    with pytest.raises(WriteError, match=told):
         open_(root, tmp_path)
     assert decoded() == 0
     monkeypatch.undo()

@@ -28,6 +28,14 @@ ROOT = Path(__file__).parents[2]
 STOPS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C reaches the tests also where a shell started them in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
