@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on the embedded default data set, some ten minutes on two cores: pre-train a small CLIP on many
+# The whole job on the embedded default data set, some six minutes on two cores: pre-train a small CLIP on many
 # captioned images, distil it into a student that sees few labelled ones, compare, draw the pictures, export.
 # Anything after the script's name goes to train_student.py and wins: bash scripts/run_demo.sh --seed 1
 set -euo pipefail
