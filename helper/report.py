@@ -9,8 +9,9 @@ from scipy import stats
 
 from distiller_zoo import METHODS
 
+from . import checkpoint
 from .parser import Parser, positive_int
-from .run import BEFORE, best_record
+from .run import BEFORE, FREE, best_record
 from .util import exit_on_bad_input
 
 # Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's are means of five runs' last epochs (Tian et al.,
@@ -38,6 +39,9 @@ _SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "save_s
 _SAME |= {"max_bad_images"} | {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 
+_CORRUPT = "{}: its options.json or metrics.jsonl is missing or corrupt"
+
+
 @dataclass(frozen=True)
 class StoredRun:
     """A finished run, as options.json and metrics.jsonl in its folder tell it; its weights need not be there.
@@ -63,10 +67,10 @@ class StoredRun:
 
 
 def read_run(folder: str | Path) -> StoredRun:
-    """Read a finished run.
+    """Read a finished run; where its resume.pth is still there, which has a checksum, the two files must agree with it.
 
     Raises:
-        ValueError: not the folder of a student's run, or of one that is not finished.
+        ValueError: not the folder of a student's run, or of one that is not finished; or a file is damaged.
         OSError: a file cannot be read.
     """
     folder = Path(folder)
@@ -76,12 +80,28 @@ def read_run(folder: str | Path) -> StoredRun:
         options = json.loads((folder / "options.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (ValueError, RecursionError, FileNotFoundError) as error:
-        raise ValueError(f"{folder}: its options.json or metrics.jsonl is missing or corrupt") from error
-    if "distill" not in options:
+        raise ValueError(_CORRUPT.format(folder)) from error
+    if not isinstance(options, dict) or "distill" not in options:
         raise ValueError(f"{folder} is not the folder of a run of train_student.py")
+    named = {"model_s", "model_t"} <= options.keys() and isinstance(options.get("epochs"), int)
+    if not named or not all(isinstance(record, dict) for record in history):
+        raise ValueError(_CORRUPT.format(folder))
     if len(history) < options["epochs"]:
         raise ValueError(f"the run in {folder} is not finished: resume it, with the command that began it")
+    if [record.get("epoch") for record in history] != list(range(1, options["epochs"] + 1)):
+        raise ValueError(_CORRUPT.format(folder))
+    _compare_with_resume(folder, options, history)
     return StoredRun(folder, options, history)
+
+
+def _compare_with_resume(folder: Path, options: dict, history: list[dict]) -> None:
+    if not (folder / "resume.pth").exists():
+        return
+    saved = checkpoint.load(folder / "resume.pth")
+    kept = {name: value for name, value in saved["options"].items() if name not in FREE}
+    for found, wanted in (({name: options.get(name) for name in kept}, kept), (history, saved["history"])):
+        if json.dumps(found) != json.dumps(wanted):  # as JSON, in which a tuple is a list and nan equals itself
+            raise ValueError(f"{_CORRUPT.format(folder)}: it does not agree with resume.pth there")
 
 
 def _title(method: str) -> str:

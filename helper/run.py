@@ -10,7 +10,7 @@ from .logger import Logger
 
 # What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
 # weights are recognised by their hashes instead of their paths.
-_FREE = {
+FREE = {
     "epochs",
     "data_dir",
     "max_bad_images",
@@ -132,7 +132,7 @@ class Run:
         self.options |= values
 
     def _check(self, values: dict) -> None:
-        values = {key: value for key, value in values.items() if key not in _FREE}
+        values = {key: value for key, value in values.items() if key not in FREE}
         distributed.check_alike(values)
         if self.recorded is None:
             return

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -37,7 +38,7 @@ import train_student
 import train_teacher
 from benchmarks.random_clip import write_archive
 from conftest import TINY_VIT, make_dataset
-from helper import checkpoint, distributed
+from helper import checkpoint, distributed, report
 from helper.loops import Step
 from models import create_model
 
@@ -144,7 +145,7 @@ class Ended(NamedTuple):
 
     def in_one_line(self, *codes: int) -> bool:
         """It ended with one of these codes, in one line, without a traceback."""
-        lines = [line for line in self.said.splitlines() if ".py: " in line]
+        lines = [line for line in self.said.splitlines() if ": error: " in line or ".py: " in line]
         return "Traceback" not in self.said and len(lines) == 1 and all(code in codes for code in self.codes)
 
 
@@ -214,6 +215,20 @@ def command(target: Target, argv: list[str], log: Path, patch: Callable[[], None
     return end(*start(target, argv, log, patch), log, PATIENCE)
 
 
+def reported(run: Path) -> tuple[Ended, str]:
+    """How ``helper.report`` ends on a run, here, and the table that it prints."""
+    began, code = time.monotonic(), 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            report.main([str(run)])
+        except SystemExit as stopped:
+            code = stopped.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return Ended([code], err.getvalue(), time.monotonic() - began), out.getvalue()
+
+
 # What is compared
 
 
@@ -278,6 +293,7 @@ class Campaign:
         self.slowest = 0.0
         self.sizes: dict[str, int] = {}
         self.templates: dict[str, Path] = {}
+        self.finished: tuple[Path, tuple[Ended, str]] | None = None
         self.lost = 0
 
     def make_inputs(self) -> dict[str, Path]:
@@ -439,11 +455,32 @@ class Campaign:
             self.templates[key] = save_dir
         return self.templates[key]
 
-    def flip(self, name: str) -> None:
-        self.damage(name, lambda content: flipped(content, self.random), "a bit flipped")
+    def damage_record(self, name: str, how: Callable[[bytes], bytes], what: str) -> None:
+        """A damaged file of a finished run: ``helper.report`` refuses it in one line, or prints the same table."""
+        kind = f"{what}: {name} of a finished run"
+        if self.finished is None:
+            save_dir = self.work / "finished"
+            ended = command(Target(train_student, RESUMED), self.argv(RESUMED, save_dir), self.log)
+            assert ended.whole, ended
+            (run,) = save_dir.glob("student_model/*")
+            self.finished = run, reported(run)
+        run, expected = self.finished
+        with self.save_dir() as save_dir:
+            shutil.copytree(run, save_dir)
+            (save_dir / name).write_bytes(how((run / name).read_bytes()))
+            ended, told = reported(save_dir)
+            if ended.in_one_line(2):
+                self.count(kind, "refused")
+            elif ended.whole and told == expected[1]:
+                self.count(kind, "told the same")
+            else:
+                self.fault(kind, told, ended)
 
-    def cut(self, name: str) -> None:
-        self.damage(name, lambda content: content[: self.random.randrange(len(content))], "cut off")
+    def flip(self, name: str, damage: Callable[..., None]) -> None:
+        damage(name, lambda content: flipped(content, self.random), "a bit flipped")
+
+    def cut(self, name: str, damage: Callable[..., None]) -> None:
+        damage(name, lambda content: content[: self.random.randrange(len(content))], "cut off")
 
     def failing_write(self, name: str, number: int, error: int) -> bool:
         """The write of that number fails, and all after it; whether the run came so far."""
@@ -595,10 +632,12 @@ def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
         for name in TARGETS:
             yield lambda name=name: campaign.interrupt(name, signal.SIGKILL)
             yield lambda name=name: campaign.interrupt(name, pick((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
-        for name in FILES:
-            yield lambda name=name: campaign.flip(name)
-            yield lambda name=name: campaign.flip(name)
-            yield lambda name=name: campaign.cut(name)
+        damaged = [(name, campaign.damage) for name in FILES]
+        damaged += [(name, campaign.damage_record) for name in ("options.json", "metrics.jsonl")]
+        for name, damage in damaged:
+            yield lambda name=name, damage=damage: campaign.flip(name, damage)
+            yield lambda name=name, damage=damage: campaign.flip(name, damage)
+            yield lambda name=name, damage=damage: campaign.cut(name, damage)
         for name in write:
 
             def next_write(name=name):

@@ -209,6 +209,22 @@ def test_bad_input(finished, tiny_dataset, tmp_path, capsys):
     (broken / "options.json").write_text("{")
     assert_refused(capsys, "corrupt", broken, "--out", out)
 
+    shutil.rmtree(broken)
+    shutil.copytree(finished["ega"], broken)
+    metrics, options = (broken / "metrics.jsonl").read_text(), (broken / "options.json").read_text()
+    (broken / "metrics.jsonl").write_text(metrics.replace('"test_loss": ', '"test_loss": 1', 1))
+    assert_refused(capsys, "does not agree with resume.pth", broken, "--out", out)
+    (broken / "metrics.jsonl").write_text(metrics)
+    (broken / "options.json").write_text(options.replace('"batch_size": ', '"batch_size": 3', 1))
+    assert_refused(capsys, "does not agree with resume.pth", broken, "--out", out)
+    (broken / "resume.pth").unlink()
+    for word in ("model_s", "model_t", "epochs"):
+        (broken / "options.json").write_text(options.replace(f'"{word}"', '"model_x"', 1))
+        assert_refused(capsys, "corrupt", broken, "--out", out)
+    (broken / "options.json").write_text(options)
+    (broken / "metrics.jsonl").write_text(metrics.replace('"epoch": 1', '"epoch": 3', 1))
+    assert_refused(capsys, "corrupt", broken, "--out", out)
+
     assert_refused(capsys, "no teacher", finished["none"], "--graph_of", finished["none"], "--out", out)
     assert_refused(capsys, "compares runs with a student alone", "--per_class", finished["ega"], "--out", out)
     assert_refused(capsys, "--graph_of is of the curves", "--embedding", finished["ega"], "--graph_of", finished["ega"])
@@ -221,6 +237,7 @@ def test_bad_input(finished, tiny_dataset, tmp_path, capsys):
 def test_other_data_than_the_run_s_is_refused(finished, tiny_dataset, tmp_path, capsys):
     other = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(finished["ega"], other)
+    (other / "resume.pth").unlink()  # which would not agree
     options = json.loads((other / "options.json").read_text())
     (other / "options.json").write_text(json.dumps(options | {"dataset_sha256": "0"}))
     assert_refused(capsys, "another dataset", other)
