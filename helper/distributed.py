@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,14 +134,25 @@ def check_shared(folder: Path) -> None:
     """Raise a ValueError unless every process sees what the first one writes into a folder."""
     if count() == 1:
         return
-    mark = folder / f"{from_first(uuid.uuid4().hex)}.tmp"
-    in_first(mark.touch)
-    end = time.monotonic() + _SEEN_WITHIN
-    while not (seen := mark.exists()) and time.monotonic() < end:
-        time.sleep(0.1)
-    found = collect((socket.gethostname(), seen))
-    if rank() == 0:
-        mark.unlink()
+    mark = folder / f"shared-{from_first(uuid.uuid4().hex)}.tmp"
+    lock = FileLock(folder / "shared.lock")  # of the first process: other jobs may check this folder too
+
+    def leave_mark() -> None:
+        lock.acquire()
+        for left in folder.glob("shared-*.tmp"):  # by a job that was killed meanwhile
+            left.unlink()
+        mark.touch()
+
+    try:
+        in_first(leave_mark)
+        end = time.monotonic() + _SEEN_WITHIN
+        while not (seen := mark.exists()) and time.monotonic() < end:
+            time.sleep(0.1)
+        found = collect((socket.gethostname(), seen))
+        if rank() == 0:
+            mark.unlink()
+    finally:
+        lock.release()
     for number, (host, seen) in enumerate(found):
         if not seen:
             refuse(
