@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -245,13 +246,14 @@ class _Store:
         ends = [0, *np.cumsum([chunk.end - chunk.start for chunk in missing]).tolist()]
         # Forked, as torch's own data loaders are: to begin anew, each would have to import all that this one has.
         context = multiprocessing.get_context("fork")
-        taken, failures = context.Value("q", 0), context.SimpleQueue()
-        work = (self, [chunk.number for chunk in missing], taken, failures, wait)
+        taken, failures, stopped = context.Value("q", 0), context.SimpleQueue(), []
+        work = (self, [chunk.number for chunk in missing], taken, failures, wait, stopped)
         workers = [context.Process(target=_work, args=work, daemon=True) for _ in range(min(_cores(), len(missing)))]
         quiet = os.environ.get("RANK", "0") != "0"  # of torchrun's processes, the first one tells
         try:
-            for worker in workers:
-                worker.start()
+            with _signals_wait(stopped):
+                for worker in workers:
+                    worker.start()
             with tqdm(total=ends[-1], desc="decoding images", unit="image", mininterval=1, disable=quiet) as bar:
                 while running := [worker.sentinel for worker in workers if worker.exitcode is None]:
                     if any(worker.exitcode for worker in workers):
@@ -267,8 +269,9 @@ class _Store:
                 raise kind(f"cannot decode the images: {why}")
         finally:
             for worker in workers:
-                worker.terminate()
-                worker.join()
+                if worker.pid is not None:  # it was started
+                    worker.terminate()
+                    worker.join()
 
     def decode(self, number: int) -> None:
         """Decode a chunk, if it is missing; nobody else does meanwhile."""
@@ -311,13 +314,34 @@ def _cores() -> int:
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
-def _work(store: _Store, numbers: list[int], taken, failures, wait: bool) -> None:
-    """Decode chunks until none is left, or the process that started this one is gone."""
+@contextlib.contextmanager
+def _signals_wait(came: list[int]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect after it: what a handler raises in a fork, Python drops.
+
+    Args:
+        came: is given those that came.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone handles them
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
+def _work(store: _Store, numbers: list[int], taken, failures, wait: bool, stopped: list[int]) -> None:
+    """Decode chunks until none is left, the process that started this one is gone, or a signal came meanwhile."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process().pid
     try:
-        while os.getppid() == parent:
+        while os.getppid() == parent and not stopped:
             with taken.get_lock():
                 place = taken.value
                 taken.value += 1

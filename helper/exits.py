@@ -6,6 +6,8 @@
 
 import contextlib
 import functools
+import math
+import os
 import re
 import signal
 import sys
@@ -26,6 +28,9 @@ _AGREE_EVERY = 10
 # A scheduler may send a signal to a process and to all of its group: what comes within so many seconds is one.
 _SAME_SIGNAL = 2.0
 
+# One that came where Python can raise nothing is sent again after so many.
+_SENT_AGAIN = 0.05
+
 # What ended another process of the job, a signal say, may take so many seconds to reach this one.
 _GRACE = 1.0
 
@@ -40,6 +45,7 @@ class _Signals:
     def __init__(self):
         self.stop: int | None = None
         self.at = 0.0
+        self.again: threading.Timer | None = None
         self.held = 0
         self.save = False
         self.next = "the same command begins anew"
@@ -65,6 +71,16 @@ class _Signals:
 
     def on_save(self, number: int, frame) -> None:
         self.save = True
+
+    def on_dropped(self, dropped) -> None:
+        """Python drops what is raised in a finaliser: of a signal that came in one, send it again after it."""
+        if not isinstance(dropped.exc_value, Stopped):
+            sys.__unraisablehook__(dropped)
+            return
+        self.at = -math.inf
+        self.again = threading.Timer(_SENT_AGAIN, os.kill, (os.getpid(), self.stop))
+        self.again.daemon = True
+        self.again.start()
 
 
 _signals = _Signals()
@@ -94,7 +110,7 @@ def save_asked(step: int) -> bool:
         step: of the epoch, the same on every process.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came where Python can raise nothing, in a finaliser.
+        Stopped: Ctrl-C or SIGTERM came, and what was running then has swallowed it.
     """
     if _signals.stop is not None:
         raise Stopped
@@ -121,8 +137,8 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
         @functools.wraps(main)
         def ending(*args, **kwargs) -> None:
             global _signals
-            _signals, error = _Signals(), None
-            before = _signals.take()
+            _signals, error, hook = _Signals(), None, sys.unraisablehook
+            before, sys.unraisablehook = _signals.take(), _signals.on_dropped
             # Python looks for signals where functions are called. No call comes before they are held, so that none
             # breaks in after what is caught here.
             try:
@@ -132,10 +148,13 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
                 error = caught
             else:
                 _signals.held += 1
+            if _signals.again is not None:
+                _signals.again.cancel()
             try:
                 if error is not None:
                     _end(program, memory, error)
             finally:
+                sys.unraisablehook = hook
                 for number, handler in before.items():
                     signal.signal(number, handler)
                 _signals = _Signals()

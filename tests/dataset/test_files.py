@@ -314,6 +314,30 @@ def test_a_process_that_dies_ends_it_in_one_line(root, tmp_path, monkeypatch):
         open_(root, tmp_path)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_in_a_fork_is_not_lost(root, tmp_path, number):
+    armed = [number]
+
+    def once() -> None:
+        if armed:
+            os.kill(os.getpid(), armed.pop())
+
+    def handler(number, frame):
+        raise KeyboardInterrupt
+
+    os.register_at_fork(after_in_parent=once)  # for good, but it is harmless once it is not armed
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            open_(root, tmp_path)
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert not multiprocessing.active_children()
+    (train, _), _ = open_(root, tmp_path)
+    assert np.array_equal(train.images.numpy(), expected(root, "train"))
+
+
 def test_a_place_that_cannot_be_written_is_an_error_of_the_input(root, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="choose another --save_dir"):

@@ -1,6 +1,7 @@
 """How scripts end: the line, the exit code, and what is left to go on from."""
 
 import builtins
+import contextlib
 import errno
 import gc
 import itertools
@@ -123,8 +124,7 @@ def test_a_signal_waits_for_what_is_not_to_be_broken_and_the_same_one_again_is_o
     assert done == ["inside", "all"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_is_lost_in_a_finaliser_stops_at_the_next_step(capsys):
+def test_a_signal_that_is_lost_in_a_finaliser_stops_all_the_same(capsys):
     class Holds:
         def __del__(self):
             send(signal.SIGTERM)
@@ -132,10 +132,31 @@ def test_a_signal_that_is_lost_in_a_finaliser_stops_at_the_next_step(capsys):
     @exits("train.py", memory="lower --batch_size")
     def main():
         holds = Holds()
-        del holds  # Python prints what is raised in there, and goes on
+        del holds  # Python drops what is raised in there, and goes on
+        time.sleep(60)
+
+    ends(capsys, 143, main)
+
+
+def test_a_signal_that_a_library_swallows_stops_at_the_next_step(capsys):
+    @exits("train.py", memory="lower --batch_size")
+    def main():
+        with contextlib.suppress(BaseException):
+            send(signal.SIGTERM)
         save_asked(1)
 
     ends(capsys, 143, main)
+
+
+def test_what_else_is_dropped_is_still_told(capsys):
+    class Fails:
+        def __del__(self):
+            raise ValueError("told")
+
+    hook = sys.unraisablehook
+    exits("train.py", memory="")(lambda: Fails() and None)()
+    assert "ValueError: told" in capsys.readouterr().err
+    assert sys.unraisablehook is hook
 
 
 def test_what_was_ignored_stays_ignored():
