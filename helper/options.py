@@ -13,6 +13,7 @@ from .data import check_labels
 from .parser import (
     ListMethods,
     Parser,
+    encoder,
     epoch_list,
     names_file,
     network,
@@ -242,7 +243,9 @@ def student_parser() -> Parser:
         help="projected: each side has a head that leads to the joint space; teacher: it is the frozen encoder's own, "
         "whose side has no head and needs no label",
     )
-    group.add_argument("--clip_mode", default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}")
+    group.add_argument(
+        "--clip_mode", type=encoder, default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}"
+    )
     group.add_argument(
         "--clip_tn",
         type=int,
@@ -378,6 +381,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--model",
+        type=encoder,
         default="ViT-B/32",
         metavar="NAME|PATH",
         help=f"frozen encoder: {_ENCODERS}; CNN: {_NETWORKS}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distiller_zoo import method_table
 from models import check_model_name
+from models.names import parse_name
 
 from . import distributed
 
@@ -77,6 +78,15 @@ def network(text: str) -> str:
     """A student or a CNN: one of the house's, ``timm:NAME`` or ``torchvision:NAME``."""
     try:
         check_model_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def encoder(text: str) -> str:
+    """A frozen encoder's name, or the path of one; whether there is such a one shows when it is loaded."""
+    try:
+        parse_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text

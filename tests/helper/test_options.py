@@ -72,6 +72,15 @@ def test_unknown_names_are_refused_with_the_known_ones(capsys, parse, flag, know
     assert all(name in line for name in known)
 
 
+@pytest.mark.parametrize("name", ["timm:", "torchvision:=x", "open_clip:RN50="])
+@pytest.mark.parametrize(
+    ("parse", "flag"),
+    [(parse_student_options, "--clip_mode"), (parse_student_options, "--model_s"), (parse_teacher_options, "--model")],
+)
+def test_a_library_without_a_name_is_no_network(capsys, parse, flag, name):
+    assert f"{name!r} is no network: write " in refused(capsys, parse, [flag, name])
+
+
 @pytest.mark.parametrize(
     ("flag", "known"),
     [
