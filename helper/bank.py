@@ -160,7 +160,11 @@ def _describe(folder: Path, identity: dict, key: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     described = folder / "bank.json"
     if not described.exists():
-        checkpoint.write_json(key, described)
+        with checkpoint.writing(folder), FileLock(folder / "shared.lock"):
+            for left in folder.glob("*.tmp"):  # by a run that was killed while it wrote
+                left.unlink()
+            if not described.exists():
+                checkpoint.write_json(key, described)
     try:
         found = json.loads(described.read_text())
     except (ValueError, RecursionError) as error:

@@ -329,6 +329,16 @@ def test_a_foreign_description_is_refused_and_kept(tmp_path, dataset, found):
     assert snapshot(tmp_path) == before
 
 
+def test_what_a_killed_description_left_is_removed(tmp_path, dataset):
+    build(tmp_path, dataset)
+    described = folder_of(tmp_path) / "bank.json"
+    described.rename(described.with_name("bank.json.123.tmp"))
+    encoder = Encoder()
+    build(tmp_path, dataset, encoder)
+    assert described.exists() and encoder.sizes == []
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_what_it_depends_on_is_in_its_key(tmp_path, dataset):
     build(tmp_path, dataset)
     key = json.loads((folder_of(tmp_path) / "bank.json").read_text())
