@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -650,12 +651,18 @@ def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
 
 
 def summary(counts: dict[str, dict[str, int]]) -> str:
-    """Markdown: each kind of fault, how often it was tried, and what happened."""
-    lines = ["| fault | tried | what happened |", "|---|---:|---|"]
-    for kind in sorted(counts):
-        outcomes = ", ".join(f"{outcome} {times}" for outcome, times in sorted(counts[kind].items()))
-        lines.append(f"| {kind} | {sum(counts[kind].values())} | {outcomes} |")
-    return "\n".join(lines)
+    """Markdown: each fault, in how many kinds of commands or files, how often, and what happened."""
+    faults: dict[str, Counter[str]] = {}
+    names: Counter[str] = Counter()
+    for kind, outcomes in sorted(counts.items()):
+        fault = kind.partition(": ")[0]
+        faults.setdefault(fault, Counter()).update(outcomes)
+        names[fault] += 1
+    rows = [("fault", "commands, or files", "tried", "what happened")]
+    for fault, outcomes in faults.items():
+        told = ", ".join(f"{outcome} {times}" for outcome, times in sorted(outcomes.items()))
+        rows.append((fault, str(names[fault]), str(outcomes.total()), told))
+    return report.markdown(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
