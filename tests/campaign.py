@@ -126,6 +126,8 @@ FILES = {
 }
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 # Seconds that a command may take, on however busy a machine; and from a signal to its end, see ``Campaign.interrupt``.
 PATIENCE, STOPPING = 1800, 60
 
@@ -165,6 +167,7 @@ def _child(target: Target, argv: list[str], log: Path, environment: dict, patch:
         sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.environ |= environment
         if patch is not None:
             patch()
@@ -186,12 +189,14 @@ def start(
     log.unlink(missing_ok=True)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(target.processes)}
     children = []
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes before a child listens waits until it does
     for rank in range(target.processes):
         environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if target.processes > 1 else {}
         child = os.fork()
         if child == 0:
             _child(target, argv, log, environment, patch)
         children.append(child)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return children, time.monotonic()
 
 
