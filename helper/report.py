@@ -98,8 +98,8 @@ def _compare_with_resume(folder: Path, options: dict, history: list[dict]) -> No
     if not (folder / "resume.pth").exists():
         return
     saved = checkpoint.load(folder / "resume.pth")
-    kept = {name: value for name, value in saved["options"].items() if name not in FREE}
-    for found, wanted in (({name: options.get(name) for name in kept}, kept), (history, saved["history"])):
+    kept = {name: value for name, value in saved.get("options", {}).items() if name not in FREE}
+    for found, wanted in (({name: options.get(name) for name in kept}, kept), (history, saved.get("history"))):
         if json.dumps(found) != json.dumps(wanted):  # as JSON, in which a tuple is a list and nan equals itself
             raise ValueError(f"{_CORRUPT.format(folder)}: it does not agree with resume.pth there")
 
