@@ -101,7 +101,10 @@ def _compare_with_resume(folder: Path, options: dict, history: list[dict]) -> No
     kept = {name: value for name, value in saved.get("options", {}).items() if name not in FREE}
     for found, wanted in (({name: options.get(name) for name in kept}, kept), (history, saved.get("history"))):
         if json.dumps(found) != json.dumps(wanted):  # as JSON, in which a tuple is a list and nan equals itself
-            raise ValueError(f"{_CORRUPT.format(folder)}: it does not agree with resume.pth there")
+            raise ValueError(
+                f"{folder}: its options.json or metrics.jsonl does not agree with resume.pth: "
+                "delete *_last.pth there and run its command again, which writes both anew"
+            )
 
 
 def _title(method: str) -> str:
