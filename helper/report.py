@@ -88,7 +88,7 @@ def read_run(folder: str | Path) -> StoredRun:
         raise ValueError(_CORRUPT.format(folder))
     if len(history) < options["epochs"]:
         raise ValueError(f"the run in {folder} is not finished: resume it, with the command that began it")
-    if [record.get("epoch") for record in history] != list(range(1, options["epochs"] + 1)):
+    if [record.get("epoch") for record in history] != list(range(1, len(history) + 1)):
         raise ValueError(_CORRUPT.format(folder))
     _compare_with_resume(folder, options, history)
     return StoredRun(folder, options, history)
