@@ -115,7 +115,7 @@ def open_bank(
     folder = root / f"{dataset.name}_{digest}"
     distributed.check_alike(identity)
     distributed.in_first(functools.partial(_describe, folder, identity, key))
-    distributed.check_shared(folder)
+    distributed.check_shared(folder, _short_lock(folder))
     first = distributed.rank() == 0
     chunks = _chunks(dataset, num_views)
     files = ChunkFile(folder / "embeddings.fp16", folder / "crc32.u32", np.float16, (encoder.dim,))
@@ -154,13 +154,18 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         patience = 60.0  # in turns, so that the others' waiting for the first does not time out
 
 
+def _short_lock(folder: Path) -> Path:
+    """Of what takes a moment, while another run may hold the other lock for as long as it encodes."""
+    return folder / "shared.lock"
+
+
 def _describe(folder: Path, identity: dict, key: dict) -> None:
     """Write what the bank depends on into bank.json; where it is there, check that it is the same."""
     with checkpoint.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     described = folder / "bank.json"
     if not described.exists():
-        with checkpoint.writing(folder), FileLock(folder / "shared.lock"):
+        with checkpoint.writing(folder), FileLock(_short_lock(folder)):
             for left in folder.glob("*.tmp"):  # by a run that was killed while it wrote
                 left.unlink()
             if not described.exists():

@@ -130,20 +130,25 @@ def check_alike(values: dict) -> None:
                 )
 
 
-def check_shared(folder: Path) -> None:
-    """Raise a ValueError unless every process sees what the first one writes into a folder."""
+def check_shared(folder: Path, lock: Path | None = None) -> None:
+    """Raise a ValueError unless every process sees what the first one writes into a folder.
+
+    Args:
+        lock: a file that the first process locks meanwhile; None where no other job checks the folder.
+    """
     if count() == 1:
         return
     mark = folder / f"shared-{from_first(uuid.uuid4().hex)}.tmp"
-    lock = FileLock(folder / "shared.lock")  # of the first process: other jobs may check this folder too
+    held = contextlib.ExitStack()
 
     def leave_mark() -> None:
-        lock.acquire()
+        if lock is not None:
+            held.enter_context(FileLock(lock))
         for left in folder.glob("shared-*.tmp"):  # by a job that was killed meanwhile
             left.unlink()
         mark.touch()
 
-    try:
+    with held:
         in_first(leave_mark)
         end = time.monotonic() + _SEEN_WITHIN
         while not (seen := mark.exists()) and time.monotonic() < end:
@@ -151,8 +156,6 @@ def check_shared(folder: Path) -> None:
         found = collect((socket.gethostname(), seen))
         if rank() == 0:
             mark.unlink()
-    finally:
-        lock.release()
     for number, (host, seen) in enumerate(found):
         if not seen:
             refuse(

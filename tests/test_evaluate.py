@@ -456,6 +456,7 @@ def test_bad_input_ends_in_one_line(runs, pictures, tmp_path, capsys):
 def test_other_data_or_another_teacher_than_the_run_s_is_refused(runs, datasets, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(runs["joint"], folder)
+    (folder / "resume.pth").unlink()  # which would not agree
     options = json.loads((folder / "options.json").read_text())
     (folder / "options.json").write_text(json.dumps(options | {"clip_sha256": "0"}))
     refused(capsys, "another clip", folder)

@@ -612,7 +612,7 @@ def shared(folder: Path, own_folder: bool) -> str:
         patch.setattr(distributed, "_SEEN_WITHIN", 0.3)
         place = folder / str(distributed.rank()) if own_folder else folder
         place.mkdir(exist_ok=True)
-        return refusals(distributed.check_shared, place)
+        return refusals(distributed.check_shared, place, place / "lock")
 
 
 def test_a_folder_that_only_the_first_machine_sees_is_refused(job, tmp_path):
