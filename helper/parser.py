@@ -76,17 +76,17 @@ def teacher_views(text: str) -> str | int:
 
 def network(text: str) -> str:
     """A student or a CNN: one of the house's, ``timm:NAME`` or ``torchvision:NAME``."""
-    try:
-        check_model_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    return _checked(check_model_name, text)
 
 
 def encoder(text: str) -> str:
     """A frozen encoder's name, or the path of one; whether there is such a one shows when it is loaded."""
+    return _checked(parse_name, text)
+
+
+def _checked(check: Callable[[str], object], text: str) -> str:
     try:
-        parse_name(text)
+        check(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
