@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaign import Ended, flipped, result
+from campaign.faults import flipped
+from campaign.jobs import Ended, result
 
 from helper import checkpoint
 

@@ -1,280 +1,27 @@
-"""A campaign of faults: ``python -m tests.campaign --minutes 60``; not part of the tests.
+"""Trials: what is done to a command, and what it must end with."""
 
-Tiny runs of every script are killed, stopped, given damaged files and full disks, in turn and at random. Each must end
-bit-identical to a run that nothing happened to, or be refused in one line; anything else is printed and counted as
-lost. Counts are kept in the folder, and the same command adds to them.
-"""
-
-import argparse
 import builtins
 import contextlib
 import errno
-import hashlib
-import io
-import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import socket
-import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
-
-import torch
-from PIL import Image
-from test_command_lines import fuzz
-
-import dataset
-import pretrain_clip
 import train_student
 import train_teacher
-from benchmarks.random_clip import write_archive
-from conftest import TINY_VIT, make_dataset
-from helper import checkpoint, distributed, report
-from helper.loops import Step
-from models import create_model
+from helper import checkpoint, report
 
-# Of few words, which a teacher of images does not need.
-SMALL_VIT = (*TINY_VIT[:6], 100, *TINY_VIT[7:])
+from .jobs import PATIENCE, Ended, alive, command, end, reported, result, start
+from .targets import COMMON, FILES, RESUMED, SAVE_STEPS, TARGETS, Target, write_inputs
 
-COMMON = ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16"]
-STUDENT = ["--model_s", "resnet8", "--epochs", "3"]
-EGA = [*STUDENT, "--clip_mode", "{clip}", "--feature_dim", "8"]
-CNN = [*STUDENT, "--path_t", "{cnn}"]
-VIT = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16", "--text_layers", "1", "--embed_dim"]
-SAVE_STEPS = ["--save_steps", "2"]
-SHORT = ["--epochs", "1", "--max_steps", "1"]
-FOLDER = [*STUDENT, "--distill", "none", "--dataset", "folder", "--data_dir", "{images}", "--image_size", "32", *SHORT]
-
-
-class Target(NamedTuple):
-    """A command whose end is compared; {clip} and the like stand for files that the campaign makes first."""
-
-    script: ModuleType
-    options: list[str]
-    processes: int = 1
-
-
-# What is killed and stopped. A new script is a row here.
-TARGETS = {
-    "train_student, CLIP": Target(train_student, [*EGA, "--teacher_views", "2"]),
-    "train_student, CNN": Target(train_student, [*CNN, "--distill", "hint"]),
-    "train_student, CRD": Target(
-        train_student, [*EGA, "--teacher_views", "2", "--distill", "crd", "--nce_k", "20", "--feat_dim", "8"]
-    ),
-    "train_student, first stage": Target(
-        train_student, [*CNN, "--distill", "fsp", "--learning_rate", "0.001", "--init_epochs", "2"]
-    ),
-    "train_teacher, head": Target(
-        train_teacher, ["--model", "{clip}", "--feature_dim", "8", "--teacher_views", "2", "--epochs", "6"]
-    ),
-    "train_teacher, CNN": Target(train_teacher, ["--model", "resnet8", "--epochs", "3"]),
-    "pretrain_clip": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"]),
-    "the bank": Target(train_student, [*EGA, "--teacher_views", "60", *SHORT]),
-    "the images": Target(train_student, FOLDER),
-    "train_student, CLIP, two processes": Target(train_student, [*EGA, "--teacher_views", "2"], processes=2),
-    "train_teacher, CNN, two processes": Target(train_teacher, ["--model", "resnet8", "--epochs", "3"], processes=2),
-    "pretrain_clip, two processes": Target(pretrain_clip, [*VIT, "16", "--epochs", "3"], processes=2),
-    "the bank, two processes": Target(train_student, [*EGA, "--teacher_views", "60", *SHORT], processes=2),
-    "the images, two processes": Target(train_student, FOLDER, processes=2),
-}
-
-
-class Damage(NamedTuple):
-    """A file that is damaged, and the command that meets it.
-
-    options: of the command, which is train_student.py.
-    pattern: of a file that an earlier, shorter run left, which the command goes on with; None for an input.
-    input: the name of an input instead.
-    """
-
-    options: list[str]
-    pattern: str | None
-    input: str | None = None
-
-
-RESUMED = [*EGA, "--teacher_views", "2"]
-
-# What is flipped and cut. A new kind of file is a row here.
-FILES = {
-    "resume.pth": Damage(RESUMED, "save/student_model/*/resume.pth"),
-    "MODEL_last.pth": Damage(RESUMED, "save/student_model/*/resnet8_last.pth"),
-    "options.json": Damage(RESUMED, "save/student_model/*/options.json"),
-    "metrics.jsonl": Damage(RESUMED, "save/student_model/*/metrics.jsonl"),
-    "the bank's rows": Damage(RESUMED, "save/teacher_bank/*/embeddings.fp16"),
-    "the bank's checksums": Damage(RESUMED, "save/teacher_bank/*/crc32.u32"),
-    "bank.json": Damage(RESUMED, "save/teacher_bank/*/bank.json"),
-    "the images' rows": Damage(FOLDER, "save/images/*/images.u8"),
-    "the images' checksums": Damage(FOLDER, "save/images/*/crc32.u32"),
-    "images.json": Damage(FOLDER, "save/images/*/images.json"),
-    "--clip_mode, TorchScript": Damage(RESUMED, None, "clip"),
-    "--clip_mode, state dict": Damage(
-        [*STUDENT, "--clip_mode", "{clip_state}", "--feature_dim", "8"], None, "clip_state"
-    ),
-    "--path_t, CNN": Damage([*CNN, "--distill", "kd"], None, "cnn"),
-    "--path_t, head": Damage([*RESUMED, "--path_t", "{head}"], None, "head"),
-    "--init_s": Damage([*STUDENT, "--distill", "none", "--init_s", "{weights}"], None, "weights"),
-}
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-# Seconds that a command may take, on however busy a machine; and from a signal to its end, see ``Campaign.interrupt``.
-PATIENCE, STOPPING = 1800, 60
-
-
-# One command in processes of its own
-
-
-class Ended(NamedTuple):
-    """How a command ended: the exit code of each process, negative for a signal, and what was written to stderr."""
-
-    codes: list[int]
-    said: str
-    seconds: float
-
-    @property
-    def whole(self) -> bool:
-        return all(code == 0 for code in self.codes)
-
-    def in_one_line(self, *codes: int) -> bool:
-        """It ended with one of these codes, in one line, without a traceback."""
-        lines = [line for line in self.said.splitlines() if ": error: " in line or ".py: " in line]
-        return "Traceback" not in self.said and len(lines) == 1 and all(code in codes for code in self.codes)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _child(target: Target, argv: list[str], log: Path, environment: dict, patch: Callable[[], None] | None) -> None:
-    code = 99
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.environ |= environment
-        if patch is not None:
-            patch()
-        with distributed.processes():
-            target.script.main(argv)
-        code = 0
-    except SystemExit as stopped:
-        code = stopped.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def start(
-    target: Target, argv: list[str], log: Path, patch: Callable[[], None] | None = None
-) -> tuple[list[int], float]:
-    """Start a command in forks of this process, which has imported all that takes seconds; their ids, and when."""
-    log.unlink(missing_ok=True)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(target.processes)}
-    children = []
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes before a child listens waits until it does
-    for rank in range(target.processes):
-        environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if target.processes > 1 else {}
-        child = os.fork()
-        if child == 0:
-            _child(target, argv, log, environment, patch)
-        children.append(child)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    return children, time.monotonic()
-
-
-def alive(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
-
-def end(children: list[int], began: float, log: Path, seconds: float) -> Ended:
-    """Wait for all; who is not done after so many seconds is killed, which counts as a fault: code -9."""
-    deadline = time.monotonic() + seconds
-    while any(map(alive, children)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for child in children:
-        if alive(child):
-            os.kill(child, signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return Ended(codes, log.read_text(errors="replace") if log.exists() else "", time.monotonic() - began)
-
-
-def command(target: Target, argv: list[str], log: Path, patch: Callable[[], None] | None = None) -> Ended:
-    """Run a command to its end."""
-    return end(*start(target, argv, log, patch), log, PATIENCE)
-
-
-def reported(run: Path) -> tuple[Ended, str]:
-    """How ``helper.report`` ends on a run, here, and the table that it prints."""
-    began, code = time.monotonic(), 0
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            report.main([str(run)])
-        except SystemExit as stopped:
-            code = stopped.code
-        except Exception:
-            traceback.print_exc()
-            code = 1
-    return Ended([code], err.getvalue(), time.monotonic() - began), out.getvalue()
-
-
-# What is compared
-
-
-def _digest(value: object, digest) -> None:
-    if isinstance(value, dict):
-        for key in sorted(value, key=str):
-            if key not in ("seconds", "images_per_second", "options", "clip_sha256"):
-                digest.update(str(key).encode())
-                _digest(value[key], digest)
-    elif isinstance(value, (list, tuple)):
-        digest.update(b"[%d" % len(value))
-        for item in value:
-            _digest(item, digest)
-    elif isinstance(value, torch.Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    else:
-        digest.update(repr(value).encode())
-
-
-def result(save_dir: Path) -> dict[str, str]:
-    """A hash of all that a command leaves: weights, optimisers, metrics, the bank; not of times and paths."""
-    found = {}
-    for path in sorted(save_dir.rglob("*")):
-        digest = hashlib.sha256()
-        if path.suffix in (".pth", ".pt"):
-            _digest(checkpoint.load(path), digest)
-        elif path.name == "metrics.jsonl":
-            _digest([json.loads(line) for line in path.read_text().splitlines()], digest)
-        elif path.suffix in (".fp16", ".u8", ".u32"):
-            digest.update(path.read_bytes())
-        elif path.suffix == ".tmp":
-            digest.update(b"left behind")
-        else:
-            continue
-        found[f"{path.parent.name if path.parent.name == 'init' else ''}/{path.name}"] = digest.hexdigest()
-    return found
-
-
-# Trials
+# Seconds from a signal to the end of every process, see ``Campaign.interrupt``.
+STOPPING = 60
 
 
 class Campaign:
@@ -305,18 +52,12 @@ class Campaign:
     def make_inputs(self) -> dict[str, Path]:
         """A CLIP as an archive and as a state dict, a CNN, a head, a student's weights, a folder of pictures."""
         folder = self.work / "inputs"
-        paths = {name: folder / f"{name}.pth" for name in ("clip", "clip_state", "weights")}
-
-        def make() -> None:
-            write_archive(paths["clip"], SMALL_VIT)
-            torch.save(dict(torch.jit.load(paths["clip"]).state_dict()), paths["clip_state"])
-            torch.manual_seed(0)
-            torch.save(create_model("resnet8", 0).state_dict(), paths["weights"])
-            draw_pictures(paths["images"])
-
-        paths["images"] = folder / "images"
         folder.mkdir()
-        made = command(Target(train_teacher, []), ["--help"], self.log, patch=make)
+        paths = {name: folder / f"{name}.pth" for name in ("clip", "clip_state", "weights")}
+        paths["images"] = folder / "images"
+        # In a fork, as all that computes: this process is to have no threads.
+        made = command(Target(train_teacher, []), ["--help"], self.log, patch=lambda: write_inputs(paths))
+        assert made.whole, made.said
         paths |= {"cnn": folder / "resnet14.pth", "head": folder / "head.pth"}
         self.inputs = paths
         for name, options in (("cnn", ["--model", "resnet14"]), ("head", ["--model", "{clip}", "--feature_dim", "8"])):
@@ -562,74 +303,6 @@ def fail_writes(folder: Path, number: int, error: int) -> None:
     failing(os, "posix_fallocate", lambda *args: True)
 
 
-# An EGA run of many steps on small data, in epochs of 500 that are each tested and saved.
-SOAK = [
-    *EGA,
-    "--teacher_views",
-    "2",
-    "--batch_size",
-    "4",
-    "--epochs",
-    "40",
-    "--save_steps",
-    "250",
-    "--print_freq",
-    "500",
-]
-SOAK_AT = (2_000, 20_000)
-
-
-def resources() -> dict[str, int]:
-    """Of this process: resident memory in KiB, open files, threads."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    files = len(os.listdir("/proc/self/fd"))
-    return {"KiB": int(status["VmRSS"].split()[0]), "files": files, "threads": int(status["Threads"])}
-
-
-def soak(campaign: Campaign, processes: int) -> bool:
-    """Whether memory, files and threads are after all steps what they were after the first of them; prints them."""
-    notes = campaign.work / "soak"
-
-    def note_resources() -> None:
-        dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
-        step, count = Step.__call__, itertools.count(1)
-
-        def counted(*args):
-            step(*args)
-            if next(count) in SOAK_AT:
-                with open(f"{notes}{distributed.rank()}", "a") as file:
-                    file.write(json.dumps(resources()) + "\n")
-
-        Step.__call__ = counted
-
-    with campaign.save_dir() as save_dir:
-        target = Target(train_student, SOAK, processes)
-        ended = end(*start(target, campaign.argv(SOAK, save_dir), campaign.log, note_resources), campaign.log, 7200)
-    if not ended.whole:
-        print(ended)
-        return False
-    constant = True
-    for rank in range(processes):
-        early, late = map(json.loads, Path(f"{notes}{rank}").read_text().splitlines())
-        growth = late["KiB"] / early["KiB"] - 1
-        constant &= growth < 0.02 and early["files"] == late["files"] and early["threads"] == late["threads"]
-        print(
-            f"process {rank} of {processes}: after {SOAK_AT[0]} steps {early}, after {SOAK_AT[1]} {late}: {growth:+.2%}"
-        )
-        Path(f"{notes}{rank}").unlink()
-    return constant
-
-
-def draw_pictures(folder: Path) -> None:
-    """A folder of 600 pictures of 3 classes for training, and 30 for tests."""
-    data = make_dataset(num_train=600, num_test=30, num_classes=3)
-    for name, split in (("train", data.train), ("test", data.test)):
-        for number, (image, target) in enumerate(zip(split.images, split.targets.tolist(), strict=True)):
-            path = folder / name / f"class_{target}" / f"{number:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).resize((64, 48)).save(path)
-
-
 def trials(campaign: Campaign) -> Iterator[Callable[[], None]]:
     """The trials of a campaign, for ever, in an order that tries each kind early."""
     pick = campaign.random.choice
@@ -668,38 +341,3 @@ def summary(counts: dict[str, dict[str, int]]) -> str:
         told = ", ".join(f"{outcome} {times}" for outcome, times in sorted(outcomes.items()))
         rows.append((fault, str(names[fault]), str(outcomes.total()), told))
     return report.markdown(rows)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run it; 1 where anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5, help="how long (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the places")
-    parser.add_argument("--folder", type=Path, default=Path("save/campaign"), help="of its counts and its work")
-    parser.add_argument("--soak", action="store_true", help="instead: 20,000 steps by one process and by two")
-    parser.add_argument("--command_lines", type=int, metavar="N", help="instead: so many random command lines")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=48, num_test=10)
-    until = time.monotonic() + 60 * args.minutes
-    campaign = Campaign(args.folder.absolute(), args.seed)
-    if args.soak:
-        kept = [soak(campaign, processes) for processes in (1, 2)]
-        return int(not all(kept))
-    if args.command_lines:
-        outcomes = fuzz(campaign.inputs["clip"], args.command_lines, args.seed)
-        print(", ".join(f"{outcome} {times}" for outcome, times in sorted(outcomes.items())))
-        return 0
-    for trial in trials(campaign):
-        if time.monotonic() > until:
-            break
-        trial()
-    print(summary(campaign.counts))
-    print(f"Ctrl-C and SIGTERM: every process had ended after {campaign.slowest:.1f} s at most")
-    lost = sum(outcomes.get("LOST", 0) for outcomes in campaign.counts.values())
-    print(f"{sum(sum(outcomes.values()) for outcomes in campaign.counts.values())} trials, lost: {lost}")
-    return int(campaign.lost > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
