@@ -104,6 +104,14 @@ def _scaler(opt) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
 
 
+def _warn_of_rest(loader: Loader) -> None:
+    """Say so where an epoch ends, just before its test pass, in a step on so few images that batch norm fails."""
+    size, rest = loader.batch_size, loader.num_samples % loader.batch_size
+    if 0 < rest < size / 8:
+        better = next(n for n in range(size, 0, -1) if not 0 < loader.num_samples % n < n / 2)
+        print(f"the last step of an epoch has {rest} of --batch_size {size}, too few for batch norm: try {better}")
+
+
 def train_student(
     opt,
     student: Student | Classifier,
@@ -123,6 +131,7 @@ def train_student(
         stateful["optimizer_t"] = optimizers[1]
     seen = teacher if objective.needs_teacher or trains_head else None
     losses = Distillation(student, seen, objective, loaders.train, opt, trains_head)
+    _warn_of_rest(loaders.train)
     capture = step_capture(opt, seen, METHODS[opt.distill].waits)
     return Training(opt, Step(losses, optimizers, _scaler(opt), loaders.train, capture), student, stateful)
 
@@ -139,6 +148,7 @@ def train_cnn(opt, cnn: Classifier, loaders: Loaders) -> Training:
     """A CNN from scratch, by cross-entropy alone."""
     optimizer = build_optimizer(cnn.parameters(), opt)
     objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
+    _warn_of_rest(loaders.train)
     losses = Distillation(cnn, None, objective, loaders.train, opt)
     step = Step(losses, [optimizer], _scaler(opt), loaders.train, step_capture(opt, None))
     return Training(opt, step, cnn, {"model": cnn, "optimizer": optimizer})

@@ -678,3 +678,12 @@ def test_runs_share_one_bank(train, tiny_clip, tmp_path, monkeypatch):
     train("--epochs", 1, script=train_teacher)
     train("--epochs", 1, "--clip_mode", renamed)
     assert not encoded
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "said"), [(23, "has 1 of --batch_size 23, too few for batch norm: try 20"), (20, "")]
+)
+def test_a_last_step_on_too_few_images_is_told(train, capsys, batch_size, said):
+    train("--distill", "none", "--epochs", 1, "--batch_size", batch_size)
+    out = capsys.readouterr().out
+    assert said in out and ("too few" in out) == bool(said)
