@@ -1,26 +1,20 @@
 """Any image classifier of timm or torchvision: a student's backbone, a CNN teacher, or a frozen encoder's network."""
 
-import copy
 import importlib
-from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torchvision import models as torchvision_models
-from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from .maps import Graph, Intermediates, take_maps
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state
 
-# Stages are told apart on a picture of this size, where no stage is a single pixel as pooled features are.
-_LARGE = 256
-
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
-_ACTIVATION_FUNCTIONS = (F.relu, F.relu6, torch.relu, F.leaky_relu, F.hardswish, F.silu, F.gelu)
+# A size in pixels that a network which is built for one knows to refuse, if it is not its own.
+_ANY_SIZE = 256
 
 
 def import_library(library: str, package: str) -> ModuleType:
@@ -115,7 +109,7 @@ def _is_sized(timm: ModuleType, name: str) -> bool:
     """Whether a network of timm is built for one size of its input: transformers, not those of convolutions."""
     try:
         with torch.device("meta"):
-            timm.create_model(name, img_size=_LARGE)
+            timm.create_model(name, img_size=_ANY_SIZE)
     except TypeError:
         return False
     except (ValueError, AssertionError, RuntimeError, NotImplementedError):  # it knows the word, and not this size
@@ -172,12 +166,7 @@ def create_library_model(
     """
     found = network(name, resolution, pretrained)
     label = f"{name.library}:{name.name}"
-    taps = None
-    if maps and name.library == "timm" and not preact and hasattr(found.net, "forward_intermediates"):
-        taps = _Intermediates(found.net)
-    elif maps:
-        taps = _Graph(label, found.net, preact)
-    return LibraryModel(label, found, num_classes, taps)
+    return LibraryModel(label, found, num_classes, take_maps(label, found.net, preact) if maps else None)
 
 
 class LibraryModel(nn.Module):
@@ -192,7 +181,7 @@ class LibraryModel(nn.Module):
         taps: the maps of a forward pass; None for a network that is asked for the pooled features alone.
     """
 
-    def __init__(self, label: str, network: Network, num_classes: int, taps: "_Intermediates | _Graph | None" = None):
+    def __init__(self, label: str, network: Network, num_classes: int, taps: Intermediates | Graph | None = None):
         super().__init__()
         self.net, self.label, self.classifier_name, self.taps = network.net, label, network.classifier, taps
         self.num_features = _width(label, network)
@@ -212,7 +201,7 @@ class LibraryModel(nn.Module):
         Raises:
             ValueError: the network was not built with ``preact``, or a stage ends in none.
         """
-        norms = self.taps.norms[1:] if isinstance(self.taps, _Graph) else [None]
+        norms = self.taps.norms[1:] if isinstance(self.taps, Graph) else [None]
         if any(norm is None for norm in norms):
             raise ValueError(f"{self.label} has a stage that ends in no batch norm, of which OFD needs the margins")
         return [self.net.get_submodule(norm) for norm in norms]
@@ -238,166 +227,6 @@ def _width(label: str, network: Network) -> int:
     if not isinstance(pooled, Tensor) or pooled.dim() != 2:
         raise ValueError(f"{label} gives no pooled features")
     return pooled.shape[1]
-
-
-class _Intermediates:
-    """timm's own maps: one per resolution, or of a transformer five blocks' evenly spaced, of which one is the stem."""
-
-    def __init__(self, net: nn.Module):
-        stages = getattr(net, "feature_info", [])
-        reductions = [stage["reduction"] for stage in getattr(stages, "info", stages)]
-        self.indices = None
-        if len(reductions) > 5 and len(set(reductions)) == 1:
-            self.indices = [round(i * (len(reductions) - 1) / 4) for i in range(5)]
-
-    def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        x, maps = net.forward_intermediates(x, indices=self.indices, output_fmt="NCHW")
-        return list(maps), net.forward_head(x)
-
-
-class _InseparableError(Exception):
-    """A stage ends in an activation that is no node of its own."""
-
-
-class _Graph:
-    """Maps by torch.fx: of each resolution the last, where wanted before the activation that ends it.
-
-    The graphs, of training and of evaluation, name the network's modules and hold none of them: the network can be
-    moved, copied, and given other norms.
-
-    Attributes:
-        norms: names of the batch norms that end the maps' stages, or None.
-    """
-
-    def __init__(self, label: str, net: nn.Module, preact: bool):
-        for module in net.modules():
-            if preact and getattr(module, "inplace", False):
-                module.inplace = False  # it would change the map that is asked for
-        stages = _stages(net)
-        if len(stages) < 2:
-            raise ValueError(f"{label} gives no maps of its stages; use a method that needs none (see --list)")
-        mode = net.training
-        try:
-            self.norms, training = _trace(net.train(), stages, preact)
-            self.graphs = {True: training, False: _trace(net.eval(), stages, preact)[1]}
-            if preact:
-                self._check_signs(net)
-        except _InseparableError:
-            raise ValueError(
-                f"{label}: a stage ends in an activation that cannot be taken apart, as this method needs; use another"
-            ) from None
-        except Exception as error:  # torch.fx raises whatever a network's control flow makes of its proxies
-            raise ValueError(
-                f"{label}: its maps cannot be taken out of its forward pass; use a method that needs none (see --list)"
-            ) from error
-        net.train(mode)
-
-    @torch.no_grad()
-    def _check_signs(self, net: nn.Module) -> None:
-        net = copy.deepcopy(net).eval()
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.ones_(module.weight)  # one that begins at zero leaves the shortcut alone, which has no sign
-        generator = torch.Generator().manual_seed(0)
-        maps, _ = self(net, torch.randn(1, 3, _LARGE, _LARGE, generator=generator))
-        if any((x >= 0).all() for x in maps[1:]):
-            raise _InseparableError
-
-    def __call__(self, net: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        *maps, pooled = fx.Interpreter(net, graph=self.graphs[net.training]).run(x)
-        return maps, pooled
-
-
-def _trace(net: nn.Module, stages: list[str], preact: bool) -> tuple[list[str | None], fx.Graph]:
-    """The names of the batch norms that end the stages, and the graph of (maps ..., pooled)."""
-    tracer = NodePathTracer(**_tracing(net))
-    graph = tracer.trace(net)
-    nodes = [_last_node(graph, tracer.node_to_qualname, stage) for stage in stages]
-    if preact:
-        nodes = [_before_activation(node, net) for node in nodes]
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    output.args = ((*nodes, output.args[0]),)
-    return [_norm(node, net) for node in nodes], graph
-
-
-def _tracing(net: nn.Module) -> dict:
-    """What torch.fx must not look into, where a library says so."""
-    if not type(net).__module__.startswith("timm"):
-        return {}
-    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-
-    return {"leaf_modules": list(get_notrace_modules()), "autowrap_functions": list(get_notrace_functions())}
-
-
-@torch.no_grad()
-def _stages(net: nn.Module) -> list[str]:
-    """Names of the modules that give the last map of each stage, which halves the resolution; highest first.
-
-    Those are looked at that are reached from the network through containers alone: blocks and stages, not their parts.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def look(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
-            if type(child) is nn.Sequential:
-                yield from look(child, f"{prefix}{name}.")
-            elif not isinstance(child, nn.AdaptiveAvgPool2d):
-                yield f"{prefix}{name}", child
-
-    def note(name: str):
-        def hook(module, inputs, output):
-            if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
-                shapes.pop(name, None)
-                shapes[name] = tuple(output.shape)
-
-        return hook
-
-    hooks = [child.register_forward_hook(note(name)) for name, child in look(net, "")]
-    mode = net.training
-    try:
-        net.eval()(torch.zeros(1, 3, _LARGE, _LARGE))
-    except (RuntimeError, AssertionError):  # built for another size: it cuts pictures into patches
-        return []
-    finally:
-        net.train(mode)
-        for hook in hooks:
-            hook.remove()
-    last = {shape[2]: name for name, shape in shapes.items()}
-    heights = sorted(last, reverse=True)
-    # A convolution without padding takes off a few pixels: that is no new stage.
-    return [last[a] for a, b in zip(heights, [*heights[1:], 0], strict=True) if a > 1.5 * b]
-
-
-def _last_node(graph: fx.Graph, names: dict[fx.Node, str], module: str) -> fx.Node:
-    found = [node for node in graph.nodes if f"{names.get(node, '')}.".startswith(f"{module}.")]
-    if not found:  # called more than once, a module's nodes are numbered
-        found = [node for node in graph.nodes if names.get(node, "").rpartition("_")[0] == module]
-    return found[-1]
-
-
-def _before_activation(node: fx.Node, net: nn.Module) -> fx.Node:
-    module = net.get_submodule(node.target) if node.op == "call_module" else None
-    if isinstance(module, nn.BatchNorm2d) and not isinstance(getattr(module, "act", nn.Identity()), nn.Identity):
-        raise _InseparableError
-    activates = node.op == "call_module" and isinstance(net.get_submodule(node.target), _ACTIVATIONS)
-    activates |= node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS
-    return node.args[0] if activates else node
-
-
-def _norm(node: fx.Node, net: nn.Module) -> str | None:
-    """The name of the batch norm that gave a node, itself or at the end of the longest branch of what is added up."""
-    depth: dict[fx.Node, int] = {}
-    for earlier in node.graph.nodes:
-        depth[earlier] = 1 + max((depth[x] for x in earlier.all_input_nodes), default=0)
-    while node.all_input_nodes:
-        if node.op == "call_module":
-            module = net.get_submodule(node.target)
-            if isinstance(module, nn.BatchNorm2d):
-                return node.target
-            if not isinstance(module, (*_ACTIVATIONS, nn.Identity, nn.Dropout)):
-                return None
-        node = max(node.all_input_nodes, key=depth.__getitem__)
-    return None
 
 
 def synchronize_norms(model: nn.Module) -> nn.Module:
