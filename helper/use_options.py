@@ -35,7 +35,9 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--corruptions", action="store_true", help=what)
     group = parser.add_argument_group("search")
     group.add_argument("--search", metavar="TEXT", help="rank images by a text")
-    group.add_argument("--search_image", metavar="FILE", help="rank images by an image, with any student")
+    group.add_argument(
+        "--search_image", "--search-image", metavar="FILE", help="rank images by an image, with any student"
+    )
     group.add_argument("--images", metavar="DIR", help="the folder that is searched, with all folders in it")
     group.add_argument("--top", type=positive_int, default=20, help="images on the contact sheet")
     group.add_argument("--out", metavar="PNG", help="the contact sheet; if unset, RUN/search_TEXT.png")

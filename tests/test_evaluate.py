@@ -399,7 +399,7 @@ def test_search_by_image_works_for_any_student(runs, pictures, capsys):
         rows = list(csv.DictReader((runs[name] / "search_3-png.csv").open()))
         assert rows[0]["file"] == str(wanted) and float(rows[0]["score"]) == pytest.approx(1, abs=1e-5)
         sheet = (runs[name] / "search_3-png.png").read_bytes()
-        refused(capsys, "use --force", runs[name], "--search_image", wanted, "--images", pictures, "--top", 2)
+        refused(capsys, "use --force", runs[name], "--search-image", wanted, "--images", pictures, "--top", 2)
         assert (runs[name] / "search_3-png.png").read_bytes() == sheet
         ask(runs[name], "--search_image", wanted, "--images", pictures, "--top", 2, "--force")
         assert (runs[name] / "search_3-png.png").read_bytes() != sheet
