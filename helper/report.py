@@ -245,7 +245,9 @@ def published(options: dict) -> str:
 
 
 def table(runs: list[StoredRun], against: str | None = None) -> str:
-    """Markdown: test accuracy (top-1, %) in the best and the last epoch, of the last run's teacher and of each run.
+    """Markdown: test accuracy (top-1, %) in the best and the last epoch, of the teacher and of each run.
+
+    The teacher's row is of the runs with the most seeds, the last of equals.
 
     Of runs that differ in their seed alone, the mean and the standard deviation; beside them what papers report, where
     they do. Which epoch is best is decided as in training: on the test set, or on the rows that were held out.
@@ -263,14 +265,9 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
     references = [group for group in groups if group[0].options["distill"] == against]
     if against is not None and not references:
         raise ValueError(f"--against {against}: none of these runs is of that method")
-    for run in reversed(runs):
-        measured = run.curve("teacher_acc")[1]
-        if measured:
-            known = _REPDISTILLER_TEACHERS.get(run.options["model_t"]) if not run.options.get("clip_tn", 1) else None
-            known = "" if known is None else f"{known:.2f} (last)"
-            name = f"teacher: {run.options['model_t']}"
-            rows.append((name, f"{max(measured):.2f}", f"{measured[-1]:.2f}", "", known))
-            break
+    taught = [group for group in groups if group[0].curve("teacher_acc")[1]]
+    if taught:
+        rows.append(_teacher_row(max(reversed(taught), key=len)))
     for group, label in zip(groups, run_labels([group[0] for group in groups], REPEATS), strict=True):
         best = last = "–"  # without labels
         if found := accuracies(group):
@@ -285,6 +282,15 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
     kept = [place for place in range(len(rows[0])) if place < 3 or any(row[place] for row in rows[1:])]
     rows = [tuple(row[place] for place in kept) for row in rows]
     return markdown(rows)
+
+
+def _teacher_row(group: list[StoredRun]) -> tuple[str, ...]:
+    """What ``table`` says of these runs' teacher, whose head each may have trained; one that is fixed has no spread."""
+    curves, options = [run.curve("teacher_acc")[1] for run in group], group[0].options
+    curves = curves if len({*map(tuple, curves)}) > 1 else curves[:1]
+    best, last = (mean_and_deviation([value(curve) for curve in curves]) for value in (max, lambda curve: curve[-1]))
+    known = None if options.get("clip_tn", 1) else _REPDISTILLER_TEACHERS.get(options["model_t"])
+    return f"teacher: {options['model_t']}", best, last, "", "" if known is None else f"{known:.2f} (last)"
 
 
 def _told_difference(found: tuple[float, float | None] | None) -> str:

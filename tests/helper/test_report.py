@@ -72,6 +72,15 @@ def test_seeds_are_averaged_and_stand_beside_what_is_published(tmp_path):
     ]
 
 
+def test_a_teacher_whose_head_is_trained_with_each_seed_is_averaged_too(tmp_path):
+    def run(distill, seed, accuracies):
+        records = [{"epoch": 1 + i, "test_acc": 50.0, "teacher_acc": value} for i, value in enumerate(accuracies)]
+        return StoredRun(tmp_path, {"distill": distill, "seed": seed, "model_s": "a", "model_t": "vit32"}, records)
+
+    runs = [run("ega", 0, [70, 60]), run("ega", 1, [72, 62]), run("kd", 0, [70, 60])]
+    assert cells(table(runs))[1] == ["teacher: vit32", "71.00 ± 1.41 (2)", "61.00 ± 1.41 (2)"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
