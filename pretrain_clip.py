@@ -17,12 +17,12 @@ from helper.contrastive import Images, caption_tokens, zero_shot_accuracy
 from helper.data import eval_batch_size, open_dataset
 from helper.exits import exits
 from helper.meters import print_record
+from helper.names import data_name
 from helper.options import (
     add_data_options,
     add_run_options,
     add_training_speed_options,
     check_data,
-    data_name,
     recorded_options,
 )
 from helper.parser import Parser, number, positive, positive_int, weight

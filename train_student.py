@@ -8,8 +8,9 @@ from helper.data import build_loaders, open_dataset
 from helper.exits import exits
 from helper.loops import Evaluation
 from helper.meters import print_record
+from helper.names import sized_name, student_run_name
 from helper.objective import build_objective
-from helper.options import parse_student_options, recorded_options, sized_name, student_run_name
+from helper.options import parse_student_options, recorded_options
 from helper.run import Run
 from helper.runtime import resolve
 from helper.student import build_student, model_file, student_identity

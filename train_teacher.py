@@ -7,7 +7,8 @@ from helper.data import build_loaders, open_dataset
 from helper.exits import exits
 from helper.loops import Evaluation
 from helper.meters import print_record
-from helper.options import parse_teacher_options, recorded_options, teacher_run_name
+from helper.names import teacher_run_name
+from helper.options import parse_teacher_options, recorded_options
 from helper.run import Run
 from helper.runtime import resolve
 from helper.teacher import build_cnn, build_teacher, teacher_file

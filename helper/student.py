@@ -20,7 +20,7 @@ from models.weights import read_state, sha256_of
 
 from . import checkpoint, data
 from .data import normalization_of
-from .options import sized_name
+from .names import sized_name
 from .report import StoredRun, read_run
 from .teacher import ClipTeacher, CnnTeacher
 

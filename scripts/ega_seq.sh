@@ -63,7 +63,8 @@ head=$("$PYTHON" - "${head_args[@]}" -- "${STUDENT_ARGS[@]}" <<'EOF'
 import sys
 from pathlib import Path
 
-from helper.options import parse_student_options, parse_teacher_options, teacher_run_name
+from helper.names import teacher_run_name
+from helper.options import parse_student_options, parse_teacher_options
 
 sys.argv[0] = "ega_seq.sh"
 border = sys.argv.index("--")

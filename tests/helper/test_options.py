@@ -9,12 +9,8 @@ from dataset import DATASETS
 from dataset.views import CIFAR_VIEWS, CropViews, ResizedCropViews
 from distiller_zoo import METHODS
 from helper import options, runtime
-from helper.options import (
-    parse_student_options,
-    parse_teacher_options,
-    student_run_name,
-    teacher_run_name,
-)
+from helper.names import student_run_name, teacher_run_name
+from helper.options import parse_student_options, parse_teacher_options
 from helper.runtime import resolve
 from models import model_dict
 from models.clip_teacher import PUBLISHED
