@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_train_student import assert_equal_tensors, assert_refused, load, read_metrics
+from runs import assert_equal_tensors, assert_refused, load, read_metrics
 
 import train_teacher
 from models.weights import sha256_of

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train_student import read_metrics
+from runs import read_metrics
 from torchvision import datasets
 
 import train_student
