@@ -216,3 +216,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder and its content, but for empty lock files."""
     files = (path for path in Path(folder).rglob("*") if path.is_file())
     return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.stat().st_size or "lock" not in p.name}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def job(request):
+    """So many processes, which call what they are given."""
+    from processes import Job  # here, for those who import this file and are no tests
+
+    job = Job(request.param)
+    yield job
+    job.end()

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from processes import free_port
 
 from helper import checkpoint, distributed, report
 
@@ -41,12 +41,6 @@ class Ended(NamedTuple):
         """It ended with one of these codes, in one line, without a traceback."""
         lines = [line for line in self.said.splitlines() if ": error: " in line or ".py: " in line]
         return "Traceback" not in self.said and len(lines) == 1 and all(code in codes for code in self.codes)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _child(target: Target, argv: list[str], log: Path, environment: dict, patch: Callable[[], None] | None) -> None:
