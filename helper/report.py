@@ -187,7 +187,8 @@ def compare(group: list[StoredRun], reference: list[StoredRun]) -> tuple[float, 
     """By how much the reference is ahead in mean accuracy, and how likely chance alone does as much (two-sided p).
 
     Runs of one seed begin with the same weights and see the same images in the same order, so that seeds which both
-    have are compared in pairs: a paired t-test. Otherwise Welch's, of unequal variances.
+    have are compared in pairs, also a single run with the one of its seed: a paired t-test. Otherwise Welch's, of
+    unequal variances.
 
     Returns:
         Percentage points and p, which is None with fewer than two seeds on a side or without any spread; None where an
@@ -197,7 +198,7 @@ def compare(group: list[StoredRun], reference: list[StoredRun]) -> tuple[float, 
     if not ours or not theirs:
         return None
     common = sorted(ours.keys() & theirs.keys())
-    if len(common) > 1:
+    if len(common) > 1 or (common and 1 in (len(ours), len(theirs))):
         pairs = [(ours[seed], theirs[seed]) for seed in common]
         difference = statistics.mean(one - other for one, other in pairs)
         spread = len({one - other for one, other in pairs}) > 1

@@ -170,6 +170,13 @@ def test_other_seeds_are_compared_by_welchs_test():
     assert p == pytest.approx(1 - 2 * inside, rel=1e-4)
 
 
+def test_a_single_run_is_compared_with_the_one_of_its_seed():
+    ega = [finished("ega", seed, accuracy) for seed, accuracy in enumerate((51.0, 62.0, 73.0))]
+    assert compare([finished("none", 1, 60.0)], ega) == (2.0, None)
+    assert compare(ega, [finished("none", 2, 70.0)]) == (-3.0, None)
+    assert compare([finished("none", 7, 60.0)], ega) == (2.0, None)  # of no seed of EGA's: with their mean
+
+
 def test_a_single_seed_or_no_spread_has_no_p_and_no_labels_nothing():
     assert compare([finished("none", 0, 40.0)], [finished("ega", 0, 43.0)]) == (3.0, None)
     same = [finished("none", seed, 40.0) for seed in (0, 1)], [finished("ega", seed, 43.0) for seed in (0, 1)]
