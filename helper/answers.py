@@ -38,6 +38,16 @@ TABLES: dict[str, tuple[str, dict[str, tuple[str, int]]]] = {
             "cka": ("CKA", _FINE),
         },
     ),
+    "graphs": (
+        "Embedding graphs on {}, batch by batch",
+        {
+            "node": ("‖N − I‖", _PERCENT),
+            "edge": ("‖E_t − E_s‖", _PERCENT),
+            "itself": ("N: itself", _FINE),
+            "same_class": ("same class", _FINE),
+            "other_classes": ("other classes, rms", _FINE),
+        },
+    ),
     "transfer": (
         "Transfer to {}: frozen features, top-1 in %",
         {"linear": ("linear probe", _PERCENT)} | {f"knn_{k}": (f"{k}-NN", _PERCENT) for k in (1, 5, 20)},

@@ -33,7 +33,7 @@ class Accuracy:
         class_numbers(subject)
 
     def __call__(self, subject: Subject) -> dict[str, dict]:
-        """'accuracy' by 'student' and 'teacher'; where there are both, the student's 'agreement'."""
+        """'accuracy' by 'student' and 'teacher'; where there are both, the student's 'agreement', and the 'graphs'."""
         test = subject.dataset.test
         targets, loader = class_numbers(subject)[test.targets], subject.loader(test, subject.dataset.views)
         networks = subject.networks()
@@ -48,7 +48,14 @@ class Accuracy:
             print(f"confusion matrix: {write_confusion(subject, measures.confusion(predicted, targets, len(classes)))}")
         if len(seen) == 2:
             joint = isinstance(networks["teacher"], ClipTeacher) or networks["teacher"].head is not None
+            joint = joint and seen["student"].embedding.shape == seen["teacher"].embedding.shape
             answers["agreement"] = {"student": agreement(**seen, classify=len(logits) == 2, joint=joint)}
+            if joint:
+                # Beside the student, one that is equal to its teacher.
+                size, f_t = subject.run.options["batch_size"], seen["teacher"].embedding
+                answers["graphs"] = {
+                    side: measures.embedding_graph(out.embedding, f_t, targets, size) for side, out in seen.items()
+                }
         return answers
 
 
@@ -78,13 +85,13 @@ def agreement(student: Predictions, teacher: Predictions, classify: bool, joint:
 
     Args:
         classify: whether both do.
-        joint: whether both are projected to a joint space.
+        joint: whether both are projected to one joint space.
     """
     found: dict[str, float | None] = dict.fromkeys(("same_class", "divergence", "node_error", "edge_error"))
     if classify:
         found["same_class"] = measures.same_predictions(student.logits, teacher.logits)
         found["divergence"] = measures.divergence(student.logits, teacher.logits)
-    if joint and student.embedding.shape == teacher.embedding.shape:
+    if joint:
         errors = measures.alignment_errors(student.embedding, teacher.embedding)
         found["node_error"], found["edge_error"] = errors
     return found | {"cka": measures.linear_cka(student.features, teacher.features)}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distiller_zoo.EGA import ega_terms
+from distiller_zoo.EGA import ega_terms, standardize
 
 from .util import predicted_class
 
@@ -65,6 +65,39 @@ def alignment_errors(f_s: Tensor, f_t: Tensor) -> tuple[float, float]:
     """
     node, edge = ega_terms(f_s.double(), f_t.double())
     return float(node) / len(f_s), float(edge) / len(f_s)
+
+
+def embedding_graph(f_s: Tensor, f_t: Tensor, targets: Tensor, batch_size: int) -> dict[str, float | None]:
+    """What EGA's terms are made of, in batches as in training: mean correlations of a student with its teacher.
+
+    Of a teacher with itself, the terms that a student equal to it has: its own graph is as far from the identity as
+    'node' says. A student that is correlated with nothing has a node term of the root of the batch size.
+
+    Args:
+        f_s, f_t: embeddings (N, D) in the joint space.
+        targets: (N,) classes.
+        batch_size: of batches drawn without replacement, always the same; samples beyond the last whole one are left
+            out.
+
+    Returns:
+        'node' and 'edge', Frobenius norms, means over the batches; over all pairs of a batch, 'itself', the mean
+        correlation of an image with its teacher's embedding of it, 'same_class' with other images of its class (None
+        where there are none), and 'other_classes', the root mean square with images of other classes.
+    """
+    size = min(batch_size, len(f_s))
+    order = torch.randperm(len(f_s), generator=torch.Generator().manual_seed(0))
+    batches = order[: len(f_s) // size * size].view(-1, size)
+    z_s, z_t, classes = standardize(f_s.double())[batches], standardize(f_t.double())[batches], targets[batches]
+    node, identity = z_t @ z_s.mT, torch.eye(size, dtype=torch.float64)
+    same = classes[:, :, None] == classes[:, None]
+    near, far = node[same & (identity == 0)], node[~same]
+    return {
+        "node": float((node - identity).norm(dim=(1, 2)).mean()),
+        "edge": float((z_t @ z_t.mT - z_s @ z_s.mT).norm(dim=(1, 2)).mean()),
+        "itself": float(node.diagonal(dim1=1, dim2=2).mean()),
+        "same_class": float(near.mean()) if len(near) else None,
+        "other_classes": float(far.square().mean().sqrt()) if len(far) else None,
+    }
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

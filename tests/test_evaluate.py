@@ -143,6 +143,8 @@ def test_agreement_where_there_are_logits_and_a_joint_space(runs):
         found = answers(runs[name], "agreement")["student"]
         assert {key for key, value in found.items() if value is not None} == {*there.split(), "cka"}
         assert 0 < found["cka"] <= 1
+        graphs = json.loads((runs[name] / "evaluation.json").read_text()).get("graphs")
+        assert (graphs is not None) == ("node_error" in there)
     assert not answers(runs["unlabelled"], "accuracy")
     assert set(answers(runs["joint"], "accuracy")) == {"student"}
     ask(runs["none"])
@@ -158,6 +160,9 @@ def test_agreement_of_embeddings_is_that_of_the_stored_weights(runs, datasets, t
     e_s, e_t = np.corrcoef(f_s.numpy()), np.corrcoef(f_t.numpy())
     found = answers(runs["joint"], "agreement")["student"]
     assert found["edge_error"] == pytest.approx(np.sqrt(np.mean((e_s - e_t) ** 2)), rel=1e-2)  # the bank is in fp16
+    graphs = answers(runs["joint"], "graphs")
+    assert graphs["teacher"]["edge"] == 0 and graphs["teacher"]["itself"] == pytest.approx(1)
+    assert graphs["student"]["edge"] == pytest.approx(16 * found["edge_error"], rel=0.2)  # in batches of 16
 
 
 def test_another_data_set_of_the_same_classes_in_another_order(runs):

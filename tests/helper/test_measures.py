@@ -81,6 +81,39 @@ def test_alignment_errors_are_root_mean_squares_of_correlations(count):
     assert measures.alignment_errors(f_s, f_s)[1] == 0
 
 
+@pytest.mark.parametrize("batch_size", [8, 100], ids=["batches, the last left out", "all in one"])
+def test_embedding_graphs_are_correlations_of_pairs_batch_by_batch(batch_size):
+    generator = torch.Generator().manual_seed(1)
+    f_s, f_t = torch.randn(2, 30, 6, generator=generator)
+    targets = torch.randint(4, (30,), generator=generator)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
+    size = min(batch_size, 30)
+    found: dict[str, list] = {name: [] for name in ("node", "edge", "itself", "same_class", "other_classes")}
+    for batch in range(30 // size):
+        rows = order[batch * size : (batch + 1) * size]
+        node = edge = 0.0
+        for i in rows:
+            for j in rows:
+                n, e_t, e_s = (np.corrcoef(a[i], b[j])[0, 1] for a, b in ((f_t, f_s), (f_t, f_t), (f_s, f_s)))
+                node, edge = node + (n - (i == j)) ** 2, edge + (e_t - e_s) ** 2
+                pair = "itself" if i == j else "same_class" if targets[i] == targets[j] else "other_classes"
+                found[pair].append(n)
+        found["node"].append(np.sqrt(node))
+        found["edge"].append(np.sqrt(edge))
+    expected = {name: np.mean(values) for name, values in found.items()}
+    expected["other_classes"] = np.sqrt(np.mean(np.square(found["other_classes"])))
+    assert measures.embedding_graph(f_s, f_t, targets, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_embedding_graphs_of_a_teacher_with_itself_of_nothing_in_common_and_of_pairs_that_there_are_not():
+    f_t = torch.eye(8).repeat(1, 2)  # no two of them alike
+    found = measures.embedding_graph(f_t, f_t, torch.arange(8), 8)
+    assert found["itself"] == pytest.approx(1) and found["edge"] == 0
+    assert found["node"] == pytest.approx(np.sqrt(8 * 7) / 7) and found["same_class"] is None
+    found = measures.embedding_graph(torch.ones(8, 16), f_t, torch.zeros(8, dtype=torch.long), 8)
+    assert found["node"] == pytest.approx(np.sqrt(8)) and found["itself"] == 0 and found["other_classes"] is None
+
+
 def test_cka_is_the_kernels_alignment_and_knows_rotations():
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(30, 6, generator=generator), torch.randn(30, 9, generator=generator)
