@@ -250,8 +250,9 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
 
     The teacher's row is of the runs with the most seeds, the last of equals.
 
-    Of runs that differ in their seed alone, the mean and the standard deviation; beside them what papers report, where
-    they do. Which epoch is best is decided as in training: on the test set, or on the rows that were held out.
+    Of runs that differ in their seed alone, the mean and the standard deviation; beside them the accuracy of the best
+    epoch on rows that were held out, where there were any, and what papers report, where they do. Which epoch is best
+    is decided as in training: on the rows that were held out, else on the test set.
 
     Args:
         against: a method, of which each row says by how much it is ahead there and with which p, see ``compare``; of
@@ -261,7 +262,7 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
         ValueError: no run is of that method.
     """
     ahead = "" if against is None else f"{_title(against)} − it, p"
-    rows = [("", "best", "last", ahead, "published")]
+    rows = [("", "best", "last", "held out", ahead, "published")]
     groups = repeats(runs)
     references = [group for group in groups if group[0].options["distill"] == against]
     if against is not None and not references:
@@ -274,11 +275,13 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
         if found := accuracies(group):
             best = mean_and_deviation([*found.values()])
             last = mean_and_deviation([run.curve("test_acc")[1][-1] for run in group])
+        held_out = [(best_record(run.history) or {}).get("val_acc") for run in group]
+        held_out = "" if None in held_out else mean_and_deviation(held_out)
         options = group[0].options
         ahead = ""
         if (reference := _reference(group, references)) is not None:
             ahead = _told_difference(compare(group, reference))
-        rows.append((f"{options['model_s']}: {label}", best, last, ahead, published(options)))
+        rows.append((f"{options['model_s']}: {label}", best, last, held_out, ahead, published(options)))
     # Columns in which no row says anything are left out.
     kept = [place for place in range(len(rows[0])) if place < 3 or any(row[place] for row in rows[1:])]
     rows = [tuple(row[place] for place in kept) for row in rows]
@@ -291,7 +294,7 @@ def _teacher_row(group: list[StoredRun]) -> tuple[str, ...]:
     curves = curves if len({*map(tuple, curves)}) > 1 else curves[:1]
     best, last = (mean_and_deviation([value(curve) for curve in curves]) for value in (max, lambda curve: curve[-1]))
     known = None if options.get("clip_tn", 1) else _REPDISTILLER_TEACHERS.get(options["model_t"])
-    return f"teacher: {options['model_t']}", best, last, "", "" if known is None else f"{known:.2f} (last)"
+    return f"teacher: {options['model_t']}", best, last, "", "", "" if known is None else f"{known:.2f} (last)"
 
 
 def _told_difference(found: tuple[float, float | None] | None) -> str:

@@ -42,11 +42,11 @@ def test_table_gives_the_teacher_and_each_run(tmp_path):
     chosen = [{"test_acc": 50.0, "val_acc": 41.0}, {"test_acc": 40.0, "val_acc": 42.0}, {"test_acc": 30, "val_acc": 1}]
     taught = run("ega", [{"teacher_acc": 60.0, **record} for record in chosen])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table([alone, taught]).splitlines()]
-    assert rows[0] == ["", "best", "last"]
+    assert rows[0] == ["", "best", "last", "held out"]
     assert rows[2:] == [
-        ["teacher: vit32", "60.00", "60.00"],
-        ["resnet8: student alone", "30.00", "20.00"],
-        ["resnet8: EGA", "40.00", "30.00"],
+        ["teacher: vit32", "60.00", "60.00", ""],
+        ["resnet8: student alone", "30.00", "20.00", ""],
+        ["resnet8: EGA", "40.00", "30.00", "42.00"],
     ]
 
 
