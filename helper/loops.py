@@ -249,7 +249,7 @@ def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:
 
 
 class Evaluation:
-    """The test pass after an epoch: of student and teacher on the test set, of the student on what is held out.
+    """The test pass after an epoch: of student and teacher on the test set, of what is trained on what is held out.
 
     Args:
         loaders: the run's.
@@ -285,5 +285,6 @@ class Evaluation:
             return dict.fromkeys(("test_loss", "test_acc", "test_acc_top5")) | self.fixed
         record = validate(self.loaders.test, self.student, self.teacher, self.opt) | self.fixed
         if self.loaders.val is not None:
-            record |= validate(self.loaders.val, self.student, None, self.opt, prefix="val")
+            trained = (None, self.teacher) if self.student is None else (self.student, None)
+            record |= validate(self.loaders.val, *trained, self.opt, prefix="val")
         return record

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from runs import assert_equal_tensors, assert_refused, load, read_events, read_metrics
 
+import train_student
 import train_teacher
 from dataset.loader import Loader
 from distiller_zoo import EGA, DistillKL
@@ -118,11 +119,14 @@ def test_embeddings_on_the_fly_equal_the_banks(train):
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
-def test_holdout_chooses_the_best_epoch(train):
-    folder = train("--epochs", 3, "--holdout", 0.2)
+@pytest.mark.parametrize(
+    ("script", "best"), [(train_student, "resnet8_best.pth"), (train_teacher, "tiny_clip_best.pth")]
+)
+def test_holdout_chooses_the_best_epoch(train, script, best):
+    folder = train("--epochs", 3, "--holdout", 0.2, script=script)
     records = read_metrics(folder)
-    best = max(records, key=lambda record: record["val_acc"])
-    assert load(folder / "resnet8_best.pth")["epoch"] == best["epoch"]
+    chosen = max(records, key=lambda record: record["val_acc"])
+    assert load(folder / best)["epoch"] == chosen["epoch"]
 
 
 def test_learning_rate_decays_after_its_epochs(train):
