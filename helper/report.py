@@ -117,13 +117,19 @@ def _told(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _shortly(value: object) -> str:
-    """As ``_told``; of many names their number alone."""
-    return f"{len(value)} names" if isinstance(value, list) and isinstance(value[0], str) else _told(value)
+def _shortly(name: str, value: object) -> str:
+    """An option and its value, as ``_told``; of many names their number alone, of a file its name."""
+    if isinstance(value, list) and isinstance(value[0], str):
+        value = f"{len(value)} names"
+    elif name in ("path_t", "init_s") and value is not None:
+        value = Path(value).name
+    return f"{name} {_told(value)}"
 
 
 def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[str]:
     """A short name for each run: its method, and where methods are equal, the options that differ.
+
+    What more than half of a method's runs have is not told.
 
     Args:
         leave_out: options that are not told.
@@ -137,7 +143,9 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
         names = [name for name in names if name in run.options or name in BEFORE]
         if "model_t" in names:  # which says more than the options that it comes from
             names = [name for name in names if name not in ("clip_mode", "clip_tn", "path_t")]
-        labels.append(", ".join([_title(method)] + [f"{name} {_shortly(run.option(name))}" for name in names]))
+        sharing = {name: sum(_told(x.option(name)) == _told(run.option(name)) for x in equals) for name in names}
+        told = [_shortly(name, run.option(name)) for name in names if 2 * sharing[name] <= len(equals)]
+        labels.append(", ".join([_title(method), *told]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
         for place, label in enumerate(labels)

@@ -26,6 +26,15 @@ def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
         "KD, alpha 1",
     ]
     assert run_labels([run(distill="ega"), run(distill="ega", save_dir="b")]) == ["EGA (1)", "EGA (2)"]
+    # What most have is not told; of a file, its name is.
+    varied = [{}, {"beta": 0.5}, {"path_t": "there/head.pth"}, {"beta": 0.5, "batch_size": 32}, {}]
+    assert run_labels([run(**{"distill": "ega", "beta": 1, "batch_size": 64, "path_t": None} | x) for x in varied]) == [
+        "EGA (1)",
+        "EGA, beta 0.5",
+        "EGA, path_t head.pth",
+        "EGA, beta 0.5, batch_size 32",
+        "EGA (2)",
+    ]
     # What the teacher is called stands for where it is from.
     teachers = {"model_t": "clip", "clip_tn": 1, "path_t": None}, {"model_t": "vgg13", "clip_tn": 0, "path_t": "a.pth"}
     labels = run_labels([run(distill="kd", **teacher) for teacher in teachers])
