@@ -10,29 +10,36 @@ teacher_resolution=160   # at which a bank of one view is affordable on a CPU
 model_s=resnet20
 epochs=30
 lr_decay_epochs=19,22,26 # as 150, 180, 210 of 240
-select_epochs=6          # of the runs that choose a method's weight on a tenth of the training set
+select_epochs=6          # of the runs on nine tenths of the training set, judged on the tenth that is held out
 select_decay=4,5
 methods='none ega kd crd irg ccl nce rkd pkt hint'
 candidates_hint='1 100'  # weights of distillation (-b) to choose from: 1, and RepDistiller's
 candidates_pkt='1 30000'
 candidates_crd='1 0.8'
+tried=(                  # so, to find out why a method is where it is
+    'none' 'ega' 'ega -b 2' 'ega -b 0.5' 'ega -b 0.25' 'ega -b 0.1' 'ega -node 0' 'ega --joint teacher'
+    'ega --batch_size 32' 'ega -b 0.5 --batch_size 32' 'nce' 'nce -b 2' 'nce -b 0.5' 'nce --joint teacher'
+    'nce --batch_size 32' 'ccl' 'ccl -b 2' 'ccl -b 0.5'
+)
+tuned='ega nce ccl'      # methods that train once more with the best weight that was tried
 rivals=                  # two methods that are repeated with EGA; if empty, the best two of the first seed
 seeds='1 2'              # of what is repeated
 save_dir=./save
 records=docs/runs        # of finished runs
-parts=${*:-methods large seeds views labels}
+parts=${*:-methods why tuned large seeds views labels}
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 bash scripts/fetch_lite.sh 2 >&2
-common=(--clip_mode "$teacher=CLIP/${teacher#timm:}.pth" --teacher_resolution "$teacher_resolution"
-    --teacher_views 1 --save_dir "$save_dir")
+encoder=$teacher=CLIP/${teacher#timm:}.pth
+common=(--teacher_resolution "$teacher_resolution" --teacher_views 1 --save_dir "$save_dir")
+select=(--holdout 0.1 --epochs "$select_epochs" --lr_decay_epochs "$select_decay")
 
 # train GROUP OPTION...: a run, unless $records has it; what is recorded of it goes into $records/GROUP/NAME.
 train() {
     local group=$1 name run
     shift
-    set -- "${common[@]}" --epochs "$epochs" --lr_decay_epochs "$lr_decay_epochs" --model_s "$model_s" \
-        --trial "$group" "$@"
+    set -- --clip_mode "$encoder" "${common[@]}" --epochs "$epochs" --lr_decay_epochs "$lr_decay_epochs" \
+        --model_s "$model_s" --trial "$group" "$@"
     name=$("$PYTHON" -m helper.options "$@")
     run=$save_dir/student_model/$name
     [[ -e $records/$group/$name/metrics.jsonl ]] && { echo "$records/$group/$name: done"; return; }
@@ -47,7 +54,7 @@ weight() {
     WEIGHT=()
     [[ -z ${!candidates:-} ]] && return
     for b in ${!candidates}; do
-        train select --distill "$1" -b "$b" --holdout 0.1 --epochs "$select_epochs" --lr_decay_epochs "$select_decay"
+        train select --distill "$1" -b "$b" "${select[@]}"
     done
     WEIGHT=(-b "$("$PYTHON" -m helper.report --choose beta "$records"/select/*_"$1"_*)")
 }
@@ -67,6 +74,20 @@ for part in $parts; do
         for name in $methods; do method "$name"; done
         train methods --distill ega -edge 0
         train methods --distill ega -node 0
+        report methods
+        ;;
+    why)                 # weights, terms, spaces, batches; the teacher's head trained first
+        for options in "${tried[@]}"; do train why --distill $options "${select[@]}"; done
+        "$PYTHON" train_teacher.py --model "$encoder" "${common[@]}" --learning_rate 0.01 --trial why "${select[@]}"
+        head=("$save_dir"/models/*_trialwhy/*_best.pth)
+        train why --distill ega --path_t "${head[0]}" "${select[@]}" --trial headfirst
+        "$PYTHON" -m helper.report "$records"/why/*
+        ;;
+    tuned)               # table 1's first methods once more, with the weight that is best on the hold-out
+        for name in $tuned; do
+            found=("$records"/why/*_f256_*"_${name}_r1_a0_b"*_node0.8_edge0.24_batchsize64_*)
+            train methods --distill "$name" -b "$("$PYTHON" -m helper.report --choose beta "${found[@]}")"
+        done
         report methods
         ;;
     large)               # a larger student
@@ -96,7 +117,7 @@ for part in $parts; do
         report labels
         ;;
     *)
-        echo "no such part: $part (methods large seeds views labels)" >&2
+        echo "no such part: $part (methods why tuned large seeds views labels)" >&2
         exit 2
         ;;
     esac
