@@ -18,8 +18,8 @@ candidates_pkt='1 30000'
 candidates_crd='1 0.8'
 tried=(                  # so, to find out why a method is where it is
     'none' 'ega' 'ega -b 2' 'ega -b 0.5' 'ega -b 0.25' 'ega -b 0.1' 'ega -node 0' 'ega --joint teacher'
-    'ega --batch_size 32' 'ega -b 0.5 --batch_size 32' 'nce' 'nce -b 2' 'nce -b 0.5' 'nce --joint teacher'
-    'nce --batch_size 32' 'ccl' 'ccl -b 2' 'ccl -b 0.5'
+    'nce' 'nce -b 4' 'nce -b 2' 'nce -b 0.5' 'nce --joint teacher' 'ccl' 'ccl -b 2' 'ccl -b 0.5'
+    'none --batch_size 32' 'ega --batch_size 32' 'ega -b 0.5 --batch_size 32' 'nce --batch_size 32'
 )
 tuned='ega nce ccl'      # methods that train once more with the best weight that was tried
 rivals=                  # two methods that are repeated with EGA; if empty, the best two of the first seed
