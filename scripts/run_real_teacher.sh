@@ -85,7 +85,7 @@ for part in $parts; do
         ;;
     tuned)               # table 1's first methods once more, with the weight that is best on the hold-out
         for name in $tuned; do
-            found=("$records"/why/*_f256_*"_${name}_r1_a0_b"*_node0.8_edge0.24_batchsize64_*)
+            found=("$records"/why/*_f256_*"_${name}_r1_a0_b"*_node0.8_edge0.24_batchsize64_*_trialwhy)
             train methods --distill "$name" -b "$("$PYTHON" -m helper.report --choose beta "${found[@]}")"
         done
         report methods
