@@ -12,6 +12,8 @@ epochs=30
 lr_decay_epochs=19,22,26 # as 150, 180, 210 of 240
 select_epochs=6          # of the runs on nine tenths of the training set, judged on the tenth that is held out
 select_decay=4,5
+large_epochs=24          # of the larger student: a tenth of the paper's, exactly
+large_decay=15,18,21
 methods='none ega kd crd irg ccl nce rkd pkt hint'
 candidates_hint='1 100'  # weights of distillation (-b) to choose from: 1, and RepDistiller's
 candidates_pkt='1 30000'
@@ -66,7 +68,7 @@ method() {
     train methods --distill "$name" "${WEIGHT[@]}" "$@"
 }
 
-report() { "$PYTHON" -m helper.report --against ega "$records/$1"/*; }
+report() { "$PYTHON" -m helper.report --against ega "$@"; }
 
 for part in $parts; do
     case $part in
@@ -74,7 +76,7 @@ for part in $parts; do
         for name in $methods; do method "$name"; done
         train methods --distill ega -edge 0
         train methods --distill ega -node 0
-        report methods
+        report "$records"/methods/*
         ;;
     why)                 # weights, terms, spaces, batches; the teacher's head trained first
         for options in "${tried[@]}"; do train why --distill $options "${select[@]}"; done
@@ -88,25 +90,28 @@ for part in $parts; do
             found=("$records"/why/*_f256_*"_${name}_r1_a0_b"*_node0.8_edge0.24_batchsize64_*_trialwhy)
             train methods --distill "$name" -b "$("$PYTHON" -m helper.report --choose beta "${found[@]}")"
         done
-        report methods
+        report "$records"/methods/*
         ;;
     large)               # a larger student
-        for name in none kd ega; do train large --distill "$name" --model_s resnet8x4; done
-        report large
+        for name in none kd ega; do
+            train large --distill "$name" --model_s resnet8x4 --epochs "$large_epochs" --lr_decay_epochs "$large_decay"
+        done
+        report "$records"/large/*
         ;;
     seeds)               # table 1, three seeds of what matters
         [[ -n $rivals ]] || rivals=$("$PYTHON" -m helper.report --best 2 --except "none kd ega" "$records"/methods/*)
         for seed in $seeds; do
             for name in none kd ega $rivals; do method "$name" --seed "$seed"; done
         done
-        report methods
+        report "$records"/methods/*
         ;;
     views)               # does a bank of few views cost accuracy?
-        for n in 1 2 4 8; do train views --distill ega --teacher_views "$n" --trial "views$n"; done
+        for n in 2 4 8; do train views --distill ega --teacher_views "$n" --trial "views$n"; done
         for n in 1 8; do
             train views --distill ega --teacher_views "$n" --views shared --trial "shared$n"
         done
-        report views
+        method ega           # one view, as in table 1
+        report "$records"/methods/*_ega_r1_a0_b1_node0.8_edge0.24_batchsize64_seed0_trialmethods "$records"/views/*
         ;;
     labels)              # few labels; all images are distilled
         for share in 0.01 0.1 1; do
@@ -114,7 +119,7 @@ for part in $parts; do
                 train labels --distill "$name" --labels "$share" --epochs 20 --lr_decay_epochs 13,15,18
             done
         done
-        report labels
+        report "$records"/labels/*
         ;;
     *)
         echo "no such part: $part (methods why tuned large seeds views labels)" >&2
