@@ -17,8 +17,8 @@ from dataset.views import CIFAR_VIEWS, Views
 from . import distributed
 from .bank import EmbeddingBank
 
-# torch.compile takes some 46 s for resnet8x4 on two cores; with AMX, which leaves 9 ms of a step to gain, that many steps
-# earn it back. Without, the convolutions are all that counts, and a compiled step is no faster (docs/performance.md).
+# torch.compile takes some 46 s for resnet8x4 on two cores; with AMX it saves 9 ms a step, so that many steps earn it
+# back. Without, the convolutions are all that counts, and a compiled step is no faster (docs/performance.md).
 COMPILE_PAYS_AFTER_STEPS = 5000
 
 # Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.
