@@ -195,6 +195,9 @@ def train(name: str, clip: bool, batch_size: int, num_train: int, labels: float 
 @pytest.mark.parametrize(("name", "clip"), WITH_EITHER, ids=str)
 def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
     """Batches of 8, 8 and 1: shares that differ, and empty ones."""
+    # DIST correlates probabilities that an untrained network hardly varies: in one process alone, float32's gradients
+    # differ from float64's by up to 2.6e-5 on some processors, where the other methods' differ by 1e-6.
+    tolerance = 5e-5 if name == "dist" else 1e-5
     expected, gradients = train(name, clip, 8, 17)
     for record, found in job(train, name, clip, 8, 17):
         assert record == pytest.approx(expected, rel=1e-5)
@@ -204,7 +207,7 @@ def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
             mine, theirs = ([gradient for gradient in step if gradient is not None] for step in (mine, theirs))
             size = torch.stack([gradient.norm() for gradient in theirs]).norm()
             for a, b in zip(mine, theirs, strict=True):
-                assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * size
+                assert (a - b).norm() <= tolerance * (b.norm() + 0.1 * size)
 
 
 @pytest.mark.parametrize(("name", "clip"), [("ega", True), ("kd", True), ("ega", False), ("attention", False)])
