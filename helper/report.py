@@ -34,9 +34,10 @@ _PAPER = {
 }
 _PAPER_CURVES = {"alone": "about 72.1", "edge": "about 75.0", "node": "about 74.6"}  # ViT-B/32, resnet8x4
 
-# Options that say nothing about how two runs of one method differ.
+# Options that say nothing about how two runs of one method differ. Compiled or not, a run is the same but for rounding;
+# `auto` settles it by the length of the run and the processor, so that seeds of one table may differ in it.
 _SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "save_steps", "device", "teacher_acc"}
-_SAME |= {"max_bad_images"} | {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
+_SAME |= {"compile", "max_bad_images"} | {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 
 _CORRUPT = "{}: its options.json or metrics.jsonl is missing or corrupt"
@@ -220,17 +221,20 @@ def compare(group: list[StoredRun], reference: list[StoredRun]) -> tuple[float, 
 
 
 def _reference(group: list[StoredRun], references: list[list[StoredRun]]) -> list[StoredRun] | None:
-    """The one among some groups whose options differ least from a group's, the first of equals.
+    """With which among some groups of one method a group is compared.
 
-    One of them is compared with those before it; the first has none.
+    One of another method with the group whose options differ least from its own, of equals with that of the most seeds,
+    the first of such. One of theirs with the group of the most seeds, the first of equals, which itself has none.
     """
-    references = references[: references.index(group)] if group in references else references
 
     def differing(other: list[StoredRun]) -> int:
         names = (group[0].options.keys() | other[0].options.keys() | BEFORE.keys()) - _SAME - set(REPEATS)
         return sum(_told(group[0].option(name)) != _told(other[0].option(name)) for name in names)
 
-    return min(references, key=differing, default=None)
+    if group in references:
+        first = max(references, key=len)
+        return None if group is first else first
+    return min(references, key=lambda other: (differing(other), -len(other)), default=None)
 
 
 def published(options: dict) -> str:
@@ -264,7 +268,8 @@ def table(runs: list[StoredRun], against: str | None = None) -> str:
 
     Args:
         against: a method, of which each row says by how much it is ahead there and with which p, see ``compare``; of
-            several rows of that method, the one with the most similar options.
+            several rows of that method, the one with the most similar options, then the most seeds. Those rows
+            themselves are compared with the one of the most seeds, the first of equals.
 
     Raises:
         ValueError: no run is of that method.

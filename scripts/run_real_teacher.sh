@@ -80,9 +80,11 @@ for part in $parts; do
         ;;
     why)                 # weights, terms, spaces, batches; the teacher's head trained first
         for options in "${tried[@]}"; do train why --distill $options "${select[@]}"; done
-        "$PYTHON" train_teacher.py --model "$encoder" "${common[@]}" --learning_rate 0.01 --trial why "${select[@]}"
-        head=("$save_dir"/models/*_trialwhy/*_best.pth)
-        train why --distill ega --path_t "${head[0]}" "${select[@]}" --trial headfirst
+        if ! compgen -G "$records/why/*_trialheadfirst" > /dev/null; then
+            "$PYTHON" train_teacher.py --model "$encoder" "${common[@]}" --learning_rate 0.01 --trial why "${select[@]}"
+            head=("$save_dir"/models/*_trialwhy/*_best.pth)
+            train why --distill ega --path_t "${head[0]}" "${select[@]}" --trial headfirst
+        fi
         "$PYTHON" -m helper.report "$records"/why/*
         ;;
     tuned)               # table 1's first methods once more, with the weight that is best on the hold-out
@@ -119,7 +121,7 @@ for part in $parts; do
                 train labels --distill "$name" --labels "$share" --epochs 20 --lr_decay_epochs 13,15,18
             done
         done
-        report "$records"/labels/*
+        report "$records"/labels/*_cifar100_{none,kd,ega}_* "$records"/labels/*_labels0.1_* "$records"/labels/*_labels0.01_*
         ;;
     *)
         echo "no such part: $part (methods why tuned large seeds views labels)" >&2

@@ -203,6 +203,21 @@ def test_each_row_is_compared_with_the_most_similar_row_of_the_method():
         table(runs[3:], against="ega")
 
 
+def test_of_equally_similar_rows_the_one_of_the_most_seeds_is_compared_with():
+    runs = [finished("ega", 0, 60.0, beta=0.5), finished("ega", 0, 55.0, beta=1), finished("ega", 1, 57.0, beta=1)]
+    runs += [finished("none", seed, 50.0 + seed, beta=0) for seed in (0, 1)]
+    rows = cells(table(runs, against="ega"))
+    assert [row[-1] for row in rows[1:]] == ["-5.00", "", "+5.50, 0.058"]
+
+
+def test_seeds_of_which_some_were_compiled_are_one_row():
+    runs = [finished("nce", 0, 64.0, compile="off"), finished("nce", 1, 65.0, compile="on"), finished("kd", 0, 59.0)]
+    assert [row[:2] for row in cells(table(runs))[1:]] == [
+        ["resnet20: NCE", "64.50 ± 0.71 (2)"],
+        ["resnet20: KD", "59.00"],
+    ]
+
+
 def test_best_methods_are_those_of_the_highest_mean():
     runs = [finished("crd", 0, 55.0), finished("crd", 1, 57.0), finished("kd", 0, 55.5), finished("ega", 0, 58.0)]
     runs += [finished("ccl", 0, 50.0), finished("nce", 0, None)]
