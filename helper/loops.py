@@ -14,7 +14,7 @@ from .data import Loaders
 from .exits import save_asked
 from .meters import EpochLog, Totals
 from .objective import Objective, mean_cross_entropy, total_loss
-from .optim import set_learning_rate
+from .optim import capturable, set_learning_rate
 from .runtime import autocast
 from .teacher import ClipTeacher, CnnTeacher
 from .util import AverageMeter, accuracy
@@ -134,7 +134,8 @@ class Step:
                 self._numbers, self._replay = draw.numbers.clone(), None
                 still = Draw(self._numbers, draw.shares)
                 try:
-                    self._replay = self._capture(lambda: self._run(still, epoch))
+                    with capturable(self.optimizers):
+                        self._replay = self._capture(lambda: self._run(still, epoch))
                 except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
                     reason = str(error).partition("\n")[0]
                     print(f"steps are not captured, which makes them slower: {reason}", flush=True)

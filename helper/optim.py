@@ -1,7 +1,8 @@
 """Optimisers and learning rates."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -28,6 +29,19 @@ def build_optimizer(parameters: Iterable[nn.Parameter], opt) -> torch.optim.Opti
     others = [parameter for parameter in parameters if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=opt.learning_rate, fused=True)
+
+
+@contextlib.contextmanager
+def capturable(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Let their steps be captured: without being told so Adam refuses, though its fused step is the same either way."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:  # Adam warns of a step that could be captured and is not, and checkpoints go from device to device
+        for group in groups:
+            group["capturable"] = False
 
 
 def learning_rate(epoch: int, opt) -> float:

@@ -1,5 +1,8 @@
 """What a training step may not do, so that a GPU can be given the next one while it is at this one."""
 
+from argparse import Namespace
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +12,7 @@ from conftest import make_dataset
 from dataset.loader import Loader
 from distiller_zoo import METHODS
 from helper.loops import train_epoch
+from helper.optim import build_optimizer
 from helper.teacher import ClipTeacher
 from models.heads import TeacNet
 from training import CPU, WITH_EITHER, make_training
@@ -92,7 +96,8 @@ class Tape(TorchDispatchMode):
     """In the place of a CUDA graph: records the operations that a function does, and does them again without it.
 
     What was there before is used again as it is then, what the function makes is made anew; numbers stay what they
-    were. Unlike a CUDA graph's, the recording does what it records: the first replay is then left out.
+    were. Unlike a CUDA graph's, the recording does what it records: the first replay is then left out. PyTorch's own
+    checks of what may be captured are on.
     """
 
     def __init__(self):
@@ -102,7 +107,8 @@ class Tape(TorchDispatchMode):
     def __call__(self, function):
         self.captures += 1
         self.operations, done = [], []
-        with self:
+        cuda = {"is_available": lambda: True, "is_current_stream_capturing": lambda: True}
+        with mock.patch.multiple(torch.cuda, **cuda), self:
             function()
         operations = self.operations
 
@@ -127,13 +133,19 @@ class Tape(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("name", "labels"), [("ega", 1), ("crd", 1), ("dkd", 1), ("ega", 0.1)])
-def test_captured_steps_train_as_others_do(name, labels):
+@pytest.mark.parametrize(
+    ("name", "labels", "optimizer"),
+    [("ega", 1, "sgd"), ("crd", 1, "sgd"), ("dkd", 1, "sgd"), ("ega", 0.1, "sgd"), ("ega", 1, "adamw")],
+)
+def test_captured_steps_train_as_others_do(name, labels, optimizer):
     """Over four epochs of five full batches and a smaller one; the learning rate falls once, dkd's weight grows."""
     tape = Tape()
     results = []
     for capture in (None, tape):
         step, _ = make_training(name, True, 8, 43, lr=0.01, labels=labels, capture=capture)
+        if optimizer == "adamw":
+            opt = Namespace(optimizer=optimizer, learning_rate=0.01, weight_decay=0.05)
+            step.optimizers = [build_optimizer([p for p in step.losses.parameters() if p.requires_grad], opt)]
         step.losses.student.train()
         torch.manual_seed(1)
         records = []
