@@ -70,7 +70,6 @@ class Batch(NamedTuple):
     weight: what a mean over this share counts for, so that the mean over processes is that over the whole batch.
     host: index and teacher_view on the CPU, for what is looked up there; None in a step that is captured.
     labelled: how many of this share have a label, a scalar; None where all images of the loader have one.
-    label_weight: what a mean over those of this share that have a label counts for beside one over all of it.
     """
 
     index: Tensor
@@ -81,7 +80,6 @@ class Batch(NamedTuple):
     weight: float = 1.0
     host: tuple[Tensor, Tensor] | None = None
     labelled: Tensor | None = None
-    label_weight: float = 1.0
 
 
 class Draw(NamedTuple):
@@ -90,14 +88,12 @@ class Draw(NamedTuple):
     numbers: (3, B) int64 on the device: row, student's view and teacher's view of each sample.
     shares: samples on each process, in order of rank; B is this one's.
     host: the numbers on the CPU.
-    labelled: samples with a label on each process, where there are several and not all samples have one.
     stored: (B, 3, S, S) uint8 on the device, the images of the rows, where they were read ahead.
     """
 
     numbers: Tensor
     shares: tuple[int, ...]
     host: Tensor | None = None
-    labelled: tuple[int, ...] | None = None
     stored: Tensor | None = None
 
 
@@ -171,8 +167,7 @@ class Loader:
         self.reads_ahead = far or (images and split.mapped and device.type == "cpu")
         self.waited = 0.0
         self.targets = split.targets.to(device)
-        has_label = split.targets >= 0
-        self._has_label = None if bool(has_label[self.rows].all()) else has_label
+        self._all_labelled = bool((split.targets[self.rows] >= 0).all())
         self._order = None
         if training and self.teacher_views is not None:
             self._order = views.order(len(split), self.teacher_views)
@@ -199,18 +194,12 @@ class Loader:
     def _draws(self, epoch: int, done: int) -> Iterator[Draw]:
         host = torch.stack(self._draw(epoch))
         numbers = host.to(self.device)
-        has_label = None
-        if self._has_label is not None and self.processes > 1:
-            has_label = self._has_label[host[0]]
         for start in range(done * self.batch_size, self.num_samples, self.batch_size):
             size = min(self.batch_size, self.num_samples - start)
             shares = deal(size, self.processes)
-            labelled = None
-            if has_label is not None:
-                labelled = tuple(int(part.sum()) for part in has_label[start : start + size].split(shares))
             first = start + sum(shares[: self.rank])
             own = slice(first, first + shares[self.rank])
-            yield Draw(numbers[:, own], shares, host[:, own], labelled)
+            yield Draw(numbers[:, own], shares, host[:, own])
 
     def _read_ahead(self, draws: Iterator[Draw]) -> Iterator[Draw]:
         """The draws with their images, on the device."""
@@ -238,13 +227,9 @@ class Loader:
             image = normalize(self.views.student(stored, index, view), self.normalization)
         weight = len(shares) * shares[self.rank] / sum(shares)
         spread = shares if len(shares) > 1 else None
-        target, labelled, label_weight = self.targets[index], None, 1.0
-        if self._has_label is not None:
-            labelled = (target >= 0).sum()
-        if draw.labelled is not None and shares[self.rank]:
-            share_of_labels = draw.labelled[self.rank] / max(sum(draw.labelled), 1)
-            label_weight = share_of_labels / (shares[self.rank] / sum(shares))
-        return Batch(index, target, image, teacher_view, spread, weight, host, labelled, label_weight)
+        target = self.targets[index]
+        labelled = None if self._all_labelled else (target >= 0).sum()
+        return Batch(index, target, image, teacher_view, spread, weight, host, labelled)
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, student's view and teacher's view of every sample of the epoch, in order, on the CPU."""

@@ -63,10 +63,10 @@ class Distillation(nn.Module):
         if self.trains_head:
             loss_teacher = mean_cross_entropy(out_t.head_logits, batch)
             losses["loss_teacher"] = loss_teacher.detach()
-            loss = loss + batch.weight * batch.label_weight * loss_teacher
+            loss = loss + batch.weight * loss_teacher
         # Last, so that a loss that is not finite is called by the term that made it so.
-        losses["train_loss"] = total_loss(terms, batch)
-        return loss, losses, {"train_acc": _accuracy(out_s.logits, batch)}
+        losses["train_loss"] = total_loss(terms)
+        return loss, losses, {"train_acc": _accuracy(out_s.logits, batch.target)}
 
 
 class HeadTraining(nn.Module):
@@ -80,13 +80,13 @@ class HeadTraining(nn.Module):
         """See ``Distillation``."""
         logits = self.teacher(self.split, batch).logits
         loss = mean_cross_entropy(logits, batch)
-        return batch.weight * loss, {"train_loss": loss}, {"train_acc": _accuracy(logits, batch)}
+        return batch.weight * loss, {"train_loss": loss}, {"train_acc": _accuracy(logits, batch.target)}
 
 
-def _accuracy(logits: Tensor, batch: Batch) -> Tensor:
-    """Percentage of those that have a label."""
-    (correct,) = accuracy(logits.detach(), batch.target)  # a target of -1 is never hit
-    return correct if batch.labelled is None else correct * len(batch.target) / batch.labelled.clamp(min=1)
+def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
+    """In percent; a sample without a label, whose target is -1, counts as missed."""
+    (correct,) = accuracy(logits.detach(), target)
+    return correct
 
 
 class Step:

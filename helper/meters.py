@@ -12,7 +12,7 @@ from .util import NonFiniteLoss, format_seconds
 
 _NEVER = torch.iinfo(torch.int64).max
 
-# Means over the samples that have a label; all else is over all samples.
+# Averages over the samples that have a label; all else is over all samples.
 _OF_LABELLED = {"loss_cls", "loss_teacher", "train_acc"}
 
 
@@ -58,7 +58,8 @@ class Totals:
         """Add a step's values, each the mean of ``n`` samples, which may be none; always the same names.
 
         Args:
-            labelled: how many of them have a label, for the means over these; None where all have.
+            labelled: how many of them have a label; None where all have. Those without count as zero in the losses and
+                the accuracy that ask for it, whose average is over those with one.
         """
         if n == 0:
             self.step += 1
@@ -71,9 +72,8 @@ class Totals:
             self.step = torch.zeros((), dtype=torch.int64, device=values.device)
             self.first_bad = torch.full((len(losses),), _NEVER, device=values.device)
         self.step += 1
-        counts = n if labelled is None else torch.where(self.of_labelled, labelled, n)
-        self.counts += counts
-        self.sums += values * counts
+        self.counts += n if labelled is None else torch.where(self.of_labelled, labelled, n)
+        self.sums += values * n
         bad = ~torch.isfinite(values[: self.losses])
         self.first_bad.copy_(torch.where(bad, self.first_bad.minimum(self.step), self.first_bad))
 

@@ -15,18 +15,19 @@ from .teacher import ClipTeacher, CnnTeacher, describe
 
 
 def mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Of logits (B, classes) in a batch, over the images that have a label; zero, with its gradient, where none has."""
-    if not len(batch.target):
-        return logits.sum()
-    if batch.labelled is None:
+    """Of logits (B, classes) in a batch, over its images; that of an image without a label is zero.
+
+    A labelled image thus weighs what it does in a batch where all are. The mean over the labelled ones would weigh the
+    one that a batch may have as much as a whole batch: a head on a frozen encoder's embeddings diverges with it.
+    """
+    if batch.labelled is None and len(batch.target):
         return F.cross_entropy(logits, batch.target)
-    return F.cross_entropy(logits, batch.target, ignore_index=-1, reduction="sum") / batch.labelled.clamp(min=1)
+    return F.cross_entropy(logits, batch.target, ignore_index=-1, reduction="sum") / max(len(batch.target), 1)
 
 
-def total_loss(terms: dict[str, Tensor], batch: Batch) -> Tensor:
+def total_loss(terms: dict[str, Tensor]) -> Tensor:
     """The sum of an objective's terms, of this process's share, by name."""
-    weights = {"cls": batch.label_weight}
-    return sum(weights.get(name, 1.0) * terms[name] for name in ("cls", "kd", "distill") if name in terms)
+    return sum(terms[name] for name in ("cls", "kd", "distill") if name in terms)
 
 
 @dataclass
@@ -75,8 +76,8 @@ class Objective:
         """The loss, and its weighted terms by name; no gradient reaches the teacher.
 
         Of a batch spread over many processes: the loss whose mean over processes is that of the whole batch, and the
-        terms, of this process's share where they are means over samples; without any, zero and no such terms. The
-        classification is of the images that have a label, all else of all images.
+        terms, of this process's share where they are means over samples; without any, zero and no such terms. In the
+        classification an image without a label counts as zero.
         """
         terms, parts = {}, {}
         if len(batch.target):
@@ -84,7 +85,7 @@ class Objective:
             if self.alpha and out_t is not None:
                 terms["kd"] = self.alpha * kd_loss(*self._fed(("logit_s", "logit_t"), out_s, out_t, batch), self.kd_T)
         # Of no samples: zero, yet not without a gradient, which DDP waits for.
-        loss = batch.weight * total_loss(terms, batch) if terms else out_s.features[-1].sum()
+        loss = batch.weight * total_loss(terms) if terms else out_s.features[-1].sum()
         if self.feeds and self.beta and out_t is not None and (self.relational or terms):
             fed = self._fed(self.feeds, out_s, out_t, batch)
             # A loss that takes the shares itself knows a cheaper way than to gather.

@@ -80,7 +80,7 @@ def test_a_run_without_labels_is_told_of_and_drawn(train):
 
 
 def reference_few_labels(tiny_dataset, tiny_clip, joint: bool) -> dict:
-    """An epoch with a fifth of the labels written down: the classification of those rows alone."""
+    """An epoch with a fifth of the labels written down: those rows' part of each batch's classification."""
     encoder = ImageEncoder(str(tiny_clip), "")
     torch.manual_seed(0)
     head = TeacNet(encoder.dim, 8, 5)
@@ -103,8 +103,9 @@ def reference_few_labels(tiny_dataset, tiny_clip, joint: bool) -> dict:
         loss, loss_t = EGA(0.8, 0.24)(out.embedding, x if joint else f_t.detach()), 0 * logit_t.sum()
         empty += not rows.any()
         if rows.any():
-            loss = loss + F.cross_entropy(out.logits[rows], batch.target[rows])
-            loss_t = F.cross_entropy(logit_t[rows], batch.target[rows])
+            count = len(batch.target)
+            loss = loss + F.cross_entropy(out.logits[rows], batch.target[rows], reduction="sum") / count
+            loss_t = F.cross_entropy(logit_t[rows], batch.target[rows], reduction="sum") / count
         else:
             loss = loss + 0 * out.logits.sum()
         for optimizer, value in zip(optimizers, (loss, loss_t), strict=True):

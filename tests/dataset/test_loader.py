@@ -265,7 +265,7 @@ def test_a_share_too_small_for_a_class_is_refused():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_mean_over_labels_is_that_of_the_whole_batch_over_processes(split, processes):
+def test_a_mean_that_counts_labels_alone_is_that_of_the_whole_batch_over_processes(split, processes):
     """150 rows in batches of 7, the last of 3; a third of them labelled, which leaves shares and batches without."""
     targets = torch.where(torch.arange(150) % 3 == 0, split.targets, -1)
     some = Split(split.images, targets)
@@ -279,8 +279,8 @@ def test_a_mean_over_labels_is_that_of_the_whole_batch_over_processes(split, pro
         for part in parts:
             own = part.index[part.target >= 0].double()
             assert part.labelled.item() == len(own)
-            mean += part.weight * part.label_weight * (own.sum().item() / max(len(own), 1)) / processes
-        assert mean == pytest.approx(labelled.mean().item() if len(labelled) else 0)
+            mean += part.weight * (own.sum().item() / max(len(part.index), 1)) / processes
+        assert mean == pytest.approx(labelled.sum().item() / len(index))
         seen.add(len(labelled) > 0)
         seen |= {"a share without" for part in parts if not part.labelled}
     assert {True, "a share without"} <= seen or processes == 1

@@ -234,7 +234,7 @@ def test_the_classification_is_of_the_labelled_images_and_the_rest_of_all(batch)
     loss, terms = objective("ega", 0.5, 0.3, 2.0)(s, t, some)
     _, whole = objective("ega", 0.5, 0.3, 2.0)(s, t, batch)
     kept = target >= 0
-    torch.testing.assert_close(terms["cls"], 0.5 * F.cross_entropy(s.logits[kept], target[kept]))
+    torch.testing.assert_close(terms["cls"], 0.5 * F.cross_entropy(s.logits[kept], target[kept], reduction="sum") / 6)
     torch.testing.assert_close(loss, terms["cls"] + terms["kd"] + terms["distill"])
     assert all(torch.equal(terms[name], whole[name]) for name in ("kd", "distill", "node", "edge"))
 
@@ -251,14 +251,30 @@ def test_a_batch_without_a_label_has_no_classification_and_gradients_that_are_fi
     assert mean_cross_entropy(s.logits, none) == 0
 
 
+def test_a_labelled_image_weighs_the_same_whatever_batch_it_is_in():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    target = torch.arange(60) % 5
+    target[torch.rand(60, generator=generator) < 0.8] = -1
+    known = target >= 0
+    expected = F.cross_entropy(logits[known], target[known], reduction="sum")
+    for size in (7, 60):
+        order = torch.randperm(60, generator=generator)
+        labels = [int(known[rows].sum()) for rows in order.split(size)]
+        assert size == 60 or {0, 1} < set(labels)
+        batches = [Batch(rows, target[rows], None, rows, labelled=known[rows].sum()) for rows in order.split(size)]
+        found = sum(len(batch.index) * mean_cross_entropy(logits[batch.index], batch) for batch in batches)
+        torch.testing.assert_close(found, expected)
+
+
 def test_an_epochs_averages_count_those_that_have_a_label():
-    """Of 5, 0 and 2 labels in steps of 10."""
+    """Of 5, 0 and 2 labels in steps of 10, in whose means those without count as zero."""
     totals = Totals()
-    for value, labelled in ((1.0, 5), (0.0, 0), (8.0, 2)):
+    for value, labelled in ((0.5, 5), (0.0, 0), (1.6, 2)):
         losses = {"loss_cls": torch.tensor(value), "loss_distill": torch.tensor(value)}
         totals.add(losses, {"train_acc": torch.tensor(10 * value)}, 10, torch.tensor(labelled))
     found = totals.averages("Epoch 1")
-    assert found == pytest.approx({"loss_cls": 3.0, "loss_distill": 3.0, "train_acc": 30.0})
+    assert found == pytest.approx({"loss_cls": 3.0, "loss_distill": 0.7, "train_acc": 30.0})
     totals.reset()
     totals.add(
         {"loss_cls": torch.tensor(0.0), "loss_distill": torch.tensor(2.0)},
