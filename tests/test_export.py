@@ -90,7 +90,7 @@ def test_onnx_gives_the_student_s_logits_and_embeddings_for_any_batch(run, onnx,
     for count in (1, 7):
         found = session.run(["logits", "embedding"], {"image": image[:count].numpy()})
         for x, wanted in zip(found, (logits, embedding), strict=True):
-            np.testing.assert_allclose(x, wanted[:count].numpy(), atol=1e-5)
+            np.testing.assert_allclose(x, wanted[:count].numpy(), rtol=1e-5, atol=1e-5)
 
     (difference,) = re.findall(r"on 20 test images (\S+); accuracy", printed)
     assert 0 < float(difference) < 1e-5
