@@ -11,6 +11,9 @@ from .library import check_library_model, import_library, network
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state, sha256_of, sha256_of_state
 
+# Images at a time for a convolutional network on a CPU: maps of many more fall out of its caches.
+CPU_BATCH = 16
+
 
 class FrozenEncoder(nn.Module):
     """A frozen encoder: normalised pixels to embeddings, and what has to be known of it.
@@ -125,8 +128,12 @@ class LibraryEncoder(FrozenEncoder):
     def embed(self, image: Tensor) -> Tensor:
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
+        parts = image.split(CPU_BATCH) if self.channels_last and image.device.type == "cpu" else [image]
         with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            x = self.net(image)
+            return torch.cat([self._pooled(part) for part in parts])
+
+    def _pooled(self, image: Tensor) -> Tensor:
+        x = self.net(image)
         return x[0] if isinstance(x, tuple) else x  # open_clip's CoCa gives its tokens too
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conftest import Code
 from models import create_encoder, create_text_encoder
+from models.encoders import CPU_BATCH
 from models.weights import sha256_of
 
 TINY_TOWER = {
@@ -113,6 +114,14 @@ def test_it_takes_another_resolution_as_the_library_does(make, library, other):
         expected = own(images(other))
     assert encoder.resolution == other
     torch.testing.assert_close(encoder(images(other)), expected)
+
+
+def test_a_large_batch_is_encoded_as_the_library_does_in_its_order(make):
+    _, name, embed = make("timm resnet")
+    large = images(64, CPU_BATCH + 3)
+    with torch.no_grad():
+        expected = embed(large)
+    torch.testing.assert_close(create_encoder(name, "unused", resolution=64)(large), expected)
 
 
 def test_bf16_is_near_and_keeps_the_norms_in_float32(make):
