@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -49,7 +50,7 @@ def student_options(args: argparse.Namespace, batch_size: int) -> argparse.Names
 def measure_step(dataset: ImageDataset, args: argparse.Namespace) -> list[float]:
     """Of a step on ``args.worker`` samples: seconds, EGA's of them, images per second, MiB of tensors at its peak."""
     opt = student_options(args, args.worker)
-    ours = Ours(dataset, args.dim, opt, warm_up=1)
+    ours = Ours(dataset, args.dim, opt, warm_up=1 if opt.device == "cpu" else 10)
     draw = next(ours.loader.draws(1))
     (seconds,) = median_seconds([lambda: ours.step(draw, 1)], args.seconds, opt.device)
     f_s, f_t = torch.randn(2, args.worker, opt.feature_dim, device=opt.device)
@@ -57,7 +58,8 @@ def measure_step(dataset: ImageDataset, args: argparse.Namespace) -> list[float]
     loss = EGA()
     (ega,) = median_seconds([lambda: torch.autograd.grad(loss(f_s, f_t), f_s)], args.seconds / 4, opt.device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the profiler's own
-    peak = peak_memory(lambda: ours.step(draw, 1), opt.device) / 2**20
+    with mock.patch.object(ours.step, "_capture", None):  # a step that is replayed allocates nothing
+        peak = peak_memory(lambda: ours.step(draw, 1), opt.device) / 2**20
     return [seconds, ega, args.worker / seconds, peak, resident]
 
 
@@ -101,9 +103,10 @@ def measure_job(dataset: ImageDataset, args: argparse.Namespace) -> list[float]:
     """Of a step on ``args.worker`` samples of all processes: seconds of the student alone without an exchange, of the
     student alone, and of EGA; bytes of the gradients and of EGA's own messages.
 
-    The three take turns, so that whatever else the machine does meets them alike; medians.
+    The three take turns, so that whatever else the machine does meets them alike; medians. None is captured, as a step
+    of many processes is not.
     """
-    ours = Ours(dataset, args.dim, student_options(args, args.worker), warm_up=1)
+    ours = Ours(dataset, args.dim, student_options(args, args.worker), warm_up=1, captured=False)
     opt, classes = ours.opt, len(dataset.classes)
     student = create_student(opt.model_s, opt.feature_dim, classes).to(opt.device, memory_format=torch.channels_last)
     objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
@@ -207,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         times = map(three_digits, (alone, ddp - alone, ega - ddp, ega))
         return [f"{batch}", f"{processes}", f"{max(1, cores() // processes)}", *times, f"{1e3 * batch / ega:.0f}"]
 
+    if opt.device == "cuda":  # a GPU each
+        args.processes = [processes for processes in args.processes if processes <= torch.cuda.device_count()]
     if not (args.processes and args.job_batches):
         return
     parts = ("the student alone, ms", "DDP's exchange", "EGA and its exchange", "a step, ms")

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torchvision.datasets import CIFAR100
 
@@ -45,9 +46,12 @@ from helper.util import exit_on_bad_input
 from models import create_student, model_dict
 from models.heads import Outputs, TeacNet
 
-# Steps of either before the clock starts: allocations, worker processes, torch.compile.
+# Steps of either before the clock starts: allocations, worker processes, torch.compile, CUDA graphs.
 _WARM_UP = 2
 _WARM_UP_OURS = 10
+
+# Batches that each worker process has made before they are asked for, by PyTorch's default.
+_PREFETCHED = 2
 
 
 def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
@@ -64,7 +68,16 @@ def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
     return ImageDataset("random", classes, split(50_000), split(10_000)), "random images of CIFAR-100's shape"
 
 
-def time_release(dataset: ImageDataset, encoder: nn.Module, opt, steps: int, workers: int) -> float:
+def release_steps_of(device: str, workers: int) -> tuple[int, int]:
+    """Steps of the release's recipe before the clock starts, and, unless they are given, after.
+
+    On a GPU a step is short and its batch may be what is waited for: those that the workers have made meanwhile are
+    used up before the clock starts, and what is measured is several times as much.
+    """
+    return (_WARM_UP, 5) if device == "cpu" else (_WARM_UP + _PREFETCHED * workers, 4 * _PREFETCHED * workers)
+
+
+def time_release(dataset: ImageDataset, encoder: nn.Module, opt, warm_up: int, steps: int, workers: int) -> float:
     """Seconds per image of the release's recipe, the teacher's encoder being in its precision."""
     device = torch.device(opt.device)
     torch.manual_seed(0)
@@ -76,7 +89,7 @@ def time_release(dataset: ImageDataset, encoder: nn.Module, opt, steps: int, wor
     )
     loader = release_loader(dataset.train, encoder.resolution, opt.batch_size, workers)
     training = release_steps(loader, encoder, student, head, optimizer_s, optimizer_t, device)
-    for _ in range(_WARM_UP):
+    for _ in range(warm_up):
         next(training)
     start = now(opt.device)
     for _ in range(steps):
@@ -99,7 +112,7 @@ def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device
 class Ours:
     """This project's training of EGA from a bank of random embeddings, with the parts that train_student.py uses."""
 
-    def __init__(self, dataset: ImageDataset, dim: int, opt, warm_up: int = _WARM_UP_OURS):
+    def __init__(self, dataset: ImageDataset, dim: int, opt, warm_up: int = _WARM_UP_OURS, captured: bool = True):
         self.dataset, self.opt = dataset, opt
         self.device = torch.device(opt.device)
         keep_freed_memory()
@@ -120,7 +133,8 @@ class Ours:
             sgd(self.teacher.head.parameters(), opt.learning_rate_t, opt),
         ]
         scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
-        self.step = Step(self.losses, self.optimizers, scaler, self.loader, step_capture(opt, self.teacher))
+        capture = step_capture(opt, self.teacher) if captured else None
+        self.step = Step(self.losses, self.optimizers, scaler, self.loader, capture)
         self.train(warm_up)
 
     def _loader(self, steps: int | None) -> Loader:
@@ -140,13 +154,20 @@ class Ours:
         )
 
     def train(self, steps: int) -> float:
-        """Seconds that so many steps take."""
+        """Seconds that so many steps take.
+
+        Raises:
+            RuntimeError: they were to be captured and were not, so that the time would be of something else.
+        """
         self.loader.max_steps = steps
         self.student.train()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
             start = now(self.opt.device)
             train_epoch(1, self.step, epochs=1, print_freq=self.opt.print_freq)
-            return now(self.opt.device) - start
+            seconds = now(self.opt.device) - start
+        if "not captured" in said.getvalue():
+            raise RuntimeError(said.getvalue())
+        return seconds
 
     def time_test_pass(self) -> float:
         """Seconds of a test pass of the student and the teacher."""
@@ -219,15 +240,21 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
 
 
 def time_operations(ours: Ours, steps: int, most: int = 12) -> dict[str, float]:
-    """Seconds per step inside each of PyTorch's operations, the longest by name; what Python adds is in the rest."""
+    """Seconds per step inside each of PyTorch's operations, or of CUDA's kernels, the longest by name.
+
+    What Python adds, and on CUDA the gaps between kernels, are in the rest.
+    """
     cuda = ours.opt.device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with mock.patch.object(ours.step, "_capture", None), profile(activities=activities, acc_events=True) as profiled:
         total = ours.train(steps)
-    spent = {
-        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) * 1e-6 / steps
-        for event in profiled.key_averages()
-    }
+    spent = {}
+    for event in profiled.key_averages():
+        if not cuda:
+            spent[event.key] = event.self_cpu_time_total * 1e-6 / steps
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            # Kernels alone, whose time is also that of the operations that launched them.
+            spent[event.key] = event.self_device_time_total * 1e-6 / steps
     longest = dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
     return {name.removeprefix("aten::"): value for name, value in longest.items()} | {
         "all others": total / steps - sum(longest.values())
@@ -264,7 +291,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--release_steps", type=positive_int, default=5, help="steps of the release's recipe")
+    parser.add_argument(
+        "--release_steps",
+        type=positive_int,
+        metavar="N",
+        help="steps of the release's recipe (default: 5 on a CPU, 8 for each worker on CUDA)",
+    )
     parser.add_argument("--steps", type=positive_int, default=100, help="steps of this project")
     parser.add_argument("--chunks", type=positive_int, default=3, help=f"chunks of {CHUNK} images to encode")
     parser.add_argument("--workers", type=positive_int, default=cores(), help="the release's worker processes")
@@ -291,10 +323,12 @@ def main(argv: list[str] | None = None) -> None:
         dataset, data_name = load_images(args.dataset, args.data_dir)
         opt.teacher_views = resolve_teacher_views(args.teacher_views, opt.device, dataset.views)
         longest = len(dataset.train) // args.batch_size
-        if max(args.release_steps + _WARM_UP, args.steps) > longest:
+        warm_up, release_steps = release_steps_of(opt.device, args.workers)
+        release_steps = args.release_steps or release_steps
+        if max(warm_up + release_steps, args.steps) > longest:
             raise ValueError(
                 f"--steps and --release_steps: an epoch of {data_name} has {longest} full batches of "
-                f"{args.batch_size}, {_WARM_UP} of the release's being for warming up; take fewer"
+                f"{args.batch_size}, {warm_up} of the release's being for warming up; take fewer"
             )
         clip_mode = args.clip_mode
         if clip_mode is None:
@@ -308,12 +342,12 @@ def main(argv: list[str] | None = None) -> None:
     mode = f"amp {opt.amp}; compile {opt.compile}"
     print(f"{machine(opt.device)}\n\n{teacher} to {opt.model_s}, batch {opt.batch_size}, {data_name}\n", flush=True)
 
-    release = time_release(dataset, encoder_release, opt, args.release_steps, args.workers)
+    release = time_release(dataset, encoder_release, opt, warm_up, release_steps, args.workers)
     ours = Ours(dataset, encoder.dim, opt)
     own = ours.train(args.steps) / (args.steps * opt.batch_size)
     bare = ours.time_bare_student(args.steps) / (args.steps * opt.batch_size)
     rows = [
-        (f"the release's recipe (workers: {args.workers}; steps: {args.release_steps})", release),
+        (f"the release's recipe (workers: {args.workers}; steps: {release_steps})", release),
         (f"this project, bank of {_views(opt.teacher_views)} ({mode}; steps: {args.steps})", own),
         ("forward and backward pass of the student alone, in the same mode", bare),
     ]

@@ -83,7 +83,7 @@ class EmbeddingBank:
             place = 0 if self.order is None else (self.order[row] == view[:, None]).int().argmax(dim=1)
             row = row + (self.num_test + place * self.num_train)
         found = self.rows[row]
-        if found.device != self.device:
+        if found.device.type != self.device.type:  # "cuda" is not equal to "cuda:0"
             found = found.pin_memory().to(self.device, non_blocking=True)
         return found.float()
 

@@ -114,8 +114,8 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         images: whether batches hold images: a head on a bank of embeddings needs none.
 
     Raises:
-        ValueError: a hold-out, or a share of labels, that a class is too small for; or labels that are needed and are
-            not there.
+        ValueError: a hold-out, or a share of labels, that a class is too small for; labels that are needed and are not
+            there; or, with ``--sync_bn``, a last batch that leaves a process without a sample.
     """
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
@@ -149,6 +149,13 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         max_steps=opt.max_steps,
         **common,
     )
+    rest = train.num_samples % train.batch_size
+    if getattr(opt, "sync_bn", False) and 0 < rest < train.processes:
+        # PyTorch's exchange takes float32 from those with samples and, under autocast, half of that from the others.
+        raise ValueError(
+            f"--sync_bn: the last step of an epoch would have {rest} samples for {train.processes} processes: use "
+            f"another --batch_size than {opt.batch_size}"
+        )
     size = eval_batch_size(opt.device, dataset.views.size)
     test = Loader(dataset.test, "test", size, device, **common)
     val = None if held is None else Loader(dataset.train, "train", size, device, rows=held, **common)

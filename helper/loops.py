@@ -48,7 +48,14 @@ class Distillation(nn.Module):
         self.student, self.teacher, self.criterion = student, teacher, objective.criterion
         self.objective, self.opt, self.trains_head = objective, opt, trains_head
         self.split, self.full = loader.name, deal(loader.batch_size, loader.processes)[loader.rank]
-        self.compiled = torch.compile(lambda image: student(image)) if opt.compile == "on" else student.__call__
+        maps = objective.needs_maps
+
+        def see(image: Tensor) -> Outputs:
+            # Without the maps that no loss looks at: compiled, gradients of zero would be added up for each of them.
+            out = student(image)
+            return out if maps else Outputs(out.embedding, out.logits, out.features[-1:])
+
+        self.compiled = torch.compile(see) if opt.compile == "on" else see
 
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """What the gradients are of, and by name the losses and what else is measured."""
@@ -137,7 +144,8 @@ class Step:
                     with capturable(self.optimizers):
                         self._replay = self._capture(lambda: self._run(still, epoch))
                 except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
-                    reason = str(error).partition("\n")[0]
+                    # Of a recording that broke, the error that PyTorch ends with says only that it did.
+                    reason = str(error.__context__ or error).partition("\n")[0]
                     print(f"steps are not captured, which makes them slower: {reason}", flush=True)
                     self._capture = None
                     self._run(draw, epoch)

@@ -66,6 +66,11 @@ class Objective:
         """Whether a term looks at the teacher at all; a method's first stage alone does not make one."""
         return bool(self.alpha or (self.feeds and self.beta))
 
+    @property
+    def needs_maps(self) -> bool:
+        """Whether the criterion is fed the networks' maps."""
+        return not {"maps_s", "feat_s"}.isdisjoint(self.feeds)
+
     def beta_in(self, epoch: int) -> float:
         """The weight b in an epoch, counted from 1."""
         return self.beta * min(epoch / self.warmup, 1) if self.warmup else self.beta

@@ -14,7 +14,14 @@ _HEAD_WEIGHT_DECAY = 5e-4
 def sgd(parameters: Iterable[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
     """SGD as the paper uses it, its step fused into one kernel."""
     decay = opt.weight_decay if opt.optimizer == "sgd" else _HEAD_WEIGHT_DECAY
-    return torch.optim.SGD(parameters, lr, momentum=opt.momentum, weight_decay=decay, fused=True)
+    parameters = list(parameters)
+    optimizer = torch.optim.SGD(parameters, lr, momentum=opt.momentum, weight_decay=decay, fused=True)
+    if opt.momentum:
+        # Left alone, PyTorch makes them in the first step and does not fill them where that step's gradients are not
+        # finite, as fp16's first ones may be.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], opt) -> torch.optim.Optimizer:

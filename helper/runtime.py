@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
 
 
 def resolve_device(device: str) -> str:
-    """'cpu' or 'cuda'.
+    """'cpu' or 'cuda', where convolutions are then chosen by trying them.
 
     Raises:
         ValueError: cuda is asked for and there is none, or fewer GPUs than processes on this machine.
@@ -56,6 +56,7 @@ def resolve_device(device: str) -> str:
     local = os.environ.get("LOCAL_RANK")  # of torchrun
     if device == "cuda" and local is not None and int(local) >= torch.cuda.device_count():
         raise ValueError(f"more processes than GPUs: start at most {torch.cuda.device_count()}, or use --device cpu")
+    torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
     return device
 
 
@@ -81,11 +82,16 @@ def resolve_compile(compile_: str, device: str, steps: int) -> str:
         steps: training steps of the whole run.
 
     Raises:
-        ValueError: compilation for a CPU is asked for and there is no C++ compiler.
+        ValueError: compilation is asked for and there is no compiler: of C++ for a CPU, of C for CUDA.
     """
-    able = device == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    # As inductor and Triton look for it.
+    variable, *names = ("CC", "gcc", "clang") if device == "cuda" else ("CXX", "g++")
+    named = [os.environ[variable]] if variable in os.environ else names
+    able = any(shutil.which(name) is not None for name in named)
     if compile_ == "on" and not able:
-        raise ValueError("--compile on needs a C++ compiler (g++, or the one that CXX names); install one or use off")
+        raise ValueError(
+            f"--compile on needs a compiler ({names[0]}, or the one that {variable} names); install one or use off"
+        )
     if compile_ == "auto":
         faster = device == "cuda" or torch.cpu._is_amx_tile_supported()
         return "on" if able and faster and steps >= COMPILE_PAYS_AFTER_STEPS else "off"
@@ -106,20 +112,31 @@ def teacher_precision(device: str, amp: str, published: bool = True) -> str:
 def step_capture(opt: argparse.Namespace, teacher: nn.Module | None, waits: bool = False) -> Callable | None:
     """How a training step is captured, or None where it is not: with ``--compile on``, on CUDA, in one process.
 
-    Nor is it where the method waits for the device, with fp16, whose scaler does, with a bank that did not fit on
-    the GPU, and with a CLIP that encodes every batch, which gains nothing.
+    Nor is it where the method waits for the device, with a bank that did not fit on the GPU, and with a CLIP that
+    encodes every batch, which gains nothing.
     """
     embed = getattr(teacher, "embed", None)
     on_device = embed is None or (isinstance(embed, EmbeddingBank) and embed.rows.is_cuda)
-    able = not waits and opt.device == "cuda" and opt.compile == "on" and opt.amp != "fp16" and distributed.count() == 1
+    able = not waits and opt.device == "cuda" and opt.compile == "on" and distributed.count() == 1
     return cuda_graph if able and on_device else None
 
 
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Record the kernels that a function launches, without running them; the result launches them all at once."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    """Record the kernels that a function launches, without running them; the result launches them all at once.
+
+    Raises:
+        RuntimeError: one of them cannot be recorded; what comes next runs as if nothing had been tried.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except BaseException:
+        # PyTorch stays on the recording's stream, and its generator believes that it is still being recorded.
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay
 
 
@@ -180,6 +197,8 @@ def resolve(
         raise ValueError(f"--batch_size {opt.batch_size} is less than a sample for each of {opt.processes} processes")
     if getattr(opt, "sync_bn", False) and opt.device != "cuda":
         raise ValueError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
+    if getattr(opt, "sync_bn", False) and opt.compile == "auto":
+        opt.compile = "off"  # what it exchanges in every layer is not compiled
     if getattr(opt, "teacher_views", None) is not None:
         opt.teacher_views = resolve_teacher_views(opt.teacher_views, opt.device, views)
     if hasattr(opt, "compile"):
@@ -188,7 +207,6 @@ def resolve(
         opt.compile = resolve_compile(opt.compile, opt.device, opt.epochs * steps)
     if names:
         print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in names))
-    torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
     if opt.device == "cpu":
         keep_freed_memory()
     return opt
