@@ -83,6 +83,8 @@ def library_errors(name: Name, resolution: int | None = None, loads: bool = True
     except Exception as error:  # downloads and strict loading raise whatever they meet
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         asked = f"{name.library}:{name.name}" + (f" at {resolution} pixels" if resolution else "")
+        if str(error).startswith(asked):  # it is told already, by one of these within this one
+            raise
         if not loads or isinstance(error, (AssertionError, TypeError)):
             raise ValueError(f"{asked} cannot be built as asked for ({reason})") from error
         if name.path is None:

@@ -56,6 +56,7 @@ def assert_same(on_cpu, on_gpu):
         ("--teacher_views 2", "--compile on", 0, 0),  # images and bank stay on the host
         ("--teacher_views 0", "--compile on", 2**40, 0),
         ("--teacher_views 0", "", 0, 0),
+        ("--teacher_views 3 --views shared --distill kd --logit_standard", "--compile on", 2**40, 1),
     ],
 )
 def test_it_trains_as_a_cpu_does(both, options, cuda, free, captures):
@@ -82,29 +83,33 @@ def cnn(gpu, tmp_path_factory):
     """A CNN that was trained there."""
     root = tmp_path_factory.mktemp("cnn")
     base = ["--dataset", "tiny", "--device", "gpu", "--amp", "off", "--batch_size", "16", "--save_dir", str(root)]
-    gpu("train_teacher", [*base, "--model", "resnet14", "--epochs", "1"])
-    return next(root.glob("models/*/resnet14_last.pth"))
+    gpu("train_teacher", [*base, "--model", "resnet8", "--epochs", "1", "--max_steps", "1"])
+    return next(root.glob("models/*/resnet8_last.pth"))
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.build])
 def test_every_methods_step_can_be_captured_unless_its_row_says_that_it_waits(train_on_gpu, cnn, name):
-    options = ["--path_t", cnn, "--feat_dim", 8, "--nce_k", 20, "--init_epochs", 1, "--epochs", 1]
+    options = ["--path_t", cnn, "--feat_dim", 8, "--nce_k", 20, "--init_epochs", 1, "--epochs", 1, "--max_steps", 4]
     captures = train_on_gpu("--distill", name, *options, "--learning_rate", 0.001, "--compile", "on")
     assert captures == (not METHODS[name].waits)
 
 
 def test_the_other_scripts_run(gpu, train_on_gpu, tiny_clip, tmp_path):
-    """A head on a CLIP; a student evaluated, probed and exported; a CLIP from scratch."""
-    base = ["--device", "gpu", "--save_dir", str(tmp_path / "gpu")]
-    tiny = [*base, "--dataset", "tiny", "--amp", "off", "--batch_size", "16"]
-    gpu("train_teacher", [*tiny, "--model", str(tiny_clip), "--epochs", "1"])
+    """A head on a CLIP; a student evaluated and probed; a CLIP from scratch; what measures speed."""
+    base = ["--dataset", "tiny", "--device", "gpu", "--amp", "off"]
+    train = [*base, "--batch_size", "16", "--epochs", "1", "--save_dir", str(tmp_path / "gpu")]
+    small = ["--vision_layers", "1,1,1,1", "--vision_width", "8", "--text_layers", "1", "--embed_dim", "16"]
+    measured = [*base, "--model_s", "resnet8", "--compile", "on", "--clip_mode", str(tiny_clip), "--steps", "6"]
+    worker = ["--worker", "8", "--measure", "step", "--seconds", "0.01", "--dim", "16"]
+    gpu("train_teacher", [*train, "--model", str(tiny_clip)])
+    gpu("pretrain_clip", [*train, *small])
     train_on_gpu("--epochs", 1)
     (run,) = (tmp_path / "gpu" / "student_model").iterdir()
-    gpu("evaluate", [str(run), "--device", "gpu"])
     gpu("evaluate", [str(run), "--device", "gpu", "--probe", "tiny"])
-    gpu("export", [str(run), "--format", "safetensors"])
-    small = ["--vision_layers", "1,1,1,1", "--vision_width", "8", "--text_layers", "1", "--embed_dim", "16"]
-    gpu("pretrain_clip", [*tiny, *small, "--epochs", "1"])
+    gpu("evaluate", [str(run), "--device", "gpu"])
+    few = ["--batch_size", "8", "--release_steps", "1", "--workers", "1", "--chunks", "1"]
+    assert gpu("benchmarks.pipeline", [*measured, *few]) == 2  # of the student alone too
+    assert gpu("benchmarks.growth", [*measured, *worker]) == 1
 
 
 def test_it_refuses_what_cuda_refuses(gpu):

@@ -7,6 +7,7 @@ import torch
 
 from conftest import make_dataset
 from dataset import ImageDataset, Split
+from helper import distributed
 from helper.data import build_loaders, check_labels, open_dataset
 from helper.options import parse_student_options, parse_teacher_options
 
@@ -135,3 +136,16 @@ def test_a_projected_cnn_needs_labels_too():
         check_labels(opt, 0)
     opt.distill = "attention"
     check_labels(opt, 0)
+
+
+@pytest.mark.parametrize(("processes", "fits"), [(6, True), (7, False)])
+def test_batch_norm_over_all_processes_needs_a_sample_on_each(monkeypatch, processes, fits):
+    """70 images in batches of 16 leave 6 for the last step."""
+    monkeypatch.setattr(distributed, "count", lambda: processes)
+    assert len(loaders("--max_steps", "4", "--sync_bn").train) == 4
+    assert len(loaders().train) == 5
+    if fits:
+        assert len(loaders("--sync_bn").train) == 5
+    else:
+        with pytest.raises(ValueError, match="--sync_bn: .* 6 samples for 7 processes: use another --batch_size"):
+            loaders("--sync_bn")

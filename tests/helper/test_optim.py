@@ -50,3 +50,29 @@ def test_the_teachers_head_keeps_the_papers_sgd():
     opt = Namespace(optimizer="adamw", momentum=0.9, weight_decay=0.05)
     (group,) = sgd(nn.Linear(2, 2).parameters(), 0.01, opt).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
+
+
+def test_gradients_that_overflow_in_the_first_step_leave_no_trace():
+    """As fp16's may, while its scale is still too large; against the same steps without that one."""
+    results = []
+    for gradients in ([1.0, 2.0], [math.inf, 1.0, 2.0]):
+        x = nn.Parameter(torch.full((3, 5), 4.0))
+        optimizer = sgd([x], 0.5, Namespace(optimizer="sgd", momentum=0.9, weight_decay=0.1))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        for gradient in gradients:
+            x.grad = torch.full_like(x, gradient) * scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(x.detach())
+    assert torch.equal(*results)
+
+
+def test_the_first_step_is_pytorchs_own():
+    opt = Namespace(optimizer="sgd", momentum=0.9, weight_decay=0.1)
+    ours, plain = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    optimizers = [sgd([ours], 0.5, opt), torch.optim.SGD([plain], 0.5, momentum=0.9, weight_decay=0.1, fused=True)]
+    for step in range(4):
+        for x, optimizer in zip((ours, plain), optimizers, strict=True):
+            x.grad = torch.sin(x.detach() * 10 + step)
+            optimizer.step()
+        assert torch.equal(ours, plain)

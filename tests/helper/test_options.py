@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -264,7 +265,9 @@ def machine(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: found.cuda_bf16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found.avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: found.amx)
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: found.compiler)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name if name == found.compiler else None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
     return found
 
 
@@ -343,28 +346,44 @@ def test_what_the_machine_lacks_is_refused(machine, argv):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "amx", "given", "steps", "expected"),
+    ("device", "compiler", "amx", "given", "steps", "expected"),
     [
-        ("/usr/bin/g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
-        ("/usr/bin/g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS - 2, "off"),
-        ("/usr/bin/g++", False, "auto", 10**9, "off"),
-        (None, True, "auto", 10**9, "off"),
-        ("/usr/bin/g++", False, "on", 2, "on"),
-        (None, True, "off", 10**9, "off"),
+        ("cpu", "g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
+        ("cpu", "g++", True, "auto", runtime.COMPILE_PAYS_AFTER_STEPS - 2, "off"),
+        ("cpu", "g++", False, "auto", 10**9, "off"),
+        ("cpu", None, True, "auto", 10**9, "off"),
+        ("cpu", "g++", False, "on", 2, "on"),
+        ("cpu", None, True, "off", 10**9, "off"),
+        ("cuda", "gcc", False, "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
+        ("cuda", "clang", False, "auto", runtime.COMPILE_PAYS_AFTER_STEPS, "on"),
+        ("cuda", "g++", False, "auto", 10**9, "off"),
+        ("cuda", None, False, "auto", 10**9, "off"),
     ],
 )
-def test_compilation_is_on_where_it_pays_and_is_possible(machine, compiler, amx, given, steps, expected):
-    machine.compiler, machine.amx = compiler, amx
-    argv = ["--device", "cpu", "--compile", given, "--epochs", "2", "--batch_size", "10"]
+def test_compilation_is_on_where_it_pays_and_is_possible(machine, device, compiler, amx, given, steps, expected):
+    machine.cuda, machine.compiler, machine.amx = device == "cuda", compiler, amx
+    argv = ["--device", device, "--compile", given, "--epochs", "2", "--batch_size", "10"]
     assert resolve(parse_student_options(argv), None, images=steps // 2 * 10).compile == expected
     limited = parse_student_options([*argv, "--max_steps", "3"])
     assert resolve(limited, None, images=10**9).compile == ("off" if given == "auto" else expected)
 
 
-def test_compilation_without_a_compiler_is_refused(machine):
-    opt = parse_student_options(["--device", "cpu", "--compile", "on"])
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+@pytest.mark.parametrize(("device", "variable", "usual"), [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc")])
+def test_compilation_without_a_compiler_is_refused(machine, monkeypatch, device, variable, usual):
+    machine.cuda = device == "cuda"
+    opt = parse_student_options(["--device", device, "--compile", "on"])
+    with pytest.raises(ValueError, match=rf"needs a compiler \({re.escape(usual)}, or .* {variable} names"):
         resolve(opt, None, images=50_000)
+    machine.compiler = "my-compiler"
+    monkeypatch.setenv(variable, "my-compiler")
+    assert resolve(opt, None, images=50_000).compile == "on"
+
+
+def test_batch_norm_over_all_processes_is_not_compiled_unless_that_is_asked_for(machine):
+    machine.cuda, machine.compiler = True, "gcc"
+    for given, expected in (("auto", "off"), ("on", "on")):
+        opt = parse_student_options(["--sync_bn", "--compile", given])
+        assert resolve(opt, None, images=50_000).compile == expected
 
 
 def test_a_cosine_under_way_keeps_its_end(machine):
