@@ -26,8 +26,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 NAME = "gpu"
 ROOT = Path(__file__).parents[1]
 
+# What makes the host wait for a GPU, or copies what the host has just made to it: neither can be captured.
+WAITING = {
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "repeat_interleave", "equal", "lift_fresh", "_linalg_svd", "_linalg_eigh", "linalg_inv_ex",
+}  # fmt: skip
 MOVES = {"_to_copy", "copy_"}
-READS = {"_local_scalar_dense", "nonzero", "equal"}
 PINS = {"_pin_memory", "pin_memory"}
 INDEXING = {"index", "index_put", "index_put_"}
 
@@ -65,6 +69,12 @@ class GpuTensor(torch.Tensor):
 
 def tensors_in(*trees) -> list[torch.Tensor]:
     return [x for x in tree_leaves(trees) if isinstance(x, torch.Tensor)]
+
+
+def waits(name: str, args: tuple) -> bool:
+    """Whether an operation makes the host wait; a mask's size is known to the device alone."""
+    masks = name in INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in tensors_in(args[1]))
+    return name in WAITING or masks
 
 
 def on_gpu(x: torch.Tensor) -> bool:
@@ -121,7 +131,11 @@ class Gpu(TorchDispatchMode):
 
 
 class Graph:
-    """In the place of ``torch.cuda.CUDAGraph``; the recording does what it records, so the first replay is left out."""
+    """In the place of ``torch.cuda.CUDAGraph``: does recorded operations again, without the Python around them.
+
+    What was there before is used again as it is then, what was made is made anew; numbers stay what they were. Unlike
+    CUDA's, a recording does what it records: the first replay is then left out.
+    """
 
     captures = 0
 
@@ -150,8 +164,7 @@ class Recorder(TorchDispatchMode):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
         result = function(*args, **kwargs)
         places = {on_gpu(x) for x in tensors_in(args, kwargs, result)}
-        masks = name in INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in tensors_in(args[1]))
-        if name in READS | PINS or masks or (name in MOVES and len(places) > 1):
+        if waits(name, args) or name in PINS or (name in MOVES and len(places) > 1):
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
         self.graph.operations.append((function, args, kwargs, result))
         return result

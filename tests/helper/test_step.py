@@ -5,8 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
+from pretend_gpu import Graph, record, waits
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from conftest import make_dataset
 from dataset.loader import Loader
@@ -16,12 +16,6 @@ from helper.optim import build_optimizer
 from helper.teacher import ClipTeacher
 from models.heads import TeacNet
 from training import CPU, WITH_EITHER, make_training
-
-# What makes the host wait for a GPU, or copies what the host has just made to it: neither can be captured.
-WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
-    "repeat_interleave", "equal", "lift_fresh", "_linalg_svd", "_linalg_eigh", "linalg_inv_ex",
-}  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
@@ -33,10 +27,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in WAITING:
+        if waits(name, args):
             self.seen.add(name)
-        if name in ("index", "index_put_", "index_put"):  # a mask's size is known to the device alone
-            self.seen |= {"a mask" for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)}
         return function(*args, **(kwargs or {}))
 
 
@@ -78,7 +70,7 @@ def test_the_watch_notices():
         x[x > 1] = 0
         torch.tensor([1.0])
         x.sum().item()
-    assert watch.seen == {"a mask", "lift_fresh", "_local_scalar_dense"}
+    assert watch.seen == {"index_put_", "lift_fresh", "_local_scalar_dense"}
 
 
 def test_a_bank_that_stays_on_the_host_is_asked_by_numbers_that_are_there():
@@ -103,45 +95,24 @@ def test_a_bank_that_stays_on_the_host_is_asked_by_numbers_that_are_there():
         assert torch.equal(view, batch.teacher_view)
 
 
-class Tape(TorchDispatchMode):
-    """In the place of a CUDA graph: records the operations that a function does, and does them again without it.
-
-    What was there before is used again as it is then, what the function makes is made anew; numbers stay what they
-    were. Unlike a CUDA graph's, the recording does what it records: the first replay is then left out. PyTorch's own
-    checks of what may be captured are on.
-    """
+class Tape:
+    """Captures on a CPU, see ``Graph``; PyTorch's own checks of what may be captured are on."""
 
     def __init__(self):
-        super().__init__()
         self.captures = self.replays = 0
 
     def __call__(self, function):
         self.captures += 1
-        self.operations, done = [], []
+        graph = Graph()
         cuda = {"is_available": lambda: True, "is_current_stream_capturing": lambda: True}
-        with mock.patch.multiple(torch.cuda, **cuda), self:
+        with mock.patch.multiple(torch.cuda, **cuda), record(graph):
             function()
-        operations = self.operations
 
         def replay():
             self.replays += 1
-            if not done:
-                done.append(True)
-                return
-            made = {}
-            for operation, args, kwargs, result in operations:
-                args, kwargs = tree_map_only(torch.Tensor, lambda x: made.get(id(x), x), (args, kwargs))
-                again = operation(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor):
-                        made[id(old)] = new
+            graph.replay()
 
-        return torch.no_grad()(replay)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
-        return result
+        return replay
 
 
 @pytest.mark.parametrize(
