@@ -67,6 +67,10 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
+class _NotDownloaded(OSError):
+    """What ``library_errors`` makes of a download that failed."""
+
+
 @contextlib.contextmanager
 def library_errors(name: Name, resolution: int | None = None, loads: bool = True) -> Iterator[None]:
     """What a library raises over a network, in one line that says what to do.
@@ -81,14 +85,14 @@ def library_errors(name: Name, resolution: int | None = None, loads: bool = True
     except ValueError:
         raise
     except Exception as error:  # downloads and strict loading raise whatever they meet
+        if isinstance(error, _NotDownloaded):  # one of these within this one has told it in its own words
+            error = error.__cause__
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         asked = f"{name.library}:{name.name}" + (f" at {resolution} pixels" if resolution else "")
-        if str(error).startswith(asked):  # it is told already, by one of these within this one
-            raise
         if not loads or isinstance(error, (AssertionError, TypeError)):
             raise ValueError(f"{asked} cannot be built as asked for ({reason})") from error
         if name.path is None:
-            raise OSError(
+            raise _NotDownloaded(
                 f"{asked} could not be downloaded ({reason}); with no network, give "
                 f"{name.library}:{name.name.partition('/')[0]}=PATH, "
                 "a local file of its weights"

@@ -215,6 +215,7 @@ def test_without_a_network_the_line_says_what_to_give(name, monkeypatch, dead_ur
         with pytest.raises(OSError, match=f"{name} could not be downloaded .*with no network, give .*=PATH") as error:
             create_encoder(name, "unused")
     assert "\n" not in str(error.value)
+    assert str(error.value).count("could not be downloaded") == 1
 
 
 def test_the_text_encoder_is_the_library_s(make, tower):
