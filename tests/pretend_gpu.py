@@ -172,9 +172,9 @@ class Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def record(graph: Graph) -> Iterator[None]:
-    Graph.captures += 1
     with Recorder(graph):
         yield
+    Graph.captures += 1  # of those that did not fail
 
 
 class Device(types.ModuleType):
