@@ -1,15 +1,15 @@
 """What a finished student knows, beside its teacher: ``python evaluate.py SAVE/student_model/NAME``."""
 
-from helper.answers import ask
-from helper.evaluation import Accuracy, Corruptions
+from evaluation.accuracy import Accuracy, Corruptions
+from evaluation.answers import ask
+from evaluation.options import parse_evaluate_options
+from evaluation.probe import Transfer
+from evaluation.search import search
+from evaluation.subjects import open_subjects, save_dir
+from evaluation.zero_shot import ZeroShot
 from helper.exits import exits
-from helper.probe import Transfer
 from helper.runtime import resolve_device
-from helper.search import search
-from helper.subjects import open_subjects, save_dir
-from helper.use_options import parse_evaluate_options
 from helper.util import exit_on_bad_input
-from helper.zero_shot import ZeroShot
 
 
 @exits("evaluate.py", memory="use --device cpu, or evaluate fewer runs at once")

@@ -1,12 +1,12 @@
 """Export a finished student, ``python export.py RUN``; classify with it, ``python export.py RUN --predict FILE...``."""
 
-from helper.costs import Row, cost, table, teacher_rows
-from helper.deployed import predict
+from deploy.costs import Row, cost, cost_table, teacher_rows
+from deploy.export import BESIDE, FILES, check, export, new_files, quantize
+from deploy.model_card import model_config, write_beside
+from deploy.options import parse_export_options
+from deploy.predict import classify
+from evaluation.student import open_run_dataset, open_student
 from helper.exits import exits
-from helper.export import BESIDE, FILES, check, export, new_files, quantize
-from helper.model_card import describe, write_beside
-from helper.student import open_dataset, open_student
-from helper.use_options import parse_export_options
 from helper.util import exit_on_bad_input
 
 
@@ -15,13 +15,13 @@ def main(argv: list[str] | None = None) -> None:
     opt = parse_export_options(argv)
     with exit_on_bad_input("export.py"):
         if opt.predict is not None:
-            print(*predict(opt.out, opt.predict), sep="\n")
+            print(*classify(opt.out, opt.predict), sep="\n")
             return
 
         student = open_student(opt.run, opt.checkpoint)
         with new_files(opt.out, [FILES[opt.format], *BESIDE], opt.force) as folder:
-            dataset = open_dataset(student.run, opt.data_dir)
-            config = describe(student, opt.format, FILES[opt.format], opt.with_preprocess)
+            dataset = open_run_dataset(student.run, opt.data_dir)
+            config = model_config(student, opt.format, FILES[opt.format], opt.with_preprocess)
             exported = export(student, opt.format, opt.with_preprocess, folder)
             config["accuracy"] = check(student, exported, config, dataset)
             rows = teacher_rows(student, folder)
@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
                 config["quantized"] = opt.quantize
                 config["accuracy"] = check(student, exported, config, dataset)
                 rows += [Row(f"{config['architecture']}, {opt.quantize}", config["accuracy"], cost(exported))]
-            write_beside(folder, config, student.classes, table(rows))
-    print(f"\n{table(rows)}\n\nexported to {opt.out}")
+            write_beside(folder, config, student.classes, cost_table(rows))
+    print(f"\n{cost_table(rows)}\n\nexported to {opt.out}")
 
 
 if __name__ == "__main__":

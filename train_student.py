@@ -3,10 +3,9 @@
 import time
 
 from distiller_zoo import METHODS
-from helper import distributed, pretrain, training
+from helper import distributed, first_stage, training
 from helper.data import build_loaders, open_dataset
 from helper.exits import exits
-from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.names import sized_name, student_run_name
 from helper.objective import build_objective
@@ -16,6 +15,7 @@ from helper.runtime import resolve
 from helper.student import build_student, model_file, student_identity
 from helper.teacher import build_teacher
 from helper.util import exit_on_bad_input
+from helper.validation import Evaluation
 
 
 @exits("train_student.py", memory="lower --batch_size or --teacher_views")
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         objective = build_objective(opt, student, teacher, loaders)
         identity = {} if teacher is None else teacher.identity
         run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint(), **identity, **student_identity(opt))
-        stage = None if run.state else pretrain.open_first_stage(opt, objective, name, run.options)
+        stage = None if run.state else first_stage.open_first_stage(opt, objective, name, run.options)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
     facts = loaders.image_facts()
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{opt.batch_size} an epoch{spread}, into {run.folder}"
     )
     if stage is not None:
-        pretrain.init(stage, student, teacher, objective.criterion, loaders.train, opt)
+        first_stage.init(stage, student, teacher, objective.criterion, loaders.train, opt)
     trained = training.train_student(opt, student, teacher, objective, loaders)
     if run.state is not None:
         trained.load_state_dict(run.state)

@@ -5,7 +5,6 @@ import time
 from helper import distributed, training
 from helper.data import build_loaders, open_dataset
 from helper.exits import exits
-from helper.loops import Evaluation
 from helper.meters import print_record
 from helper.names import teacher_run_name
 from helper.options import parse_teacher_options, recorded_options
@@ -13,6 +12,7 @@ from helper.run import Run
 from helper.runtime import resolve
 from helper.teacher import build_cnn, build_teacher, teacher_file
 from helper.util import exit_on_bad_input
+from helper.validation import Evaluation
 
 
 @exits("train_teacher.py", memory="lower --batch_size or --teacher_views")

@@ -16,7 +16,7 @@ from helper.parser import positive, positive_int
 from helper.runtime import resolve_amp, resolve_device, teacher_precision
 from helper.teacher import load_encoder
 from helper.util import exit_on_bad_input
-from models.library import network
+from models.library import library_network
 from models.names import parse_name
 
 
@@ -32,7 +32,7 @@ def write_random_weights(name: str, folder: Path) -> str:
 
         net = timm.create_model(parsed.name)
     else:
-        net = network(parsed).net
+        net = library_network(parsed).net
     path = folder / f"{parsed.short}.pth"
     torch.save(net.state_dict(), path)
     return f"{name}={path}"

@@ -27,8 +27,9 @@ from dataset.loader import Loader
 from distiller_zoo import EGA, METHODS
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
+from helper.capture import step_capture
 from helper.data import eval_batch_size
-from helper.loops import Distillation, Objective, Step, train_epoch, validate
+from helper.objective import Objective
 from helper.optim import sgd
 from helper.options import parse_student_options
 from helper.parser import positive_int
@@ -39,10 +40,12 @@ from helper.runtime import (
     resolve_compile,
     resolve_device,
     resolve_teacher_views,
-    step_capture,
 )
-from helper.teacher import ClipTeacher, load_encoder
+from helper.step import Distillation, Step
+from helper.teacher import EncoderTeacher, load_encoder
+from helper.training import train_epoch
 from helper.util import exit_on_bad_input
+from helper.validation import validate
 from models import create_student, model_dict
 from models.heads import Outputs, TeacNet
 
@@ -120,7 +123,7 @@ class Ours:
         rows = torch.randn(len(dataset.test) + opt.teacher_views * len(dataset.train), dim).half().to(self.device)
         sizes = (len(dataset.train), len(dataset.test), opt.teacher_views)
         bank = EmbeddingBank(rows, *sizes, self.device, dataset.views)
-        self.teacher = ClipTeacher(bank, TeacNet(dim, opt.feature_dim, len(dataset.classes)).to(self.device))
+        self.teacher = EncoderTeacher(bank, TeacNet(dim, opt.feature_dim, len(dataset.classes)).to(self.device))
         self.student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes))
         self.student.to(self.device, memory_format=torch.channels_last)
         criterion = EGA(opt.node_weight, opt.edge_weight)

@@ -3,11 +3,9 @@
 A chunk is written in one piece, by whom and in whatever order: only one that is on disk whole matches its checksum.
 """
 
-import contextlib
-import errno
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,24 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there")
-_ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
-
-
-class WriteError(OSError):
-    """A file or a folder cannot be written; says which and what to do. What was there before is still there."""
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing to a file or a folder into a WriteError."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except OSError as error:
-        advice = _ADVICE.get(error.errno, "see to the disk")
-        raise WriteError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
+from .writing import writing
 
 
 class Chunk(NamedTuple):

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .chunks import Chunk, ChunkFile, WriteError, writing
+from .chunks import Chunk, ChunkFile
 from .decode import EXTENSIONS, RESAMPLING, BadImage, read_square
+from .writing import WriteError, writing
 
 # Images that one process decodes at a time; part of the key.
 CHUNK = 64

@@ -7,7 +7,7 @@ import torch
 
 from . import ImageDataset, Split
 from .files import ImageFile, is_image, list_images, open_images, shown
-from .loader import holdout_rows
+from .splits import holdout_rows
 from .views import CropViews, ResizedCropViews
 
 # Up to this size the views are those of small pictures, above it those of photographs.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dataset.chunks import writing
+from dataset.writing import writing
 from models.weights import load_plain
 
 

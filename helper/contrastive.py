@@ -16,8 +16,9 @@ from models.clip_teacher import tokenize
 from models.encoders import TextEncoder
 
 from . import distributed
-from .loops import Step
 from .runtime import autocast
+from .step import Step
+from .training import Training, build_scaler
 
 # CLIP, section 2.5: a larger scale makes training unstable.
 MAX_LOGIT_SCALE = 100
@@ -254,3 +255,22 @@ def zero_shot_accuracy(model: CLIP, loader: Loader, pixels: Images, tokens: Tens
                 similarity = model.encode_image(pixels(batch)).float() @ weights.T
                 correct += (similarity.argmax(dim=1) == batch.target).sum()
     return 100 * distributed.total(correct).item() / loader.num_samples
+
+
+def train_clip(opt, model: CLIP, pixels: Images, tokens: Tensor, loader: Loader) -> Training:
+    """A CLIP from scratch, by contrasting images and captions, with CLIP's own AdamW and schedule."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0}],
+        lr=opt.learning_rate,
+        betas=(0.9, 0.98),  # CLIP's, as eps is
+        eps=1e-6,
+        fused=True,
+    )
+    step = ContrastiveStep(model, pixels, tokens, optimizer, build_scaler(opt), loader, opt)
+
+    def rate(epoch: int, number: int) -> float:
+        return learning_rate((epoch - 1) * len(loader) + number, opt.epochs * len(loader), opt)
+
+    return Training(opt, step, model, {"model": model, "optimizer": optimizer}, rate=rate)

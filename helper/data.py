@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dataset import ImageDataset, load_dataset
-from dataset.loader import Loader, holdout_rows, keep_labels
+from dataset.loader import Loader
+from dataset.splits import holdout_rows, keep_labels
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
 from distiller_zoo import METHODS
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dataset.chunks import WriteError
+from dataset.writing import WriteError
 
 from . import distributed
 from .util import NonFiniteLoss

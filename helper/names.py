@@ -52,3 +52,14 @@ def student_run_name(opt: argparse.Namespace) -> str:
         f"_r{opt.gamma:g}_a{opt.alpha:g}_b{opt.beta:g}{ega}"
         f"_batchsize{opt.batch_size}{_optimizer_name(opt)}_seed{opt.seed}_trial{opt.trial}"
     )
+
+
+def clip_run_name(opt: argparse.Namespace) -> str:
+    if isinstance(opt.vision_layers, tuple):
+        vision = f"rn{'-'.join(map(str, opt.vision_layers))}"
+    else:
+        vision = f"vit{opt.vision_layers}-{opt.vision_patch}"
+    return (
+        f"{vision}_w{opt.vision_width}_px{opt.resolution}_dim{opt.embed_dim}_text{opt.text_layers}-{opt.text_width}"
+        f"_{data_name(opt)}_batchsize{opt.batch_size}_seed{opt.seed}_trial{opt.trial}"
+    )

@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.loader import Batch
-from distiller_zoo import METHODS, kd_loss, standardize_logits
+from distiller_zoo import METHODS, Networks, kd_loss, standardize_logits
 from models.heads import Classifier, Outputs, Student
 
 from . import distributed
 from .data import Loaders
-from .teacher import ClipTeacher, CnnTeacher, describe
+from .teacher import CnnTeacher, EncoderTeacher
 
 
 def mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -137,7 +138,7 @@ class Objective:
 
 
 def build_objective(
-    opt, student: Student | Classifier, teacher: ClipTeacher | CnnTeacher | None, loaders: Loaders
+    opt, student: Student | Classifier, teacher: EncoderTeacher | CnnTeacher | None, loaders: Loaders
 ) -> Objective:
     """The loss that the options describe, for these two networks and the images that they see, on the device.
 
@@ -148,8 +149,29 @@ def build_objective(
     build, feeds = method.with_teacher(clip)
     criterion = None
     if build is not None:
-        criterion = build(opt, describe(student, teacher, loaders.image_size, loaders.targets)).to(opt.device)
+        criterion = build(opt, describe_networks(student, teacher, loaders.image_size, loaders.targets)).to(opt.device)
         if opt.sync_bn:
             criterion = nn.SyncBatchNorm.convert_sync_batchnorm(criterion)
     weights = (opt.gamma, opt.alpha, opt.beta)
     return Objective(criterion, feeds, *weights, opt.kd_T, clip, opt.warmup, opt.logit_standard, method.relational)
+
+
+@torch.no_grad()
+def describe_networks(
+    student: Student | Classifier, teacher: EncoderTeacher | CnnTeacher, image_size: int, targets: Tensor
+) -> Networks:
+    """What the methods may ask about the two networks.
+
+    Args:
+        image_size: height and width of the student's images.
+        targets: (N,) class of every training row, -1 for the rows that the loss will not see.
+    """
+    images = torch.zeros(2, 3, image_size, image_size, device=next(student.parameters()).device)
+    out_s = student.eval()(images)
+    shapes_s = [tuple(x.shape) for x in out_s.features]
+    if isinstance(teacher, EncoderTeacher):
+        dim = out_s.embedding.shape[1]
+        return Networks(shapes_s, [(2, teacher.dim)], dim, dim, targets)
+    features, _ = teacher.features(images)
+    shapes_t = [tuple(x.shape) for x in features]
+    return Networks(shapes_s, shapes_t, shapes_s[-1][1], shapes_t[-1][1], targets, teacher.backbone)

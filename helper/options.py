@@ -13,10 +13,10 @@ from .names import sized_name, student_run_name
 from .parser import (
     ListMethods,
     Parser,
-    encoder,
+    encoder_name,
     epoch_list,
     names_file,
-    network,
+    network_name,
     number,
     positive,
     positive_int,
@@ -226,7 +226,7 @@ def student_parser() -> Parser:
 
     group = parser.add_argument_group("student")
     group.add_argument(
-        "--model_s", type=network, default="resnet8x4", metavar="NAME", help=f"student's backbone: {_NETWORKS}"
+        "--model_s", type=network_name, default="resnet8x4", metavar="NAME", help=f"student's backbone: {_NETWORKS}"
     )
     group.add_argument("--pretrained_s", action="store_true", help="start from its library's weights")
     group.add_argument("--init_s", metavar="PATH", help="start from these weights, of this backbone")
@@ -244,7 +244,7 @@ def student_parser() -> Parser:
         "whose side has no head and needs no label",
     )
     group.add_argument(
-        "--clip_mode", type=encoder, default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}"
+        "--clip_mode", type=encoder_name, default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}"
     )
     group.add_argument(
         "--clip_tn",
@@ -381,7 +381,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--model",
-        type=encoder,
+        type=encoder_name,
         default="ViT-B/32",
         metavar="NAME|PATH",
         help=f"frozen encoder: {_ENCODERS}; CNN: {_NETWORKS}",
@@ -413,7 +413,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         _resolve_optimizer(parser, opt, 0.01)
         return opt
     try:
-        opt.model_t = sized_name(network(opt.model), opt.teacher_resolution)
+        opt.model_t = sized_name(network_name(opt.model), opt.teacher_resolution)
     except argparse.ArgumentTypeError as error:
         parser.error(f"--model {error}")
     if opt.teacher_views != "auto":

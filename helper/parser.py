@@ -74,12 +74,12 @@ def teacher_views(text: str) -> str | int:
     return text if text in ("auto", "all") else int(text)
 
 
-def network(text: str) -> str:
+def network_name(text: str) -> str:
     """A student or a CNN: one of the house's, ``timm:NAME`` or ``torchvision:NAME``."""
     return _checked(check_model_name, text)
 
 
-def encoder(text: str) -> str:
+def encoder_name(text: str) -> str:
     """A frozen encoder's name, or the path of one; whether there is such a one shows when it is loaded."""
     return _checked(parse_name, text)
 

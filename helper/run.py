@@ -7,36 +7,7 @@ from filelock import FileLock, Timeout
 from . import checkpoint, distributed
 from .exits import resumes, unbroken
 from .logger import Logger
-
-# What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
-# weights are recognised by their hashes instead of their paths.
-FREE = {
-    "epochs",
-    "data_dir",
-    "max_bad_images",
-    "clip_root",
-    "save_dir",
-    "clip_mode",
-    "model",
-    "path_t",
-    "init_s",
-    "print_freq",
-    "save_steps",
-    "resume",
-}
-
-# What runs that began before these were recorded had; of others, nothing.
-BEFORE = {
-    "processes": 1,
-    "sync_bn": False,
-    "compile": "off",
-    "optimizer": "sgd",
-    "schedule": "step",
-    "warmup_epochs": 0,
-    "pretrained_s": False,
-    "labels": 1.0,
-    "joint": "projected",
-}
+from .records import FREE, best_record
 
 
 class Run:
@@ -137,7 +108,7 @@ class Run:
         if self.recorded is None:
             return
         for key, value in values.items():
-            recorded = self.recorded.get(key, BEFORE.get(key))
+            recorded = self.recorded.get(key)
             if recorded != value:
                 raise ValueError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
@@ -227,17 +198,3 @@ class Run:
         last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"
         print(f"best accuracy: {accuracies}, in {self.folder}")
-
-
-def best_record(history: list[dict]) -> dict | None:
-    """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc.
-
-    Where no accuracy is measured, for want of labels, the last that a test pass followed.
-    """
-    tested = [record for record in history if "test_acc" in record]
-    measured = [record for record in tested if record["test_acc"] is not None]
-    return max(measured, key=_score, default=tested[-1] if tested else None)
-
-
-def _score(record: dict) -> float:
-    return record.get("val_acc", record["test_acc"])

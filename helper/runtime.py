@@ -7,15 +7,12 @@ import ctypes
 import math
 import os
 import shutil
-from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from dataset.views import CIFAR_VIEWS, Views
 
 from . import distributed
-from .bank import EmbeddingBank
 
 # torch.compile takes some 46 s for resnet8x4 on two cores; with AMX it saves 9 ms a step, so that many steps earn it
 # back. Without, the convolutions are all that counts, and a compiled step is no faster (docs/performance.md).
@@ -107,37 +104,6 @@ def teacher_precision(device: str, amp: str, published: bool = True) -> str:
     if device == "cuda" and published:
         return "fp16"
     return "fp32" if amp == "off" else amp
-
-
-def step_capture(opt: argparse.Namespace, teacher: nn.Module | None, waits: bool = False) -> Callable | None:
-    """How a training step is captured, or None where it is not: with ``--compile on``, on CUDA, in one process.
-
-    Nor is it where the method waits for the device, with a bank that did not fit on the GPU, and with a CLIP that
-    encodes every batch, which gains nothing.
-    """
-    embed = getattr(teacher, "embed", None)
-    on_device = embed is None or (isinstance(embed, EmbeddingBank) and embed.rows.is_cuda)
-    able = not waits and opt.device == "cuda" and opt.compile == "on" and distributed.count() == 1
-    return cuda_graph if able and on_device else None
-
-
-def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Record the kernels that a function launches, without running them; the result launches them all at once.
-
-    Raises:
-        RuntimeError: one of them cannot be recorded; what comes next runs as if nothing had been tried.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            function()
-    except BaseException:
-        # PyTorch stays on the recording's stream, and its generator believes that it is still being recorded.
-        torch.cuda.set_stream(stream)
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
-        raise
-    return graph.replay
 
 
 def autocast(device: str, amp: str) -> contextlib.AbstractContextManager:

@@ -8,21 +8,20 @@ from torch import Tensor, nn
 
 from dataset import ImageDataset
 from dataset.loader import Batch
-from distiller_zoo import Needs, Networks
+from distiller_zoo import Needs
 from models import check_model_name, create_classifier, create_encoder, create_model, model_dict
 from models.encoders import FrozenEncoder
-from models.heads import Classifier, Outputs, Student, TeacNet, check_image_size, enlarge
+from models.heads import Classifier, Outputs, TeacNet, check_image_size, enlarge
 from models.library import synchronize_norms
 from models.names import parse_name
 from models.weights import sha256_of
 
 from . import checkpoint
 from .bank import OnTheFly, open_bank
-from .report import StoredRun
 from .runtime import DTYPES, autocast, teacher_precision
 
 
-class ClipTeacher(nn.Module):
+class EncoderTeacher(nn.Module):
     """A frozen encoder, CLIP's or another, and its head, if it has one: turns a batch into the teacher's outputs.
 
     Without a head the joint space is the encoder's own, and there are no logits.
@@ -127,7 +126,7 @@ def open_embeddings(
     return open_bank(root, dataset, encoder, teacher_views, precision, torch.device(device))
 
 
-def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> ClipTeacher | CnnTeacher:
+def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> EncoderTeacher | CnnTeacher:
     """The teacher that the options describe, on the device.
 
     Frozen but for a head that is trained jointly; an encoder's bank is built where it is missing.
@@ -156,89 +155,7 @@ def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> Cli
         torch.manual_seed(opt.seed)
         head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
     embed = open_embeddings(dataset, encoder, opt.teacher_views, opt.save_dir, opt.device, opt.amp)
-    return ClipTeacher(embed, head, identity, encoder.dim).to(opt.device)
-
-
-def open_teacher(
-    run: StoredRun,
-    state: dict,
-    dataset: ImageDataset,
-    device: str,
-    num_classes: int | None = None,
-    encode_once: bool = False,
-) -> ClipTeacher | CnnTeacher:
-    """The teacher of a finished run, with the head that it had when its student was saved.
-
-    Args:
-        state: the content of the student's file.
-        dataset: whose images it is asked for. A CLIP's embeddings of the run's own test split are in the run's bank.
-        device: 'cpu' or 'cuda', for which it is made.
-        num_classes: the run's, where the data set is not the run's own.
-        encode_once: make a bank of another data set too, of one view of its training and of its test split.
-
-    Raises:
-        ValueError: the run has no teacher, or its teacher or data set are others by now.
-        OSError: the teacher's weights are missing.
-    """
-    own = num_classes is None
-    if own:
-        check_same(run, "dataset_sha256", dataset.fingerprint())
-    same_device = device == run.options["device"]
-    amp = run.options["amp"] if same_device else "off"
-    network, head = open_teacher_network(run, state, num_classes or len(dataset.classes), device, amp)
-    if not isinstance(network, FrozenEncoder):
-        teacher = CnnTeacher(network.backbone, head, amp=amp, resolution=network.resolution)
-        return teacher.to(device, memory_format=torch.channels_last)
-    # The bank's test split is enough; one that was built on another device is of another precision.
-    views = min(run.options["teacher_views"], 1) if own and same_device else int(encode_once)
-    embed = open_embeddings(dataset, network, views, str(run.folder.absolute().parents[1]), device, amp)
-    return ClipTeacher(embed, head, dim=network.dim).to(device)
-
-
-def open_teacher_network(
-    run: StoredRun, state: dict, num_classes: int, device: str = "cpu", amp: str = "off"
-) -> tuple[FrozenEncoder | Classifier, TeacNet | None]:
-    """A finished run's frozen encoder, or its CNN; and the head on it, where it had one.
-
-    Args:
-        state: see ``open_teacher``.
-        num_classes: number of classes.
-        device, amp: what an encoder is made for.
-
-    Raises:
-        ValueError, OSError: see ``open_teacher``.
-    """
-    options = run.options
-    if options["distill"] == "none":
-        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
-    if options["clip_tn"]:
-        network = load_encoder(
-            options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution")
-        )
-        check_same(run, "clip_sha256", network.sha256)
-        return network, _restore_head(run, state, network.dim)
-    backbone, resolution = load_cnn(options["path_t"], num_classes, Needs())
-    check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
-    return Classifier(backbone, resolution=resolution).eval(), _restore_head(run, state, backbone.num_features)
-
-
-def check_same(run: StoredRun, name: str, value: str) -> None:
-    """Raise a ValueError where a hash is not the one that a run recorded by that name."""
-    if run.options[name] != value:
-        raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
-
-
-def _restore_head(run: StoredRun, state: dict, dim: int) -> TeacNet | None:
-    """The teacher's head in a student's file, where it has one."""
-    if "teacher_layer" not in state:
-        return None
-    layer = state["teacher_layer"]
-    try:
-        head = TeacNet(dim, *layer["cl_Net.weight"].shape[::-1])
-        head.load_state_dict(layer)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{run.folder}: its student's file does not fit its options.json") from error
-    return head
+    return EncoderTeacher(embed, head, identity, encoder.dim).to(opt.device)
 
 
 def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
@@ -258,37 +175,16 @@ def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
     return cnn.to(opt.device, memory_format=torch.channels_last)
 
 
-def teacher_file(teacher: ClipTeacher | Classifier, options: dict) -> dict:
+def teacher_file(teacher: EncoderTeacher | Classifier, options: dict) -> dict:
     """The content of a teacher's file: a head with the SHA-256 of its encoder, a CNN with its architecture.
 
     Args:
         options: what the run recorded.
     """
-    if isinstance(teacher, ClipTeacher):
+    if isinstance(teacher, EncoderTeacher):
         return {"model": teacher.head.state_dict(), "clip_sha256": options["clip_sha256"], "options": options}
     about = {"arch": options["model"], "resolution": options["teacher_resolution"], "options": options}
     return {"model": teacher.backbone.state_dict()} | about
-
-
-@torch.no_grad()
-def describe(
-    student: Student | Classifier, teacher: ClipTeacher | CnnTeacher, image_size: int, targets: Tensor
-) -> Networks:
-    """What the methods may ask about the two networks.
-
-    Args:
-        image_size: height and width of the student's images.
-        targets: (N,) class of every training row, -1 for the rows that the loss will not see.
-    """
-    images = torch.zeros(2, 3, image_size, image_size, device=next(student.parameters()).device)
-    out_s = student.eval()(images)
-    shapes_s = [tuple(x.shape) for x in out_s.features]
-    if isinstance(teacher, ClipTeacher):
-        dim = out_s.embedding.shape[1]
-        return Networks(shapes_s, [(2, teacher.dim)], dim, dim, targets)
-    features, _ = teacher.features(images)
-    shapes_t = [tuple(x.shape) for x in features]
-    return Networks(shapes_s, shapes_t, shapes_s[-1][1], shapes_t[-1][1], targets, teacher.backbone)
 
 
 def _read(path: str) -> dict:

@@ -4,20 +4,21 @@ import functools
 from collections.abc import Callable
 
 import torch
-from clip.model import CLIP
-from torch import Tensor, nn
+from torch import nn
 
 from dataset.loader import Loader, epoch_seed
 from distiller_zoo import METHODS
 from models.heads import Classifier, Student
 
-from . import contrastive, distributed
+from . import distributed
+from .capture import step_capture
 from .data import Loaders
-from .loops import Distillation, HeadTraining, Step, train_epoch
+from .exits import save_asked
+from .meters import EpochLog
 from .objective import Objective
-from .optim import adjust_learning_rate, build_optimizer, sgd
-from .runtime import step_capture
-from .teacher import ClipTeacher, CnnTeacher
+from .optim import adjust_learning_rate, build_optimizer, set_learning_rate, sgd
+from .step import Distillation, HeadTraining, Step
+from .teacher import CnnTeacher, EncoderTeacher
 
 
 class Training:
@@ -100,7 +101,7 @@ class Training:
         self._begun = state.get("inside")
 
 
-def _scaler(opt) -> torch.amp.GradScaler:
+def build_scaler(opt) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
 
 
@@ -115,7 +116,7 @@ def _warn_of_rest(loader: Loader) -> None:
 def train_student(
     opt,
     student: Student | Classifier,
-    teacher: ClipTeacher | CnnTeacher | None,
+    teacher: EncoderTeacher | CnnTeacher | None,
     objective: Objective,
     loaders: Loaders,
 ) -> Training:
@@ -133,10 +134,10 @@ def train_student(
     losses = Distillation(student, seen, objective, loaders.train, opt, trains_head)
     _warn_of_rest(loaders.train)
     capture = step_capture(opt, seen, METHODS[opt.distill].waits)
-    return Training(opt, Step(losses, optimizers, _scaler(opt), loaders.train, capture), student, stateful)
+    return Training(opt, Step(losses, optimizers, build_scaler(opt), loaders.train, capture), student, stateful)
 
 
-def train_head(opt, teacher: ClipTeacher, loaders: Loaders) -> Training:
+def train_head(opt, teacher: EncoderTeacher, loaders: Loaders) -> Training:
     """A head on the frozen embeddings, which needs no scaled gradients."""
     optimizer = build_optimizer(teacher.head.parameters(), opt)
     scaler = torch.amp.GradScaler(opt.device, enabled=False)
@@ -150,24 +151,46 @@ def train_cnn(opt, cnn: Classifier, loaders: Loaders) -> Training:
     objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
     _warn_of_rest(loaders.train)
     losses = Distillation(cnn, None, objective, loaders.train, opt)
-    step = Step(losses, [optimizer], _scaler(opt), loaders.train, step_capture(opt, None))
+    step = Step(losses, [optimizer], build_scaler(opt), loaders.train, step_capture(opt, None))
     return Training(opt, step, cnn, {"model": cnn, "optimizer": optimizer})
 
 
-def train_clip(opt, model: CLIP, pixels: contrastive.Images, tokens: Tensor, loader: Loader) -> Training:
-    """A CLIP from scratch, by contrasting images and captions, with CLIP's own AdamW and schedule."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0}],
-        lr=opt.learning_rate,
-        betas=(0.9, 0.98),  # CLIP's, as eps is
-        eps=1e-6,
-        fused=True,
-    )
-    step = contrastive.ContrastiveStep(model, pixels, tokens, optimizer, _scaler(opt), loader, opt)
+def train_epoch(
+    epoch: int,
+    step: Step,
+    epochs: int,
+    print_freq: int,
+    title: str = "Epoch",
+    begun: tuple[int, dict] | None = None,
+    save_steps: int | None = None,
+    save: Callable[[int, dict], None] | None = None,
+    rate: Callable[[int], float] | None = None,
+) -> dict[str, float]:
+    """One epoch of training, counted from 1.
 
-    def rate(epoch: int, number: int) -> float:
-        return contrastive.learning_rate((epoch - 1) * len(loader) + number, opt.epochs * len(loader), opt)
+    Args:
+        begun: how many of its steps are done, and what the log had then; None for a new epoch.
+        save_steps: ``save`` is called with these two after every so many steps, but for the last, and where SIGUSR1
+            asks for it; None for there alone.
+        rate: the learning rate in each of its steps, counted from 1; None where it is set already.
 
-    return Training(opt, step, model, {"model": model, "optimizer": optimizer}, rate=rate)
+    Returns:
+        train_loss and its terms, train_acc, images_per_second.
+
+    Raises:
+        NonFiniteLoss: a term is not finite; seen at the next print.
+    """
+    log, done = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals), 0
+    if begun is not None:
+        done, logged = begun
+        log.load_state_dict(logged)
+    for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
+        if rate is not None:
+            for optimizer in step.optimizers:
+                set_learning_rate(rate(number), optimizer)
+        step(draw, epoch)
+        log.update(number, sum(draw.shares))
+        due = save_steps is not None and number % save_steps == 0
+        if number < log.steps and (save_asked(number) or due):
+            save(number, log.state_dict())
+    return log.result()

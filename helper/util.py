@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dataset.chunks import WriteError
+from dataset.writing import WriteError
 
 
 class NonFiniteLoss(RuntimeError):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from .library import check_library_model, import_library, network
+from .library import check_library_model, import_library, library_network
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state, sha256_of, sha256_of_state
 
@@ -141,7 +141,7 @@ _Facts = tuple[int, tuple[float, ...], tuple[float, ...], str, bool]
 
 
 def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
-    net = network(name, resolution, pretrained=True).net
+    net = library_network(name, resolution, pretrained=True).net
     import timm
 
     config = timm.data.resolve_model_data_config(net)
@@ -187,7 +187,7 @@ def open_clip_text_encoder(name: Name) -> TextEncoder:
 def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
     config = get_model_weights(name.name).DEFAULT.transforms()
     size = resolution or config.crop_size[0]
-    net = network(name, size, pretrained=True).net
+    net = library_network(name, size, pretrained=True).net
     return net, (size, config.mean, config.std, config.interpolation.value, bool(config.antialias))
 
 

@@ -51,7 +51,7 @@ class Network(NamedTuple):
     size: int
 
 
-def network(name: Name, resolution: int | None = None, pretrained: bool = False) -> Network:
+def library_network(name: Name, resolution: int | None = None, pretrained: bool = False) -> Network:
     """A library's network by its name.
 
     Args:
@@ -91,7 +91,7 @@ def library_options(name: Name, resolution: int | None, weighted: bool = False) 
 
     Args:
         name: of timm or torchvision.
-        resolution: see ``network``.
+        resolution: see ``library_network``.
         weighted: whether it starts from published weights.
     """
     if name.library == "timm":
@@ -158,13 +158,13 @@ def create_library_model(
         maps: whether it has to give its stages' maps; without them its features are the pooled ones alone.
         preact: give the maps as they are before their last activation, where a stage ends in one.
         pretrained: start from the library's own weights.
-        resolution: see ``network``.
+        resolution: see ``library_network``.
 
     Raises:
-        ValueError: as ``network``, and for a network that has no maps or whose last activations cannot be taken apart.
-        OSError: as ``network``.
+        ValueError: as ``library_network``; or a network without maps, or with activations that cannot be taken apart.
+        OSError: as ``library_network``.
     """
-    found = network(name, resolution, pretrained)
+    found = library_network(name, resolution, pretrained)
     label = f"{name.library}:{name.name}"
     return LibraryModel(label, found, num_classes, take_maps(label, found.net, preact) if maps else None)
 

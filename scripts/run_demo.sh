@@ -30,11 +30,11 @@ for distill in none kd ega; do
 done
 
 echo
-"$PYTHON" -m helper.report "${runs[@]}"
+"$PYTHON" -m report "${runs[@]}"
 echo
 echo "pictures:"
-"$PYTHON" -m helper.plots "${runs[@]}"
-"$PYTHON" -m helper.plots --embedding "${runs[0]}" "${runs[2]}"
+"$PYTHON" -m report.curves "${runs[@]}"
+"$PYTHON" -m report.curves --embedding "${runs[0]}" "${runs[2]}"
 echo
 
 # The last run's student, EGA's, as ONNX, and what that makes of a picture that it was not trained on.

@@ -44,6 +44,6 @@ for seed in $seeds; do
 done
 runs=("$save_dir"/student_model/S"$model_s"_Tnone_f256_cifar100_none_*_trial"$trial")
 runs+=("$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_*_trial"$trial")
-"$PYTHON" -m helper.report "$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_ega_*_trialviews*
-"$PYTHON" -m helper.report "${runs[@]}"
-"$PYTHON" -m helper.plots "${runs[@]}" --out "$save_dir/own_clip.png"
+"$PYTHON" -m report "$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_ega_*_trialviews*
+"$PYTHON" -m report "${runs[@]}"
+"$PYTHON" -m report.curves "${runs[@]}" --out "$save_dir/own_clip.png"

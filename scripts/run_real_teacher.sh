@@ -58,7 +58,7 @@ weight() {
     for b in ${!candidates}; do
         train select --distill "$1" -b "$b" "${select[@]}"
     done
-    WEIGHT=(-b "$("$PYTHON" -m helper.report --choose beta "$records"/select/*_"$1"_*)")
+    WEIGHT=(-b "$("$PYTHON" -m report --choose beta "$records"/select/*_"$1"_*)")
 }
 
 method() {
@@ -68,7 +68,7 @@ method() {
     train methods --distill "$name" "${WEIGHT[@]}" "$@"
 }
 
-report() { "$PYTHON" -m helper.report --against ega "$@"; }
+report() { "$PYTHON" -m report --against ega "$@"; }
 
 for part in $parts; do
     case $part in
@@ -85,12 +85,12 @@ for part in $parts; do
             head=("$save_dir"/models/*_trialwhy/*_best.pth)
             train why --distill ega --path_t "${head[0]}" "${select[@]}" --trial headfirst
         fi
-        "$PYTHON" -m helper.report "$records"/why/*
+        "$PYTHON" -m report "$records"/why/*
         ;;
     tuned)               # table 1's first methods once more, with the weight that is best on the hold-out
         for name in $tuned; do
             found=("$records"/why/*_f256_*"_${name}_r1_a0_b"*_node0.8_edge0.24_batchsize64_*_trialwhy)
-            train methods --distill "$name" -b "$("$PYTHON" -m helper.report --choose beta "${found[@]}")"
+            train methods --distill "$name" -b "$("$PYTHON" -m report --choose beta "${found[@]}")"
         done
         report "$records"/methods/*
         ;;
@@ -101,7 +101,7 @@ for part in $parts; do
         report "$records"/large/*
         ;;
     seeds)               # table 1, three seeds of what matters
-        [[ -n $rivals ]] || rivals=$("$PYTHON" -m helper.report --best 2 --except "none kd ega" "$records"/methods/*)
+        [[ -n $rivals ]] || rivals=$("$PYTHON" -m report --best 2 --except "none kd ega" "$records"/methods/*)
         for seed in $seeds; do
             for name in none kd ega $rivals; do method "$name" --seed "$seed"; done
         done

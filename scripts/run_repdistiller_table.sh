@@ -29,7 +29,7 @@ choose_ega_weight() {
         train --distill ega --path_t "$path_t" -b "$weight" --holdout 0.1 --trial select \
             --epochs "$select_epochs" --lr_decay_epochs "$select_decay" "$@"
     done
-    b=$("$PYTHON" -m helper.report --choose beta \
+    b=$("$PYTHON" -m report --choose beta \
         "$save_dir"/student_model/S"$model_s"_T"$model_t"_*_ega_*_trialselect)
     echo "EGA's weight, chosen on the hold-out set: $b"
 }
@@ -44,8 +44,8 @@ for seed in $seeds; do
         fi
         train --distill "$method" --path_t "$path_t" --seed "$seed" "${weights[@]}" "$@"
     done
-    "$PYTHON" -m helper.report "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_trial"$trial"
+    "$PYTHON" -m report "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_trial"$trial"
 done
 first=${seeds%% *}
-"$PYTHON" -m helper.plots --out "$save_dir/repdistiller_table.png" \
+"$PYTHON" -m report.curves --out "$save_dir/repdistiller_table.png" \
     "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_seed"$first"_trial"$trial"

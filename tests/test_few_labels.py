@@ -13,16 +13,18 @@ from runs import assert_equal_tensors, load, read_metrics
 
 import dataset
 import train_teacher
-from dataset.loader import Loader, keep_labels
+from dataset.loader import Loader
+from dataset.splits import keep_labels
 from dataset.views import view_order
 from distiller_zoo import EGA
 from helper import bank as bank_module
 from helper.bank import encode_view
-from helper.plots import plot_runs
-from helper.report import read_run, table
+from helper.records import read_run
 from models import create_student
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
+from report.curves import plot_runs
+from report.table import run_table
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_nothing_of_a_run_without_labels_depends_on_them(train, tiny_dataset, tm
 
 def test_a_run_without_labels_is_told_of_and_drawn(train):
     folder = train("--joint", "teacher", "--labels", 0, "-r", 0, "--epochs", 2, joint=True)
-    assert "resnet8: EGA" in table([read_run(folder)])
+    assert "resnet8: EGA" in run_table([read_run(folder)])
     assert plot_runs([folder]).is_file()
 
 

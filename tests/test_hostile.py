@@ -17,11 +17,11 @@ import torch
 import train_teacher
 from conftest import Code
 from helper import checkpoint
-from helper.report import read_run
+from helper.records import read_run
 from helper.teacher import architecture
 from models import create_encoder, create_model
 from models.clip_teacher import load_clip
-from models.library import network
+from models.library import library_network
 from models.names import parse_name
 from models.weights import load_plain, load_torchscript, read_state
 
@@ -34,8 +34,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "weights": read_state,
     "a CLIP": load_clip,
     "--path_t": lambda path: architecture(str(path)),
-    "timm:NAME=PATH": lambda path: network(parse_name(f"timm:test_resnet={path}")),
-    "torchvision:NAME=PATH": lambda path: network(parse_name(f"torchvision:resnet18={path}")),
+    "timm:NAME=PATH": lambda path: library_network(parse_name(f"timm:test_resnet={path}")),
+    "torchvision:NAME=PATH": lambda path: library_network(parse_name(f"torchvision:resnet18={path}")),
     "open_clip:NAME=PATH": lambda path: create_encoder(f"open_clip:RN50={path}", "", torch.float32, None),
 }
 

@@ -15,10 +15,10 @@ from dataset.loader import Loader
 from distiller_zoo import EGA, DistillKL
 from helper import bank as bank_module
 from helper.bank import encode_view
-from helper.plots import plot_runs
 from models import create_student
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
+from report.curves import plot_runs
 
 
 def test_ega_writes_what_the_readme_says(train):

@@ -5,14 +5,16 @@ from torch import Tensor
 
 from conftest import make_dataset
 from dataset import Split
-from dataset.loader import Loader, keep_labels
+from dataset.loader import Loader
+from dataset.splits import keep_labels
 from distiller_zoo import METHODS
 from helper import distributed
 from helper.bank import EmbeddingBank
-from helper.loops import Distillation, Objective, Step
+from helper.objective import Objective, describe_networks
 from helper.optim import sgd
 from helper.options import student_parser
-from helper.teacher import ClipTeacher, CnnTeacher, describe
+from helper.step import Distillation, Step
+from helper.teacher import CnnTeacher, EncoderTeacher
 from models import create_classifier, create_model, create_student
 from models.heads import TeacNet
 
@@ -49,14 +51,14 @@ def make_training(
     joint = "joint_s" in feeds
     if clip:
         bank = EmbeddingBank(torch.randn(20 + 2 * num_train, 12).half(), num_train, 20, 2, CPU)
-        teacher = ClipTeacher(bank, TeacNet(12, 8, 5))
+        teacher = EncoderTeacher(bank, TeacNet(12, 8, 5))
         student = create_student("resnet8", 8, 5)
     else:
         teacher = CnnTeacher(
             create_model("resnet14", 5), TeacNet(64, 8, 5) if joint else None, "off", "t" in method.preact
         )
         student = create_classifier("resnet8", 5, 8 if joint else None, "s" in method.preact)
-    criterion = build(opt, describe(student, teacher, 32, data.train.targets)) if build else None
+    criterion = build(opt, describe_networks(student, teacher, 32, data.train.targets)) if build else None
     train = Split(data.train.images, keep_labels(data.train.targets, labels))
     place = {"rank": distributed.rank(), "processes": distributed.count()}
     loader = Loader(

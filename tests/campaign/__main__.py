@@ -10,10 +10,9 @@ from test_command_lines import fuzz
 
 import dataset
 from conftest import make_dataset
-
-from . import __doc__ as what
-from .faults import Campaign, summary, trials
-from .soak import soak
+from tests.campaign import __doc__ as what
+from tests.campaign.faults import Campaign, summary, trials
+from tests.campaign.soak import soak
 
 
 def main(argv: list[str] | None = None) -> int:

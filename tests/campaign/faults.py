@@ -15,10 +15,10 @@ from pathlib import Path
 
 import train_student
 import train_teacher
-from helper import checkpoint, report
-
-from .jobs import PATIENCE, Ended, alive, command, end, reported, result, start
-from .targets import COMMON, FILES, RESUMED, SAVE_STEPS, TARGETS, Target, write_inputs
+from evaluation.tables import markdown
+from helper import checkpoint
+from tests.campaign.jobs import PATIENCE, Ended, alive, command, end, reported, result, start
+from tests.campaign.targets import COMMON, FILES, RESUMED, SAVE_STEPS, TARGETS, Target, write_inputs
 
 # Seconds from a signal to the end of every process, see ``Campaign.interrupt``.
 STOPPING = 60
@@ -203,7 +203,7 @@ class Campaign:
         return self.templates[key]
 
     def damage_record(self, name: str, how: Callable[[bytes], bytes], what: str) -> None:
-        """A damaged file of a finished run: ``helper.report`` refuses it in one line, or prints the same table."""
+        """A damaged file of a finished run: ``report`` refuses it in one line, or prints the same table."""
         kind = f"{what}: {name} of a finished run"
         if self.finished is None:
             save_dir = self.work / "finished"
@@ -340,4 +340,4 @@ def summary(counts: dict[str, dict[str, int]]) -> str:
     for fault, outcomes in faults.items():
         told = ", ".join(f"{outcome} {times}" for outcome, times in sorted(outcomes.items()))
         rows.append((fault, str(names[fault]), str(outcomes.total()), told))
-    return report.markdown(rows)
+    return markdown(rows)

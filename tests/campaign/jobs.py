@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from processes import free_port
 
-from helper import checkpoint, distributed, report
-
-from .targets import Target
+from helper import checkpoint, distributed
+from report import table
+from tests.campaign.targets import Target
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -107,11 +107,11 @@ def command(target: Target, argv: list[str], log: Path, patch: Callable[[], None
 
 
 def reported(run: Path) -> tuple[Ended, str]:
-    """How ``helper.report`` ends on a run, here, and the table that it prints."""
+    """How ``report`` ends on a run, here, and the table that it prints."""
     began, code = time.monotonic(), 0
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            report.main([str(run)])
+            table.main([str(run)])
         except SystemExit as stopped:
             code = stopped.code
         except Exception:

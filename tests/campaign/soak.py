@@ -9,11 +9,10 @@ import dataset
 import train_student
 from conftest import make_dataset
 from helper import distributed
-from helper.loops import Step
-
-from .faults import Campaign
-from .jobs import end, start
-from .targets import EGA, Target
+from helper.step import Step
+from tests.campaign.faults import Campaign
+from tests.campaign.jobs import end, start
+from tests.campaign.targets import EGA, Target
 
 # An EGA run of many steps on small data, in epochs of 500 that are each tested and saved.
 SOAK = [

@@ -14,9 +14,9 @@ from PIL import Image
 
 import dataset.files
 from conftest import snapshot
-from dataset.chunks import WriteError
 from dataset.decode import read_square
 from dataset.files import list_images, open_images
+from dataset.writing import WriteError
 
 SIDE = 8
 

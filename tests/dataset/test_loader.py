@@ -9,7 +9,8 @@ import torch
 
 import dataset.loader as loader_module
 from dataset import Split
-from dataset.loader import Loader, epoch_seed, holdout_rows, keep_labels
+from dataset.loader import Loader, epoch_seed
+from dataset.splits import holdout_rows, keep_labels
 from dataset.views import (
     CIFAR100_NORMALIZATION,
     CLIP_NORMALIZATION,

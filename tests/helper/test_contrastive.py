@@ -21,10 +21,10 @@ from helper.contrastive import (
     class_embeddings,
     contrastive_loss,
     learning_rate,
+    train_clip,
     zero_shot_accuracy,
 )
-from helper.loops import train_epoch
-from helper.training import train_clip
+from helper.training import train_epoch
 
 CPU = torch.device("cpu")
 CLASSES = ["apple", "boy", "castle", "maple tree", "orchid"]

@@ -13,10 +13,11 @@ from dataset.loader import Loader, deal
 from distiller_zoo import ega_terms
 from helper import distributed
 from helper.contrastive import ContrastiveStep, Images, caption_tokens, contrastive_loss, zero_shot_accuracy
-from helper.loops import train_epoch, validate
 from helper.meters import Totals
-from helper.teacher import ClipTeacher
+from helper.teacher import EncoderTeacher
+from helper.training import train_epoch
 from helper.util import NonFiniteLoss
+from helper.validation import validate
 from models import create_student
 from models.heads import TeacNet
 from training import WITH_EITHER, make_training
@@ -237,7 +238,7 @@ def whole_test() -> dict[str, float]:
     torch.manual_seed(0)
     data = make_dataset()
     student, embeddings = create_student("resnet8", 8, 5), torch.randn(20, 12)
-    teacher = ClipTeacher(lambda split, index, view: embeddings[index], TeacNet(12, 8, 5))
+    teacher = EncoderTeacher(lambda split, index, view: embeddings[index], TeacNet(12, 8, 5))
     rank, processes = distributed.rank(), distributed.count()
     loader = Loader(data.test, "test", 6, CPU, rank=rank, processes=processes)
     return validate(loader, student, teacher, Namespace(device="cpu", amp="off"))

@@ -21,9 +21,10 @@ import train_teacher
 from conftest import make_dataset, snapshot
 from dataset.loader import Loader
 from helper import distributed
-from helper.loops import HeadTraining, Step, train_epoch
 from helper.run import Run
-from helper.teacher import ClipTeacher
+from helper.step import HeadTraining, Step
+from helper.teacher import EncoderTeacher
+from helper.training import train_epoch
 from models.heads import TeacNet
 
 ROOT = Path(__file__).parents[2]
@@ -258,7 +259,7 @@ def test_a_cnn_and_first_stages_train_over_processes(job, method, tmp_path):
 def head_epoch() -> dict[str, float]:
     torch.manual_seed(0)
     data, embeddings = make_dataset(), torch.randn(70, 12)
-    teacher = ClipTeacher(lambda split, index, view: embeddings[index], TeacNet(12, 8, 5))
+    teacher = EncoderTeacher(lambda split, index, view: embeddings[index], TeacNet(12, 8, 5))
     rank, processes = distributed.rank(), distributed.count()
     loader = Loader(data.train, "train", 23, CPU, training=True, images=False, rank=rank, processes=processes)
     optimizer = torch.optim.SGD(teacher.head.parameters(), 0.5, momentum=0.9)

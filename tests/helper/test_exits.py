@@ -20,7 +20,7 @@ import torch
 import pretrain_clip
 import train_teacher
 from conftest import snapshot
-from helper import bank, checkpoint, contrastive, distributed, loops
+from helper import bank, checkpoint, contrastive, distributed, step
 from helper.exits import exits, save_asked, unbroken
 from helper.logger import Logger
 from helper.util import NonFiniteLoss
@@ -216,7 +216,7 @@ def test_mistakes_of_the_program_keep_their_traceback():
 @pytest.mark.parametrize(
     ("number", "owner", "name", "call", "where"),
     [
-        (signal.SIGINT, loops.Step, "__call__", 8, "after epoch 1"),
+        (signal.SIGINT, step.Step, "__call__", 8, "after epoch 1"),
         # The best epoch's file: all that belongs to the epoch is written.
         (signal.SIGTERM, checkpoint, "save", 1, "after epoch 1"),
         (signal.SIGTERM, bank, "encode_view", 1, "the same command begins anew"),
@@ -242,7 +242,7 @@ def test_the_first_stage_says_its_own_folder(train, tmp_path, monkeypatch, capsy
     train("--model", "resnet14", "--epochs", 1, script=train_teacher)
     (cnn,) = tmp_path.glob("save/models/*/resnet14_last.pth")
     capsys.readouterr()
-    at_call(monkeypatch, loops.Step, "__call__", 8, lambda: send(signal.SIGTERM))
+    at_call(monkeypatch, step.Step, "__call__", 8, lambda: send(signal.SIGTERM))
     line = ends(capsys, 143, train, "--distill", "fsp", "--path_t", cnn, "--init_epochs", 2, "--epochs", 1)
     assert line.endswith("/init after epoch 1")
 
@@ -274,8 +274,8 @@ def test_sigusr1_saves_inside_the_epoch_and_training_goes_on(train, tmp_path, mo
     whole = train("--epochs", 2, save_dir=tmp_path / "whole")
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        at_call(patch, loops.Step, "__call__", 8, lambda: send(signal.SIGUSR1))
-        at_call(patch, loops.Step, "__call__", 10, lambda: send(signal.SIGTERM))
+        at_call(patch, step.Step, "__call__", 8, lambda: send(signal.SIGUSR1))
+        at_call(patch, step.Step, "__call__", 10, lambda: send(signal.SIGTERM))
         line = ends(capsys, 143, train, "--epochs", 2)
     assert line.endswith("after step 3 of epoch 2")
     resumed = train("--epochs", 2)
@@ -290,11 +290,11 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from conftest import make_dataset
 import dataset, train_student
-from helper import distributed, loops
+from helper import distributed, step
 
 torch.set_num_threads(1)
 dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
-call, calls = loops.Step.__call__, []
+call, calls = step.Step.__call__, []
 
 def counted(*args):
     calls.append(None)
@@ -304,7 +304,7 @@ def counted(*args):
         print("at step 22", flush=True)
     return call(*args)
 
-loops.Step.__call__ = counted
+step.Step.__call__ = counted
 with distributed.processes():
     train_student.main(sys.argv[1:])
 """

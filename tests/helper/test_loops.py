@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from conftest import make_dataset
 from dataset.loader import Batch, Loader
 from distiller_zoo import EGA, METHODS, kd_loss
-from helper.loops import Evaluation, HeadTraining, Objective, Step, train_epoch, validate
 from helper.meters import EpochLog, Totals
-from helper.objective import mean_cross_entropy
-from helper.teacher import ClipTeacher
+from helper.objective import Objective, mean_cross_entropy
+from helper.step import HeadTraining, Step
+from helper.teacher import EncoderTeacher
+from helper.training import train_epoch
 from helper.util import NonFiniteLoss
+from helper.validation import Evaluation, validate
 from models import create_student
 from models.heads import Outputs, TeacNet
 
@@ -181,11 +183,11 @@ def test_an_epochs_averages_weigh_the_smaller_last_batch_less(capsys):
     assert [line.split("]")[0] for line in printed] == ["Epoch 1 [2/3", "Epoch 1 [3/3"]
 
 
-def teacher(dataset) -> ClipTeacher:
+def teacher(dataset) -> EncoderTeacher:
     """A head on embeddings that are the images' mean colours."""
     torch.manual_seed(0)
     images = {"train": dataset.train.images, "test": dataset.test.images}
-    return ClipTeacher(lambda split, index, view: images[split][index].float().mean((2, 3)) / 255, TeacNet(3, 8, 5))
+    return EncoderTeacher(lambda split, index, view: images[split][index].float().mean((2, 3)) / 255, TeacNet(3, 8, 5))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 500])
@@ -326,5 +328,5 @@ def test_testing_a_student_that_nothing_teaches_to_classify_measures_no_accuracy
     evaluate = Evaluation(loaders, student, None, opt, classifies=False)
     assert evaluate(1) == {}
     assert evaluate(2) == {"test_loss": None, "test_acc": None, "test_acc_top5": None}
-    headless = ClipTeacher(lambda split, index, view: pytest.fail("the test pass asked"), None, dim=3)
+    headless = EncoderTeacher(lambda split, index, view: pytest.fail("the test pass asked"), None, dim=3)
     assert "teacher_acc" not in Evaluation(loaders, student, headless, opt)(4)

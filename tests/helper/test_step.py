@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import make_dataset
 from dataset.loader import Loader
 from distiller_zoo import METHODS
-from helper.loops import train_epoch
 from helper.optim import build_optimizer
-from helper.teacher import ClipTeacher
+from helper.teacher import EncoderTeacher
+from helper.training import train_epoch
 from models.heads import TeacNet
 from training import CPU, WITH_EITHER, make_training
 
@@ -84,7 +84,7 @@ def test_a_bank_that_stays_on_the_host_is_asked_by_numbers_that_are_there():
             return torch.zeros(len(index), 12)
 
     loader = Loader(make_dataset().train, "train", 16, CPU, training=True, teacher_views=3)
-    teacher = ClipTeacher(HostBank(), TeacNet(12, 8, 5))
+    teacher = EncoderTeacher(HostBank(), TeacNet(12, 8, 5))
     for draw in loader.draws(1):
         batch = loader.batch(draw)
         teacher("train", batch)

@@ -4,17 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.util import (
-    ABF,
-    Connector,
-    ConnectorV2,
-    ConvReg,
-    Embed,
-    LinearEmbed,
-    Paraphraser,
-    ReviewFusion,
-    Translator,
-)
+from models.util import ABF, Connector, ConnectorV2, ConvReg, Embed, LinearEmbed, Paraphraser, ReviewFusion, Translator
 
 # A student's features and two teachers': of its sizes, and of others; the pooled ones last.
 STUDENT = [(2, 4, 16, 16), (2, 8, 8, 8), (2, 12, 4, 4), (2, 12)]

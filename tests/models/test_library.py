@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models import create_classifier, create_model, create_student
 from models.heads import check_image_size
-from models.library import create_library_model, load_into, network, synchronize_norms
+from models.library import create_library_model, library_network, load_into, synchronize_norms
 from models.names import parse_name
 
 
@@ -177,7 +177,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(library("torchvision:resnet34").state_dict(), path)
     with pytest.raises(ValueError, match=r"weights.pth does not fit torchvision:resnet18"):
-        network(parse_name(f"torchvision:resnet18={path}"))
+        library_network(parse_name(f"torchvision:resnet18={path}"))
 
 
 def test_a_transformers_position_embedding_is_interpolated_as_timm_does(tmp_path):
@@ -187,7 +187,7 @@ def test_a_transformers_position_embedding_is_interpolated_as_timm_does(tmp_path
     expected = timm.create_model(
         "vit_tiny_patch16_224", img_size=96, num_classes=0, pretrained=True, pretrained_cfg_overlay={"file": str(path)}
     )
-    found = network(parse_name(f"timm:vit_tiny_patch16_224={path}"), resolution=96)
+    found = library_network(parse_name(f"timm:vit_tiny_patch16_224={path}"), resolution=96)
     assert found.size == 96
     assert found.net.pos_embed.shape == (1, 37, 192)
     assert torch.equal(found.net.pos_embed, expected.pos_embed)

@@ -1,0 +1,55 @@
+"""Which rows of a training split are held out, and which keep their label: the same rows for every seed."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Split row numbers into (kept, held out), the same fraction of every class, the same for every seed.
+
+    Args:
+        targets: (N,) classes; -1 for images without a label, of which none is held out.
+        fraction: in (0, 1).
+
+    Raises:
+        ValueError: where a class would lose all of its images, or none at all were held out.
+    """
+    held = torch.zeros(len(targets), dtype=torch.bool)
+    for target, rows in _shuffled_classes(targets, seed=0):
+        count = round(len(rows) * fraction)
+        if not 0 < count < len(rows):
+            raise ValueError(f"--holdout {fraction} holds out {count} of the {len(rows)} images of class {target}")
+        held[rows[:count]] = True
+    rows = torch.arange(len(targets))
+    return rows[~held], rows[held]
+
+
+def keep_labels(targets: Tensor, fraction: float) -> Tensor:
+    """The targets of the same fraction of every class, and -1 for all others; the same images for every seed.
+
+    A larger fraction keeps the labels that a smaller one keeps, and more.
+
+    Args:
+        targets: (N,) classes; -1 for images that have no label.
+        fraction: in [0, 1].
+
+    Raises:
+        ValueError: where a class would keep no label, unless none is to be kept.
+    """
+    kept = torch.full_like(targets, -1)
+    for target, rows in _shuffled_classes(targets, seed=1):
+        count = round(len(rows) * fraction)
+        if fraction and not count:
+            raise ValueError(f"--labels {fraction:g} leaves class {target} no label on any of its {len(rows)} images")
+        kept[rows[:count]] = target
+    return kept
+
+
+def _shuffled_classes(targets: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Each class and its rows in an order that the seed alone decides."""
+    generator = torch.Generator().manual_seed(seed)
+    for target in targets[targets >= 0].unique().tolist():
+        rows = (targets == target).nonzero().flatten()
+        yield target, rows[torch.randperm(len(rows), generator=generator)]

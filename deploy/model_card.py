@@ -1,0 +1,158 @@
+"""What lies beside an exported student: its labels, config.json for programs, a model card for people."""
+
+from pathlib import Path
+
+from distiller_zoo import METHODS
+from evaluation.student import TrainedStudent
+from helper import checkpoint
+from models.library import library_options
+from models.names import parse_name
+
+# Of a run's options, those that say how a student was trained. Without paths: these are the trainer's own business.
+_TRAINING = ("distill", "model_t", "dataset", "labels", "joint", "gamma", "alpha", "beta", "epochs", "batch_size")
+_TRAINING += ("optimizer", "learning_rate", "schedule", "seed", "dataset_sha256", "clip_sha256", "teacher_sha256")
+
+
+def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: bool) -> dict:
+    """What a program has to know of an exported student.
+
+    Args:
+        form: 'onnx', 'exported' or 'safetensors'.
+        file: its name.
+        takes_pixels: whether 8-bit pixels go in.
+    """
+    name, resolution = parse_name(opened.run.options["model_s"]), opened.network.resolution
+    options = {}
+    if name.library is not None:
+        weighted = name.path is not None or bool(opened.run.option("pretrained_s"))
+        options = library_options(name, resolution, weighted)
+    mean, std = map(list, opened.normalization)
+    trained = {key: opened.run.option(key) for key in _TRAINING if opened.run.option(key) is not None}
+    config = {
+        "format": form,
+        "file": file,
+        "quantized": None,
+        "library": name.library or "RepDistiller",
+        "architecture": name.name,
+        "num_classes": len(opened.classes),
+        "network_options": options,
+        "resolution": resolution,
+        "input": {
+            "name": "pixels" if takes_pixels else "image",
+            "dtype": "uint8" if takes_pixels else "float32",
+            "size": opened.image_size,
+            "stored_size": opened.stored_size or opened.image_size,
+            "mean": mean,
+            "std": std,
+        },
+        "training": trained | {"epoch": opened.state["epoch"]},
+    }
+    if name.library == "timm":  # so that timm's own local-dir:FOLDER finds what it needs
+        size, share = resolution or opened.image_size, opened.image_size / (opened.stored_size or opened.image_size)
+        seen = {"input_size": [3, size, size], "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": share}
+        config |= {"model_args": options, "pretrained_cfg": seen | {"num_classes": len(opened.classes)}}
+    return config
+
+
+def usage(config: dict) -> str:
+    """Lines of Python that classify a picture with an exported file, from within its folder."""
+    facts, size = config["input"], config["input"]["size"]
+    mean, std = (f"np.array({values}).reshape(3, 1, 1)" for values in (facts["mean"], facts["std"]))
+    lines = ["import numpy as np", "from PIL import Image, ImageOps"]
+    stored, border = facts["stored_size"], (facts["stored_size"] - size) // 2
+    first = [
+        'picture = Image.open("picture.png").convert("RGB")',
+        f"picture = ImageOps.fit(picture, ({stored}, {stored}), Image.BICUBIC)",
+        "pixels = np.asarray(picture).transpose(2, 0, 1)[None]",
+    ]
+    if border:
+        first[1] += f".crop({(border, border, border + size, border + size)})"
+    if facts["dtype"] == "float32":
+        first += [f"mean, std = {mean}, {std}", "image = ((pixels / 255 - mean) / std).astype(np.float32)"]
+    given = facts["name"]
+    if config["format"] == "onnx":
+        lines += ["import onnxruntime"]
+        run = [
+            f'session = onnxruntime.InferenceSession("{config["file"]}")',
+            f'logits, embedding = session.run(None, {{"{given}": {given}}})',
+        ]
+    elif config["format"] == "exported":
+        lines += ["import torch"]
+        run = [
+            f'program = torch.export.load("{config["file"]}").module()',
+            f"logits, embedding = program(torch.from_numpy({given}))",
+        ]
+    else:
+        run = _network_lines(config, lines)
+    last = ['print(open("labels.txt").read().splitlines()[int(logits[0].argmax())])']
+    return "\n".join([*lines, "", *first, *run, *last])
+
+
+def _network_lines(config: dict, imports: list[str]) -> list[str]:
+    """Of a library's network with a file of weights."""
+    name, file, size = config["architecture"], config["file"], config["resolution"]
+    options = "".join(f", {key}={value!r}" for key, value in config["network_options"].items())
+    options = f"num_classes={config['num_classes']}{options}"
+    imports += ["import torch"]
+    if config["library"] == "timm":
+        imports += ["import timm"]
+        run = [f'network = timm.create_model("{name}", {options}, checkpoint_path="{file}").eval()']
+    elif config["library"] == "torchvision":
+        imports += ["import torchvision", "from safetensors.torch import load_file"]
+        run = [f'network = torchvision.models.get_model("{name}", {options}).eval()']
+        run += [f'network.load_state_dict(load_file("{file}"))']
+    else:
+        imports += ["from safetensors.torch import load_file", "from models import model_dict"]
+        run = [f'network = model_dict["{name}"]({options}).eval()', f'network.load_state_dict(load_file("{file}"))']
+    given = "torch.from_numpy(image)"
+    if size not in (None, config["input"]["size"]):
+        run += [f'image = torch.nn.functional.interpolate({given}, ({size}, {size}), mode="bilinear")']
+        given = "image"
+    return [*run, f"logits = network({given})"]
+
+
+def card(config: dict, table: str) -> str:
+    """The model card, in Markdown.
+
+    Args:
+        config: the content of config.json.
+        table: see ``costs.table``.
+    """
+    trained, facts = config["training"], config["input"]
+    source = "" if config["library"] == "RepDistiller" else f" of {config['library']}"
+    taught = "trained without a teacher"
+    if trained["distill"] != "none":
+        taught = f"taught by {trained['model_t']} ({METHODS[trained['distill']].citation})"
+    labels = "" if trained["labels"] == 1 else f", a share of {trained['labels']:g} of its images labelled"
+    accuracy = "not measured: there were no labels" if config["accuracy"] is None else f"{config['accuracy']:.2f} %"
+    what = f"(pixels / 255 − mean) / std, mean {facts['mean']}, std {facts['std']}"
+    if facts["dtype"] == "uint8":
+        what = "8-bit pixels (B, 3, H, W), RGB"
+    outputs = "logits (B, classes)"
+    if config["format"] != "safetensors":
+        outputs += " and embeddings (B, D)"
+    return f"""# {config["architecture"]} on {trained["dataset"]}
+
+A {config["architecture"]}{source} for {config["num_classes"]} classes (`labels.txt`), {taught}.
+
+- **Training**: {trained["dataset"]}{labels}, {trained["epochs"]} epochs of batches of {trained["batch_size"]},
+  {trained["optimizer"]}, learning rate {trained["learning_rate"]:g}, seed {trained["seed"]}; this is epoch
+  {trained["epoch"]}.
+- **Accuracy** (top-1, the test split of {trained["dataset"]}): {accuracy}
+- **Input**: pictures of {facts["size"]} × {facts["size"]} pixels: {what}
+- **Output**: {outputs}
+- **Meant for** pictures like those it was trained on; how it does on others was not measured.
+
+```python
+{usage(config)}
+```
+
+{table}
+"""
+
+
+def write_beside(folder: Path, config: dict, classes: list[str], table: str) -> None:
+    """Write labels.txt, README.md and config.json."""
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    (folder / "README.md").write_text(card(config, table), encoding="utf-8")
+    checkpoint.write_json(config, folder / "config.json")

@@ -1,0 +1,136 @@
+"""Exported students at work: from a folder that export.py wrote, without the run that they are from."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import safetensors.torch
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from dataset.decode import BadImage, read_rgb
+from evaluation.student import image_transform
+from models import create_model
+from models.heads import enlarge
+
+# From images (B, 3, H, W), normalised or 8-bit, to logits and, where the file gives them, embeddings.
+Runner = Callable[[Tensor], list[Tensor]]
+
+
+def onnx_session(path: Path) -> onnxruntime.InferenceSession:
+    """On the CPU, with as many threads as torch uses."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def open_onnx(path: Path, config: dict | None = None) -> Runner:
+    session = onnx_session(path)
+    name = session.get_inputs()[0].name
+    return lambda image: [torch.from_numpy(x) for x in session.run(None, {name: image.numpy()})]
+
+
+def open_program(path: Path, config: dict | None = None) -> Runner:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it reads the file's bytes in place
+        program = torch.export.load(path).module()
+    return lambda image: list(program(image))
+
+
+def open_weights(path: Path, config: dict) -> Runner:
+    """The library's own network, with the weights in its own naming.
+
+    Raises:
+        ValueError: the weights do not fit it.
+    """
+    name, options = config["architecture"], {"num_classes": config["num_classes"], **config["network_options"]}
+    try:
+        if config["library"] == "timm":
+            import timm
+
+            network = timm.create_model(name, checkpoint_path=str(path), **options)
+        else:
+            build = torchvision.models.get_model if config["library"] == "torchvision" else create_model
+            network = build(name, **options)
+            network.load_state_dict(safetensors.torch.load_file(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{config['library']}'s own {name} does not take the weights ({reason})") from error
+    network.eval()
+    return lambda image: [network(enlarge(image, config["resolution"]))]
+
+
+_OPENERS = {"onnx": open_onnx, "exported": open_program, "safetensors": open_weights}
+
+
+def open_file(path: Path, config: dict) -> Runner:
+    """The exported file at work, in its own runtime.
+
+    Args:
+        config: the content of config.json.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        return _OPENERS[config["format"]](path, config)
+    except ValueError:
+        raise
+    except Exception as error:  # on a damaged file the runtimes raise whatever they stumble over
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be loaded: is it missing or damaged? ({reason})") from error
+
+
+def read_config(folder: Path) -> dict:
+    """What config.json says in a folder that export.py wrote.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no exported student: export one first, or give its folder as --out")
+    try:
+        config = json.loads(path.read_text())
+        if config["format"] in _OPENERS:
+            return config
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged") from error
+    raise ValueError(f"{path} is not what export.py writes")
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        return read_rgb(path)
+    except (BadImage, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({getattr(error, 'strerror', None) or error})") from error
+
+
+@torch.no_grad()
+def classify(folder: Path, files: list[str], top: int = 3) -> list[str]:
+    """Classify pictures with an exported file alone; a line for each, of its most probable classes.
+
+    Raises:
+        ValueError: no exported file, one whose classifier was not trained, or a picture that cannot be read.
+    """
+    config = read_config(folder)
+    if config["accuracy"] is None:
+        raise ValueError(f"the student in {folder} was trained without labels: its classifier says nothing")
+    facts = config["input"]
+    normalization = None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"])
+    transform = image_transform(facts["size"], normalization, facts["stored_size"])
+    images = [transform(_read_image(file)) for file in files]
+    run = open_file(folder / config["file"], config)
+    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    lines = []
+    for file, image in zip(files, images, strict=True):
+        shares = run(image[None])[0][0].softmax(0)
+        best = shares.topk(min(top, len(labels)))
+        told = [f"{labels[place]} {100 * share:.1f} %" for share, place in zip(*map(Tensor.tolist, best), strict=True)]
+        lines.append(f"{file}: {', '.join(told)}")
+    return lines

@@ -1,0 +1,62 @@
+"""The command line of evaluate.py."""
+
+import argparse
+
+from dataset import DATASETS, FROM_FILES
+from helper.parser import Parser, names_file, positive_int
+
+
+def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check evaluate.py's options."""
+    what = "What a finished student knows, beside its teacher. Without a question: accuracy and agreement."
+    parser = Parser("evaluate.py", what)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a finished run, or a file of weights: RepDistiller's, ours")
+    add("--checkpoint", default="best", metavar="best|last|PATH", help="which of a run's files")
+    add("--no_teacher", action="store_true", help="ask the student alone")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
+    group = parser.add_argument_group("data")
+    choices = (*DATASETS, *FROM_FILES)
+    group.add_argument("--dataset", choices=choices, help="with the same classes; if unset, the run's own")
+    group.add_argument("--data_dir", help="folder of the data sets; if unset, the run's own")
+    what = "of --dataset folder and --probe folder: what the images are resized to"
+    group.add_argument("--image_size", type=positive_int, metavar="R", help=what)
+    group = parser.add_argument_group("questions")
+    what = "transfer: a linear probe and nearest neighbours on frozen features of this data set"
+    group.add_argument("--probe", choices=choices, help=what)
+    group.add_argument("--probe_dir", help="its folder; if unset, --data_dir, or ./data")
+    what = "classify by the classes' names; of a student of --joint teacher, with a CLIP that understands texts"
+    group.add_argument("--zero_shot", action="store_true", help=what)
+    what = "zero-shot: the names to choose from, one a line; if unset, the data set's classes"
+    group.add_argument("--labels", type=names_file, metavar="FILE", help=what)
+    what = "accuracy on the corrupted images in CIFAR-100-C/ (or CIFAR-10-C/) under --data_dir"
+    group.add_argument("--corruptions", action="store_true", help=what)
+    group = parser.add_argument_group("search")
+    group.add_argument("--search", metavar="TEXT", help="rank images by a text")
+    group.add_argument(
+        "--search_image", "--search-image", metavar="FILE", help="rank images by an image, with any student"
+    )
+    group.add_argument("--images", metavar="DIR", help="the folder that is searched, with all folders in it")
+    group.add_argument("--top", type=positive_int, default=20, help="images on the contact sheet")
+    group.add_argument("--out", metavar="PNG", help="the contact sheet; if unset, RUN/search_TEXT.png")
+    group.add_argument("--force", action="store_true", help="overwrite it, and the scores beside it")
+    opt = parser.parse_args(argv)
+
+    if opt.image_size and "folder" not in (opt.dataset, opt.probe):
+        parser.error(f"--image_size {opt.image_size} is of --dataset folder or --probe folder; leave it out")
+    opt.zero_shot = opt.zero_shot or opt.labels is not None
+    opt.probe_dir = opt.probe_dir or opt.data_dir or "./data"
+    opt.searches = opt.search is not None or opt.search_image is not None
+    if opt.search is not None and opt.search_image is not None:
+        parser.error("--search and --search_image both say what to search for; leave one of them out")
+    if opt.searches and opt.images is None:
+        parser.error("--search needs --images, the folder that is searched")
+    if opt.search is not None and not opt.search.strip():
+        parser.error("--search: the text is empty")
+    if not opt.searches and (opt.images is not None or opt.out is not None):
+        parser.error("--images and --out belong to a search: say for what, --search TEXT or --search_image FILE")
+    if opt.searches and (len(opt.runs) > 1 or opt.probe or opt.zero_shot or opt.corruptions):
+        parser.error("a search is done by one RUN, and alone: leave the others out")
+    if len(opt.runs) > 1 and opt.checkpoint not in ("best", "last"):
+        parser.error(f"--checkpoint {opt.checkpoint} is a file of one RUN, not of {len(opt.runs)}")
+    return opt

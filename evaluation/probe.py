@@ -1,0 +1,184 @@
+"""What frozen features are worth on another data set: a linear probe and nearest neighbours."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset import Split, load_dataset
+from dataset.loader import Loader
+from dataset.splits import holdout_rows
+
+from .subjects import Subject
+
+# Weight decays of the probe, from strong to weak, and the share of each class's training images that chooses.
+STRENGTHS = tuple(10.0**-power for power in range(7))
+_HOLDOUT = 0.2
+
+# Once it is worse than the best in so many weaker ones, the rest is left out.
+_PATIENCE = 2
+
+_STEPS = 500
+
+
+def standardize_columns(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) with the mean and the standard deviation of the training part taken out, in float32."""
+    std, mean = torch.std_mean(train.float(), dim=0, correction=0)
+    scale = torch.where(std > 0, 1 / std, 0)
+    return (train.float() - mean) * scale, (test.float() - mean) * scale
+
+
+def fit_logistic(x: Tensor, targets: Tensor, num_classes: int, strength: float, start: Tensor | None = None) -> Tensor:
+    """Multinomial logistic regression by L-BFGS: the mean cross-entropy + strength / 2 · ||W||², without the bias's.
+
+    Args:
+        x: features (N, D), of about unit scale.
+        targets: (N,) classes.
+        strength: scikit-learn's 1 / (N C).
+        start: weights to begin with; zeros by default.
+
+    Returns:
+        Weights (classes, D + 1), the bias last.
+    """
+    weight = x.new_zeros(num_classes, x.shape[1] + 1) if start is None else start.clone()
+    weight.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=_STEPS, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(weight, x), targets) + strength / 2 * weight[:, :-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def logits(weight: Tensor, x: Tensor) -> Tensor:
+    """(N, classes) of features (N, D) and weights (classes, D + 1)."""
+    return torch.addmm(weight[:, -1], x, weight[:, :-1].T)
+
+
+def linear_probe(train: Tensor, train_targets: Tensor, test: Tensor, num_classes: int) -> tuple[Tensor, float]:
+    """Classify by multinomial logistic regression on standardised features.
+
+    Its strength is the one of ``STRENGTHS`` that is best on a stratified hold-out of the training part; with it the
+    whole part is fitted again.
+
+    Args:
+        train, test: features (N, D) and (M, D).
+        train_targets: (N,) classes.
+
+    Returns:
+        Predicted classes (M,), and the strength.
+
+    Raises:
+        ValueError: a class with too few images for the hold-out.
+    """
+    kept, held = holdout_rows(train_targets.cpu(), _HOLDOUT)
+    x, y = standardize_columns(train[kept], train[held])
+    best, best_correct, behind, weight = STRENGTHS[0], -1, 0, None
+    for strength in STRENGTHS:  # each begins where the last, smoother one ended
+        weight = fit_logistic(x, train_targets[kept], num_classes, strength, weight)
+        correct = int((logits(weight, y).argmax(dim=1) == train_targets[held]).sum())
+        behind += 1
+        if correct > best_correct:
+            best, best_correct, behind = strength, correct, 0
+        if behind == _PATIENCE:
+            break
+    x, y = standardize_columns(train, test)
+    weight = fit_logistic(x, train_targets, num_classes, best)
+    return logits(weight, y).argmax(dim=1), best
+
+
+def nearest_neighbours(
+    train: Tensor, train_targets: Tensor, test: Tensor, num_classes: int, ks: tuple[int, ...] = (1, 5, 20)
+) -> dict[int, Tensor]:
+    """Classify by the vote of the k training images of highest cosine similarity, for each k.
+
+    Of classes with equally many votes, the one whose voters are more similar wins.
+
+    Returns:
+        {k: predicted classes (M,)}.
+    """
+    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    predicted: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for part in test.split(1000):
+        similarity, neighbour = (part @ train.T).topk(min(max(ks), len(train)), dim=1)
+        voted = train_targets[neighbour]
+        # A similarity counts less than any vote.
+        votes = 1 + similarity / (4 * max(ks))
+        for k in ks:
+            tally = votes.new_zeros(len(part), num_classes).scatter_add_(1, voted[:, :k], votes[:, :k])
+            predicted[k].append(tally.argmax(dim=1))
+    return {k: torch.cat(parts) for k, parts in predicted.items()}
+
+
+class Transfer:
+    """What frozen pooled features are worth on another data set: a linear probe, and k nearest neighbours.
+
+    A teacher that several runs share is encoded and asked once.
+
+    Args:
+        opt: ``probe``, the data set, whose images without a label are left out; ``probe_dir`` and ``image_size``.
+        save_dir: the folder of all results, where image files that are decoded go.
+
+    Raises:
+        ValueError, OSError: see ``load_dataset``.
+    """
+
+    def __init__(self, opt, save_dir: str):
+        size = opt.image_size if opt.probe == "folder" else None
+        full = load_dataset(opt.probe, opt.probe_dir, image_size=size, save_dir=save_dir)
+        train, test = (_labelled(split) for split in (full.train, full.test))
+        if not len(train) or not len(test):
+            raise ValueError(f"--probe {opt.probe} needs labels in its training and in its test split")
+        counts = torch.bincount(train.targets)
+        if int(counts[counts > 0].min()) * _HOLDOUT <= 0.5:
+            raise ValueError(f"--probe {opt.probe}: a class has too few training images to hold {_HOLDOUT} of them out")
+        whole = len(train) == len(full.train) and len(test) == len(full.test)
+        self.dataset = full if whole else dataclasses.replace(full, train=train, test=test, sha256=None)
+        self._teachers: dict[tuple, dict] = {}
+
+    def data(self, subject: Subject) -> str:
+        """The data set that the answer is about."""
+        return self.dataset.name
+
+    def check(self, subject: Subject) -> None:
+        """Anybody with features can be asked."""
+
+    def __call__(self, subject: Subject) -> dict[str, dict]:
+        """'transfer' by 'student' and 'teacher'."""
+        results, options = {}, subject.run.options
+        loaders = [subject.loader(split, self.dataset.views, name) for name, split in self._splits()]
+        if subject.trained.network is not None:
+            results["student"] = self._ask(subject, subject.trained.network, loaders)
+        if subject.has_teacher:
+            # A CNN sees what the student sees.
+            seen = subject.trained.image_size if not options["clip_tn"] else options.get("teacher_resolution")
+            key = (options.get("clip_sha256"), options.get("teacher_sha256"), seen)
+            if key not in self._teachers:
+                teacher = subject.teacher(self.dataset, encode_once=True)
+                self._teachers[key] = self._ask(subject, teacher, loaders)
+            results["teacher"] = self._teachers[key]
+        return {"transfer": results}
+
+    def _splits(self) -> tuple[tuple[str, Split], ...]:
+        return ("train", self.dataset.train), ("test", self.dataset.test)
+
+    def _ask(self, subject: Subject, network, loaders: list[Loader]) -> dict[str, float]:
+        train, test = (subject.predict(network, loader).features.to(subject.device) for loader in loaders)
+        known, wanted = (split.targets.to(subject.device) for _, split in self._splits())
+        classes = len(self.dataset.classes)
+        predicted, strength = linear_probe(train, known, test, classes)
+        found = {"linear": predicted}
+        found |= {f"knn_{k}": x for k, x in nearest_neighbours(train, known, test, classes).items()}
+        return {name: 100 * float((x == wanted).double().mean()) for name, x in found.items()} | {"strength": strength}
+
+
+def _labelled(split: Split) -> Split:
+    rows = (split.targets >= 0).nonzero().flatten()
+    return split if len(rows) == len(split) else Split(split.images[rows], split.targets[rows])

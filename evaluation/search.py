@@ -1,0 +1,185 @@
+"""Search a folder of images with a finished student, by a text or by an image."""
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torchvision.transforms import Compose
+
+from helper import checkpoint
+from helper.records import StoredRun, read_run
+
+from .student import Predictor, load_student
+from .zero_shot import check_understands_text, load_text_encoder
+
+_BATCH = 256
+
+# The contact sheet, in pixels.
+_CELL, _MARGIN, _LINE, _FONT = 160, 12, 18, 13
+
+
+def search(opt, device: str) -> Path:
+    """Rank the images in a folder by their similarity to a text or an image.
+
+    The similarity is the cosine of the student's embeddings: of a text, in the space of its CLIP teacher.
+
+    Args:
+        opt: ``runs`` with the one run, ``checkpoint``; ``search``, a text, or ``search_image``, a file; ``images``, the
+            folder; ``top``, how many images the contact sheet shows; ``out``, its file, or None; ``force``.
+        device: 'cpu' or 'cuda'.
+
+    Returns:
+        The contact sheet's path; all scores are in a CSV file beside it.
+
+    Raises:
+        ValueError: no finished run, or a student that understands no text; no readable image; or files that would be
+            overwritten.
+        OSError: a file cannot be read or written.
+    """
+    run = read_run(opt.runs[0])
+    query = opt.search if opt.search is not None else Path(opt.search_image).name
+    picture, scores = _outputs(opt, run.folder, query)
+    if opt.search is not None:
+        check_understands_text(run)
+    files = image_files(Path(opt.images))
+    net, transform, _ = load_student(run, opt.checkpoint)
+    net.to(device)
+    if opt.search is not None:
+        wanted = embed_text(run, query)
+    else:
+        image = read_image(Path(opt.search_image))
+        if image is None:
+            raise ValueError(f"--search_image {opt.search_image} cannot be read as an image")
+        wanted = _embed(net, [transform(image)], device)[0]
+    found, embeddings = embed_files(net, transform, files, device)
+    if not found:
+        raise ValueError(f"--images {opt.images}: none of its images can be read")
+
+    similarity = embeddings @ wanted
+    order = similarity.argsort(descending=True, stable=True).tolist()
+    ranked = [(float(similarity[row]), found[row]) for row in order]
+    example = None if opt.search_image is None else Path(opt.search_image)
+    title = f'"{query}"' if example is None else f"images like {query}"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    _write_scores(ranked, scores)
+    sheet = io.BytesIO()
+    contact_sheet(ranked[: opt.top], f"{title} in {len(found)} images of {opt.images}", example).save(sheet, "PNG")
+    checkpoint.write_bytes(sheet.getvalue(), picture)
+    for rank, (score, path) in enumerate(ranked[: opt.top], start=1):
+        print(f"{rank:3d}  {score:.4f}  {path}")
+    return picture
+
+
+def _outputs(opt, folder: Path, query: str) -> tuple[Path, Path]:
+    """The files of the contact sheet and of the scores, neither of which is there, unless it may be overwritten."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in query).split())[:60] or "query"
+    picture = folder / f"search_{words}.png" if opt.out is None else Path(opt.out)
+    if picture.suffix.lower() != ".png":
+        raise ValueError(f"--out {picture}: the contact sheet is a .png file")
+    scores = picture.with_suffix(".csv")
+    for path in (picture, scores):
+        if path.exists() and not opt.force:
+            raise ValueError(f"{path} is there already: use --force to overwrite it, or another --out")
+    return picture, scores
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files below a folder whose names end as those of images do, in order.
+
+    Raises:
+        ValueError: no folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--images {folder} is not a folder")
+    endings = Image.registered_extensions()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    if not files:
+        raise ValueError(f"--images {folder} holds no images")
+    return files
+
+
+def read_image(path: Path) -> Image.Image | None:
+    """An image, upright, in RGB; None for a file that Pillow cannot read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow raises on damaged files
+        return None
+
+
+@torch.no_grad()
+def _embed(net: Predictor, images: list[Tensor], device: str) -> Tensor:
+    """Embeddings (B, D) of unit norm, on the CPU."""
+    return F.normalize(net.embed(torch.stack(images).to(device)).float(), dim=1).cpu()
+
+
+def embed_files(net: Predictor, transform: Compose, files: list[Path], device: str) -> tuple[list[Path], Tensor]:
+    """Those of the files that are images, and their embeddings (N, D) of unit norm; one line names the others."""
+    found, unreadable, embeddings, batch = [], [], [], []
+    for path in files:
+        image = read_image(path)
+        (unreadable if image is None else found).append(path)
+        if image is not None:
+            batch.append(transform(image))
+        if batch and (len(batch) == _BATCH or path is files[-1]):
+            embeddings.append(_embed(net, batch, device))
+            batch = []
+    if unreadable:
+        print(f"skipped, not to be read as images: {', '.join(map(str, unreadable))}")
+    return found, torch.cat(embeddings) if embeddings else torch.empty(0)
+
+
+@torch.no_grad()
+def embed_text(run: StoredRun, text: str) -> Tensor:
+    """A text's embedding (D,) of unit norm, in the space of a run's CLIP and its student."""
+    encoder = load_text_encoder(run)
+    return F.normalize(encoder.encode_text(encoder.tokenize([text]))[0].float(), dim=0)
+
+
+def _write_scores(ranked: list[tuple[float, Path]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "score", "file"])
+    writer.writerows([rank, f"{score:.6f}", file] for rank, (score, file) in enumerate(ranked, start=1))
+    checkpoint.write_bytes(text.getvalue().encode(), path)
+
+
+def contact_sheet(ranked: list[tuple[float, Path]], title: str, example: Path | None = None) -> Image.Image:
+    """A picture of the best images, each with its rank, its score and its name.
+
+    Args:
+        ranked: score and file of each, the best first.
+        example: the image that was searched for, which then stands first.
+    """
+    font = ImageFont.load_default(_FONT)
+    cells = [(example, "searched for", "")] if example is not None else []
+    cells += [(path, f"{rank}   {score:.3f}", path.name) for rank, (score, path) in enumerate(ranked, start=1)]
+    columns = min(max(math.ceil(math.sqrt(len(cells) * 1.3)), 3), 12)
+    rows = math.ceil(len(cells) / columns)
+    width, height = _CELL + _MARGIN, _CELL + 2 * _LINE + _MARGIN
+    sheet = Image.new("RGB", (columns * width + _MARGIN, rows * height + _LINE + 2 * _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN), _shortened(title, sheet.width - 2 * _MARGIN, font), "black", font)
+    for place, (path, line, name) in enumerate(cells):
+        left, top = _MARGIN + place % columns * width, _LINE + 2 * _MARGIN + place // columns * height
+        image = read_image(path)
+        # Small pictures keep their pixels.
+        small = max(image.size) * 2 <= _CELL
+        image = ImageOps.contain(image, (_CELL, _CELL), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+        sheet.paste(image, (left + (_CELL - image.width) // 2, top + (_CELL - image.height) // 2))
+        draw.text((left, top + _CELL + 2), line, "black", font)
+        draw.text((left, top + _CELL + 2 + _LINE), _shortened(name, _CELL, font), "#666666", font)
+    return sheet
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

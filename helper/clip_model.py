@@ -1,0 +1,67 @@
+"""The CLIP that pretrain_clip.py trains: made from a seed, and published in OpenAI's format."""
+
+import argparse
+import copy
+
+import torch
+from clip.model import CLIP, convert_weights
+
+from dataset.loader import Loader, deal
+
+# CLIP's text encoder reads captions of up to 77 of these byte pairs.
+CONTEXT_LENGTH, VOCABULARY = 77, 49408
+
+# About the length of the published models' image embeddings.
+EMBEDDING_NORM = 10
+
+
+def create_clip(opt: argparse.Namespace) -> CLIP:
+    """OpenAI's architecture with the weights that ``opt.seed`` gives."""
+    torch.manual_seed(opt.seed)
+    return CLIP(
+        embed_dim=opt.embed_dim,
+        image_resolution=opt.resolution,
+        vision_layers=opt.vision_layers,
+        vision_width=opt.vision_width,
+        vision_patch_size=opt.vision_patch,
+        context_length=CONTEXT_LENGTH,
+        vocab_size=VOCABULARY,
+        transformer_width=opt.text_width,
+        transformer_heads=opt.text_width // 64,
+        transformer_layers=opt.text_layers,
+    )
+
+
+def check_batch_norm(opt: argparse.Namespace, loader: Loader) -> None:
+    """Raise a ValueError where a ResNet would have to normalise the last maps, of a pixel each, of a single image."""
+    if opt.sync_bn or opt.resolution > 32 or not isinstance(opt.vision_layers, tuple):
+        return
+    last = loader.num_samples - (len(loader) - 1) * loader.batch_size
+    for size in (min(loader.batch_size, loader.num_samples), last):
+        shares = deal(size, opt.processes)
+        chunk = opt.micro_batch if opt.micro_batch and max(shares) > opt.micro_batch else size
+        if any(share and 1 in (chunk, share % chunk) for share in shares):
+            raise ValueError(
+                f"a batch of {size} images leaves a process one alone, which a ResNet's batch norm cannot take at "
+                "--resolution 32: use another --batch_size, --micro_batch or number of processes"
+            )
+
+
+@torch.no_grad()
+def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state dict as OpenAI publishes one: on the CPU, in fp16 where ``clip.load`` wants it so.
+
+    Training leaves the length of the image embeddings open, as the loss normalises them. The last linear map is
+    scaled so that it is, on average, ``EMBEDDING_NORM``: heads take the embeddings as they come, and the
+    learning rates for them were chosen on the published models.
+
+    Args:
+        image: (B, 3, H, W), the normalised images of the average.
+    """
+    model = copy.deepcopy(model).eval()
+    scale = EMBEDDING_NORM / model.encode_image(image).norm(dim=1).mean()
+    last = [model.visual.proj] if hasattr(model.visual, "proj") else model.visual.attnpool.c_proj.parameters()
+    for parameter in last:
+        parameter.mul_(scale)
+    convert_weights(model)
+    return model.cpu().state_dict()

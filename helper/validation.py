@@ -1,0 +1,101 @@
+"""The test pass after an epoch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset.loader import Batch, Loader
+from models.heads import Classifier, Outputs, Student
+
+from . import distributed
+from .data import Loaders
+from .runtime import autocast
+from .teacher import CnnTeacher, EncoderTeacher
+from .util import AverageMeter, accuracy
+
+
+def scores(logits: Tensor, target: Tensor) -> Tensor:
+    """(3,): mean cross-entropy, top-1 and top-5 accuracy in percent, of logits (B, classes)."""
+    return torch.stack([F.cross_entropy(logits, target), *accuracy(logits, target, topk=(1, 5))])
+
+
+@torch.no_grad()
+def validate(
+    loader: Loader,
+    student: Student | Classifier | None,
+    teacher: EncoderTeacher | CnnTeacher | None,
+    opt,
+    prefix: str = "test",
+) -> dict[str, float]:
+    """Cross-entropy and accuracy of the student and the teacher on every sample of a split.
+
+    Returns:
+        {prefix}_loss, {prefix}_acc and {prefix}_acc_top5 of the student, teacher_acc of the teacher (with the
+        teacher alone, the first three are its own).
+    """
+    meter, names = AverageMeter(), ()
+    if student is not None:
+        student.eval()
+    for batch in loader.epoch():
+        if not len(batch.target):
+            continue
+        values = {}
+        out = None if student is None else _eval_student(student, batch, opt)
+        out_t = None if teacher is None else teacher(loader.name, batch)
+        main = out_t if out is None else out
+        named = (f"{prefix}_loss", f"{prefix}_acc", f"{prefix}_acc_top5")
+        values |= zip(named, scores(main.logits.float(), batch.target), strict=True)
+        if out is not None and out_t is not None:
+            (values["teacher_acc"],) = accuracy(out_t.logits, batch.target)
+        names = tuple(values)
+        meter.update(torch.stack(list(values.values())), len(batch.target))
+    # Every process has seen its share; to the mean each counts as many samples as it has seen.
+    sums = distributed.total(meter.sum) / distributed.total(torch.full_like(meter.sum, meter.count))
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:
+    with autocast(opt.device, opt.amp):
+        return student(batch.image)
+
+
+class Evaluation:
+    """The test pass after an epoch: of student and teacher on the test set, of what is trained on what is held out.
+
+    Args:
+        loaders: the run's.
+        student: whose accuracy decides; None to test a teacher alone.
+        teacher: None where there is none. A frozen CNN, which gives the same in every epoch, is tested once, here. An
+            encoder without a head does not classify, and is not tested.
+        opt: ``device``, ``amp``, ``epochs`` and ``eval_freq``.
+        classifies: whether anything trains the student to classify; otherwise its accuracy says nothing, and is None.
+    """
+
+    def __init__(
+        self,
+        loaders: Loaders,
+        student: Student | Classifier | None,
+        teacher: EncoderTeacher | CnnTeacher | None,
+        opt,
+        classifies: bool = True,
+    ):
+        self.loaders, self.student, self.teacher, self.opt = loaders, student, teacher, opt
+        self.classifies, self.fixed = classifies, {}
+        if isinstance(teacher, EncoderTeacher) and teacher.head is None:
+            self.teacher = None
+        if isinstance(teacher, CnnTeacher):
+            accuracy = validate(loaders.test, None, teacher, opt, "teacher")["teacher_acc"]
+            print(f"teacher accuracy: {accuracy:.2f}")
+            self.teacher, self.fixed = None, {"teacher_acc": accuracy}
+
+    def __call__(self, epoch: int) -> dict[str, float]:
+        """What ``validate`` finds, after every so many epochs and the last; nothing after the others."""
+        if epoch % self.opt.eval_freq and epoch != self.opt.epochs:
+            return {}
+        if not self.classifies:
+            return dict.fromkeys(("test_loss", "test_acc", "test_acc_top5")) | self.fixed
+        record = validate(self.loaders.test, self.student, self.teacher, self.opt) | self.fixed
+        if self.loaders.val is not None:
+            trained = (None, self.teacher) if self.student is None else (self.student, None)
+            record |= validate(self.loaders.val, *trained, self.opt, prefix="val")
+        return record

@@ -1,0 +1,1 @@
+"""Tables and pictures of finished runs: ``python -m report`` and ``python -m report.curves``."""

@@ -1,0 +1,5 @@
+"""``python -m report``: see ``report.table``."""
+
+from .table import main
+
+main()
