@@ -25,6 +25,7 @@ from benchmarks.release_recipe import release_loader, release_steps
 from dataset import DATASETS, ImageDataset, Split, load_dataset
 from dataset.loader import Loader
 from distiller_zoo import EGA, METHODS
+from errors import InputError
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
 from helper.capture import step_capture
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         warm_up, release_steps = release_steps_of(opt.device, args.workers)
         release_steps = args.release_steps or release_steps
         if max(warm_up + release_steps, args.steps) > longest:
-            raise ValueError(
+            raise InputError(
                 f"--steps and --release_steps: an epoch of {data_name} has {longest} full batches of "
                 f"{args.batch_size}, {warm_up} of the release's being for warming up; take fewer"
             )

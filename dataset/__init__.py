@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errors import InputError
+
 from .views import CIFAR_VIEWS, Views
 
 
@@ -67,13 +69,13 @@ class ImageDataset:
         """The data set without the images of some classes; those that stay keep their order.
 
         Raises:
-            ValueError: it has no such class, or fewer than two would stay.
+            InputError: it has no such class, or fewer than two would stay.
         """
         if unknown := [name for name in names if name not in self.classes]:
-            raise ValueError(f"{self.name} has no class {', '.join(map(repr, unknown))}")
+            raise InputError(f"{self.name} has no class {', '.join(map(repr, unknown))}")
         kept = [target for target, name in enumerate(self.classes) if name not in names]
         if len(kept) < 2:
-            raise ValueError(
+            raise InputError(
                 f"without {len(names)} of its {len(self.classes)} classes {self.name} has nothing to learn"
             )
         new = torch.full((len(self.classes) + 1,), -1)  # the last for targets of -1
@@ -101,11 +103,11 @@ FROM_FILES = {"tinyimagenet": load_tinyimagenet, "folder": load_folder}
 
 
 def check_image_size(name: str, image_size: int | None) -> None:
-    """Raise a ValueError where a size is given to a data set that has its own, or none to one that has not."""
+    """Raise an InputError where a size is given to a data set that has its own, or none to one that has not."""
     if name == "folder" and image_size is None:
-        raise ValueError("--dataset folder needs --image_size R, what the images are resized to")
+        raise InputError("--dataset folder needs --image_size R, what the images are resized to")
     if name != "folder" and image_size is not None:
-        raise ValueError(f"--image_size {image_size}: the images of {name} have a size of their own; leave it out")
+        raise InputError(f"--image_size {image_size}: the images of {name} have a size of their own; leave it out")
 
 
 def load_dataset(
@@ -127,11 +129,11 @@ def load_dataset(
         holdout: see ``load_folder``.
 
     Raises:
-        ValueError: for an unknown name, or a data set that is not as it has to be.
+        InputError: for an unknown name, or a data set that is not as it has to be.
         OSError: where its files are missing or corrupt, or there is no room for what is made of them.
     """
     if name not in DATASETS and name not in FROM_FILES:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *FROM_FILES])}")
+        raise InputError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *FROM_FILES])}")
     check_image_size(name, image_size)
     if name == "folder":
         return load_folder(data_dir, image_size, save_dir, max_bad_images, holdout)

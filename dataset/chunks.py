@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .writing import writing
+from errors import writing
 
 
 class Chunk(NamedTuple):

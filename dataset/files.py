@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from errors import InputError, WriteError, writing
+
 from .chunks import Chunk, ChunkFile
 from .decode import EXTENSIONS, RESAMPLING, BadImage, read_square
-from .writing import WriteError, writing
 
 # Images that one process decodes at a time; part of the key.
 CHUNK = 64
@@ -106,7 +107,7 @@ def open_images(
         max_bad: files that cannot be decoded are left out, up to so many.
 
     Raises:
-        ValueError: more files cannot be decoded, or none of a split can.
+        InputError: more files cannot be decoded, or none of a split can.
         WriteError: there is no room for the images, or their file cannot be written.
         OSError: their folder cannot be made, or a file not be read.
     """
@@ -129,7 +130,7 @@ def open_images(
         told = ", ".join(f"{shown(store.names[split][file])} ({why})" for (split, file), why in list(bad.items())[:5])
         told += f" and {len(bad) - 5} more, listed in {store.bad_path}" if len(bad) > 5 else ""
         if len(bad) > max_bad:
-            raise ValueError(
+            raise InputError(
                 f"{len(bad)} of the images in {root} cannot be decoded: {told}; repair or delete them, or leave them "
                 f"out with --max_bad_images {len(bad)}"
             )
@@ -137,7 +138,7 @@ def open_images(
     squares = store.squares()
     for split, files in zip(squares, splits, strict=True):
         if not len(split.files):
-            raise ValueError(f"none of the images in {root} that belong with {shown(files[0].name)} can be decoded")
+            raise InputError(f"none of the images in {root} that belong with {shown(files[0].name)} can be decoded")
     return squares, store.fingerprint()
 
 

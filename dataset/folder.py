@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from errors import InputError
+
 from . import ImageDataset, Split
 from .files import ImageFile, is_image, list_images, open_images, shown
 from .splits import holdout_rows
@@ -37,12 +39,12 @@ def load_folder(
             split.
 
     Raises:
-        ValueError: the folders are not as described, or of the wrong classes; see also ``open_images``.
+        InputError: the folders are not as described, or of the wrong classes; see also ``open_images``.
         OSError: the folder cannot be read; see also ``open_images``.
     """
     root, name = Path(data_dir), folder_name(data_dir, image_size)
     if not root.is_dir():
-        raise ValueError(f"--data_dir {data_dir}: no such folder")
+        raise InputError(f"--data_dir {data_dir}: no such folder")
     _check_outside(root, "train")
     others: list[str] = []
     train = _classes(root, "train", others)
@@ -57,13 +59,13 @@ def load_folder(
         print(f"{root}: passed over {len(others)} files that have no image's extension: {some}")
 
     if not train and not unlabelled:
-        raise ValueError(f"{root} holds no train/CLASS/ with images in it, as --dataset folder needs")
+        raise InputError(f"{root} holds no train/CLASS/ with images in it, as --dataset folder needs")
     classes = list(train or test)
     for folder in classes if train else ():
         if not train[folder]:
-            raise ValueError(f"{root / 'train' / shown(folder)} holds no image: delete it, or fill it")
+            raise InputError(f"{root / 'train' / shown(folder)} holds no image: delete it, or fill it")
     if unknown := [folder for folder in test if folder not in classes]:
-        raise ValueError(f"{root / test_folder / shown(unknown[0])} is a class that train/ does not have")
+        raise InputError(f"{root / test_folder / shown(unknown[0])} is a class that train/ does not have")
 
     targets = [target for target, folder in enumerate(classes) for _ in train.get(folder, ())]
     files = [file for images in train.values() for file in images]
@@ -76,7 +78,7 @@ def load_folder(
     else:
         holdout = None
     if not test_files:
-        raise ValueError(
+        raise InputError(
             f"{root} holds no image in test/CLASS/ or val/CLASS/ to test on: add some, or take a share of train/ with "
             "--holdout F"
         )
@@ -94,17 +96,17 @@ def load_folder(
         counts = torch.bincount(train_split.targets[train_split.targets >= 0], minlength=len(classes))
         if not counts.all():
             empty = classes[int(counts.argmin())]
-            raise ValueError(f"no image in {root / 'train' / shown(empty)} can be decoded: repair them, or delete it")
+            raise InputError(f"no image in {root / 'train' / shown(empty)} can be decoded: repair them, or delete it")
     names = class_names(root / "classes.txt", classes)
     return ImageDataset(name, names, train_split, test_split, views=views, sha256=sha256, holdout=holdout)
 
 
 def _check_outside(root: Path, split: str) -> None:
-    """Raise a ValueError where images lie beside the classes' folders."""
+    """Raise an InputError where images lie beside the classes' folders."""
     if (root / split).is_dir():
         for entry in os.scandir(root / split):
             if entry.is_file() and is_image(entry.name):
-                raise ValueError(
+                raise InputError(
                     f"{root / split}/ holds an image outside of its classes' folders, {shown(entry.name)}: put images "
                     "into train/CLASS/, or those without a label into unlabelled/"
                 )
@@ -132,14 +134,14 @@ def class_names(path: Path, folders: list[str]) -> list[str]:
     The file has a name a line in the order of the folders, or lines 'FOLDER NAME', which may be of more folders.
 
     Raises:
-        ValueError: neither.
+        InputError: neither.
     """
     if not path.exists():
         return [folder.replace("_", " ") for folder in folders]
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8") from error
+        raise InputError(f"{path} is not text in UTF-8") from error
     named = {}
     for line in lines:
         starts = [folder for folder in folders if line.startswith((f"{folder} ", f"{folder}\t"))]
@@ -149,7 +151,7 @@ def class_names(path: Path, folders: list[str]) -> list[str]:
     if len(named) == len(folders):
         return [named[folder] for folder in folders]
     if len(lines) != len(folders):
-        raise ValueError(
+        raise InputError(
             f"{path} has {len(lines)} lines for {len(folders)} classes: give a name a line in the order of their "
             "folders, or lines FOLDER NAME for all of them"
         )

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from errors import InputError
+
 
 def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Split row numbers into (kept, held out), the same fraction of every class, the same for every seed.
@@ -14,13 +16,13 @@ def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         fraction: in (0, 1).
 
     Raises:
-        ValueError: where a class would lose all of its images, or none at all were held out.
+        InputError: where a class would lose all of its images, or none at all were held out.
     """
     held = torch.zeros(len(targets), dtype=torch.bool)
     for target, rows in _shuffled_classes(targets, seed=0):
         count = round(len(rows) * fraction)
         if not 0 < count < len(rows):
-            raise ValueError(f"--holdout {fraction} holds out {count} of the {len(rows)} images of class {target}")
+            raise InputError(f"--holdout {fraction} holds out {count} of the {len(rows)} images of class {target}")
         held[rows[:count]] = True
     rows = torch.arange(len(targets))
     return rows[~held], rows[held]
@@ -36,13 +38,13 @@ def keep_labels(targets: Tensor, fraction: float) -> Tensor:
         fraction: in [0, 1].
 
     Raises:
-        ValueError: where a class would keep no label, unless none is to be kept.
+        InputError: where a class would keep no label, unless none is to be kept.
     """
     kept = torch.full_like(targets, -1)
     for target, rows in _shuffled_classes(targets, seed=1):
         count = round(len(rows) * fraction)
         if fraction and not count:
-            raise ValueError(f"--labels {fraction:g} leaves class {target} no label on any of its {len(rows)} images")
+            raise InputError(f"--labels {fraction:g} leaves class {target} no label on any of its {len(rows)} images")
         kept[rows[:count]] = target
     return kept
 

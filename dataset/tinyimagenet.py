@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from errors import InputError
+
 from . import ImageDataset, Split
 from .archives import Archive, fetch
 from .files import list_images, open_images
@@ -29,7 +31,7 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
     Classes are ordered by their WordNet numbers. The test split is val/: the labels of test/ were not published.
 
     Raises:
-        ValueError: see ``open_images``.
+        InputError: see ``open_images``.
         OSError: what is there is not whole; see also ``fetch`` and ``open_images``.
     """
     root = fetch(ARCHIVE, Path(data_dir))
@@ -42,7 +44,7 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
         folders = [list_images(root, f"train/{wnid}/images")[0] for wnid in classes]
         test_files = list_images(root, "val/images")[0]
         if not all(folders) or annotations.keys() != {file.name for file in test_files}:
-            raise ValueError("images are missing")
+            raise InputError("images are missing")
     except (OSError, ValueError, KeyError) as error:
         raise OSError(f"{root} is not whole ({error}): delete it and run again") from error
     train_files = [file for folder in folders for file in folder]

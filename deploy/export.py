@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dataset import ImageDataset, Split
 from dataset.loader import take
 from dataset.views import normalize
+from errors import InputError
 from evaluation.student import TrainedStudent
 from helper.data import eval_batch_size
 from helper.util import accuracy
@@ -68,14 +69,14 @@ def new_files(folder: Path, names: list[str], force: bool) -> Iterator[Path]:
         force: replace files that are there.
 
     Raises:
-        ValueError: a file would be overwritten.
+        InputError: a file would be overwritten.
         OSError: the folder cannot be written to.
     """
     there = [name for name in names if (folder / name).exists()]
     if there and not force:
-        raise ValueError(f"{folder} holds {', '.join(there)}: choose another --out, or overwrite with --force")
+        raise InputError(f"{folder} holds {', '.join(there)}: choose another --out, or overwrite with --force")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is no folder")
+        raise InputError(f"--out {folder} is no folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         yield Path(temporary)
@@ -94,7 +95,7 @@ def exporter_errors(what: str) -> Iterator[None]:
             yield
     except Exception as error:  # they raise whatever a network's control flow makes of their proxies
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"torch cannot export {what} ({reason})") from error
+        raise InputError(f"torch cannot export {what} ({reason})") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -124,7 +125,7 @@ def export(opened: TrainedStudent, form: str, takes_pixels: bool, folder: Path) 
         folder: of the files.
 
     Raises:
-        ValueError: a network that torch's exporters or its library do not take.
+        InputError: a network that torch's exporters or its library do not take.
     """
     network = Exportable(opened.network, opened.normalization if takes_pixels else None).eval()
     shape = (2, 3, opened.image_size, opened.image_size)
@@ -245,7 +246,7 @@ def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: Ima
         The file's accuracy; None of a student whose classifier was not trained, for want of labels.
 
     Raises:
-        ValueError: the difference is above ``TOLERANCE``, and the file is not one of 8-bit weights.
+        InputError: the difference is above ``TOLERANCE``, and the file is not one of 8-bit weights.
     """
     run, difference, correct, test = open_file(exported.path, config), 0.0, torch.zeros(2), dataset.test
     for rows, pixels in test_views(dataset, test, torch.arange(len(test))):
@@ -262,5 +263,5 @@ def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: Ima
     what = f"{exported.path.name}, {config['quantized']}" if config["quantized"] else exported.path.name
     print(f"{what}: largest difference to the student on {len(test)} test images {difference:.1e}{told}")
     if config["quantized"] is None and not difference <= TOLERANCE:
-        raise ValueError(f"{what} differs from the student by more than {TOLERANCE:g}: nothing is written")
+        raise InputError(f"{what} differs from the student by more than {TOLERANCE:g}: nothing is written")
     return accurate if classifies else None

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.decode import BadImage, read_rgb
+from errors import InputError
 from evaluation.student import image_transform
 from models import create_model
 from models.heads import enlarge
@@ -46,7 +47,7 @@ def open_weights(path: Path, config: dict) -> Runner:
     """The library's own network, with the weights in its own naming.
 
     Raises:
-        ValueError: the weights do not fit it.
+        InputError: the weights do not fit it.
     """
     name, options = config["architecture"], {"num_classes": config["num_classes"], **config["network_options"]}
     try:
@@ -60,7 +61,7 @@ def open_weights(path: Path, config: dict) -> Runner:
             network.load_state_dict(safetensors.torch.load_file(path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{config['library']}'s own {name} does not take the weights ({reason})") from error
+        raise InputError(f"{config['library']}'s own {name} does not take the weights ({reason})") from error
     network.eval()
     return lambda image: [network(enlarge(image, config["resolution"]))]
 
@@ -75,40 +76,40 @@ def open_file(path: Path, config: dict) -> Runner:
         config: the content of config.json.
 
     Raises:
-        ValueError: it is missing or damaged.
+        InputError: it is missing or damaged.
     """
     try:
         return _OPENERS[config["format"]](path, config)
-    except ValueError:
+    except InputError:
         raise
     except Exception as error:  # on a damaged file the runtimes raise whatever they stumble over
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be loaded: is it missing or damaged? ({reason})") from error
+        raise InputError(f"{path} cannot be loaded: is it missing or damaged? ({reason})") from error
 
 
 def read_config(folder: Path) -> dict:
     """What config.json says in a folder that export.py wrote.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no exported student: export one first, or give its folder as --out")
+        raise InputError(f"{folder} holds no exported student: export one first, or give its folder as --out")
     try:
         config = json.loads(path.read_text())
         if config["format"] in _OPENERS:
             return config
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged") from error
-    raise ValueError(f"{path} is not what export.py writes")
+        raise InputError(f"{path} is damaged") from error
+    raise InputError(f"{path} is not what export.py writes")
 
 
 def _read_image(path: str) -> Image.Image:
     try:
         return read_rgb(path)
     except (BadImage, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({getattr(error, 'strerror', None) or error})") from error
+        raise InputError(f"{path} cannot be read as an image ({getattr(error, 'strerror', None) or error})") from error
 
 
 @torch.no_grad()
@@ -116,11 +117,11 @@ def classify(folder: Path, files: list[str], top: int = 3) -> list[str]:
     """Classify pictures with an exported file alone; a line for each, of its most probable classes.
 
     Raises:
-        ValueError: no exported file, one whose classifier was not trained, or a picture that cannot be read.
+        InputError: no exported file, one whose classifier was not trained, or a picture that cannot be read.
     """
     config = read_config(folder)
     if config["accuracy"] is None:
-        raise ValueError(f"the student in {folder} was trained without labels: its classifier says nothing")
+        raise InputError(f"the student in {folder} was trained without labels: its classifier says nothing")
     facts = config["input"]
     normalization = None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"])
     transform = image_transform(facts["size"], normalization, facts["stored_size"])

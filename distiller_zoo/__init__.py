@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from errors import InputError
+
 from . import _connected as connected
 from ._connected import TwoStage
 from .AB import ABLoss
@@ -181,7 +183,7 @@ _LOGIT = ("logit_s", "logit_t")
 def _hint(opt: Namespace, net: Networks) -> nn.Module:
     layer = opt.hint_layer
     if layer >= min(len(net.shapes_s), len(net.shapes_t)):
-        raise ValueError(
+        raise InputError(
             f"--hint_layer {layer}: the student has {len(net.shapes_s)} layers, the teacher "
             f"{len(net.shapes_t)}, counted from 0"
         )
@@ -189,6 +191,8 @@ def _hint(opt: Namespace, net: Networks) -> nn.Module:
 
 
 def _crd(opt: Namespace, net: Networks) -> nn.Module:
+    if len(net.targets[net.targets >= 0].unique()) < 2:
+        raise InputError("--distill crd has no negatives to draw: all training images are of one class")
     sizes = Namespace(s_dim=net.s_dim, t_dim=net.t_dim, n_data=len(net.targets))
     return CRD(Namespace(**vars(opt) | vars(sizes)), net.targets)
 

@@ -6,6 +6,7 @@ Part of the table of methods: what RepDistiller's train_student.py puts together
 import torch
 from torch import Tensor, nn
 
+from errors import InputError
 from models.util import Connector, ConnectorV2, ConvReg, LinearEmbed, Paraphraser, ReviewFusion, Translator
 
 from .AB import ABLoss
@@ -31,7 +32,7 @@ class Hint(nn.Module):
         super().__init__()
         pooled = len(shape_s) == 2 or len(shape_t) == 2
         if pooled and len(shape_s) != len(shape_t):
-            raise ValueError(
+            raise InputError(
                 f"--hint_layer {layer} is a map for one network and the pooled features for the other: "
                 f"{tuple(shape_s)} and {tuple(shape_t)}; choose a lower one"
             )
@@ -140,6 +141,9 @@ class Flow(TwoStage):
 
     def __init__(self, shapes_s: list, shapes_t: list):
         super().__init__()
+        channels_s, channels_t = ([shape[1] for shape in shapes[:-1]] for shapes in (shapes_s, shapes_t))
+        if channels_s != channels_t:
+            raise InputError(f"FSP needs the same channels in both networks' layers, got {channels_s} and {channels_t}")
         self.loss = FSP(shapes_s[:-1], shapes_t[:-1])
 
     def init_modules(self, student: nn.Module) -> nn.ModuleList:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dataset import ImageDataset, Split
+from errors import InputError
 from helper.bank import OnTheFly
 from helper.teacher import EncoderTeacher
 from helper.util import AverageMeter, accuracy, predicted_class
@@ -29,7 +30,7 @@ class Accuracy:
         return subject.dataset.name
 
     def check(self, subject: Subject) -> None:
-        """Raise a ValueError where the data set has other classes."""
+        """Raise an InputError where the data set has other classes."""
         class_numbers(subject)
 
     def __call__(self, subject: Subject) -> dict[str, dict]:
@@ -117,7 +118,7 @@ class Corruptions:
         return subject.dataset.name
 
     def check(self, subject: Subject) -> None:
-        """Raise a ValueError where there are no such files, or not of the student's classes."""
+        """Raise an InputError where there are no such files, or not of the student's classes."""
         self.folder(subject)
         class_numbers(subject)
 
@@ -125,15 +126,15 @@ class Corruptions:
         """Where the files of a subject's data set are.
 
         Raises:
-            ValueError: there are none.
+            InputError: there are none.
         """
         names = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
         if subject.dataset.name not in names:
-            raise ValueError(f"--corruptions: there are files for {' and '.join(names)}, not {subject.dataset.name}")
+            raise InputError(f"--corruptions: there are files for {' and '.join(names)}, not {subject.dataset.name}")
         root = self.data_dir or subject.run.options.get("data_dir", "./data")
         folder = Path(root) / names[subject.dataset.name]
         if not (folder / "labels.npy").is_file() or len(list(folder.glob("*.npy"))) < 2:
-            raise ValueError(f"--corruptions: {folder} has no labels.npy and NAME.npy; unpack {folder.name}.tar there")
+            raise InputError(f"--corruptions: {folder} has no labels.npy and NAME.npy; unpack {folder.name}.tar there")
         return folder
 
     def __call__(self, subject: Subject) -> dict[str, dict]:

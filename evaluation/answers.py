@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from errors import InputError
 from helper import checkpoint
 
 from .subjects import Subject
@@ -89,7 +90,7 @@ def store(subject: Subject, section: str, dataset: str, result: dict) -> None:
     """Put a result into evaluation.json beside the subject's weights, by section, data set and file of weights.
 
     Raises:
-        ValueError: the file is corrupt.
+        InputError: the file is corrupt.
         OSError: it cannot be written.
     """
     path = subject.run.folder / "evaluation.json"
@@ -97,7 +98,7 @@ def store(subject: Subject, section: str, dataset: str, result: dict) -> None:
         try:
             content = json.loads(path.read_text()) if path.exists() else {}
         except ValueError as error:
-            raise ValueError(f"{path} is corrupt: delete it and run again") from error
+            raise InputError(f"{path} is corrupt: delete it and run again") from error
         content.setdefault(section, {}).setdefault(dataset, {})[subject.trained.path.stem] = result
         checkpoint.write_json(content, path)
 

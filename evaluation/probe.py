@@ -9,6 +9,7 @@ from torch import Tensor
 from dataset import Split, load_dataset
 from dataset.loader import Loader
 from dataset.splits import holdout_rows
+from errors import InputError
 
 from .subjects import Subject
 
@@ -76,7 +77,7 @@ def linear_probe(train: Tensor, train_targets: Tensor, test: Tensor, num_classes
         Predicted classes (M,), and the strength.
 
     Raises:
-        ValueError: a class with too few images for the hold-out.
+        InputError: a class with too few images for the hold-out.
     """
     kept, held = holdout_rows(train_targets.cpu(), _HOLDOUT)
     x, y = standardize_columns(train[kept], train[held])
@@ -127,7 +128,7 @@ class Transfer:
         save_dir: the folder of all results, where image files that are decoded go.
 
     Raises:
-        ValueError, OSError: see ``load_dataset``.
+        InputError, OSError: see ``load_dataset``.
     """
 
     def __init__(self, opt, save_dir: str):
@@ -135,10 +136,10 @@ class Transfer:
         full = load_dataset(opt.probe, opt.probe_dir, image_size=size, save_dir=save_dir)
         train, test = (_labelled(split) for split in (full.train, full.test))
         if not len(train) or not len(test):
-            raise ValueError(f"--probe {opt.probe} needs labels in its training and in its test split")
+            raise InputError(f"--probe {opt.probe} needs labels in its training and in its test split")
         counts = torch.bincount(train.targets)
         if int(counts[counts > 0].min()) * _HOLDOUT <= 0.5:
-            raise ValueError(f"--probe {opt.probe}: a class has too few training images to hold {_HOLDOUT} of them out")
+            raise InputError(f"--probe {opt.probe}: a class has too few training images to hold {_HOLDOUT} of them out")
         whole = len(train) == len(full.train) and len(test) == len(full.test)
         self.dataset = full if whole else dataclasses.replace(full, train=train, test=test, sha256=None)
         self._teachers: dict[tuple, dict] = {}

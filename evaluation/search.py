@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms import Compose
 
+from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun, read_run
 
@@ -37,7 +38,7 @@ def search(opt, device: str) -> Path:
         The contact sheet's path; all scores are in a CSV file beside it.
 
     Raises:
-        ValueError: no finished run, or a student that understands no text; no readable image; or files that would be
+        InputError: no finished run, or a student that understands no text; no readable image; or files that would be
             overwritten.
         OSError: a file cannot be read or written.
     """
@@ -54,11 +55,11 @@ def search(opt, device: str) -> Path:
     else:
         image = read_image(Path(opt.search_image))
         if image is None:
-            raise ValueError(f"--search_image {opt.search_image} cannot be read as an image")
+            raise InputError(f"--search_image {opt.search_image} cannot be read as an image")
         wanted = _embed(net, [transform(image)], device)[0]
     found, embeddings = embed_files(net, transform, files, device)
     if not found:
-        raise ValueError(f"--images {opt.images}: none of its images can be read")
+        raise InputError(f"--images {opt.images}: none of its images can be read")
 
     similarity = embeddings @ wanted
     order = similarity.argsort(descending=True, stable=True).tolist()
@@ -80,11 +81,11 @@ def _outputs(opt, folder: Path, query: str) -> tuple[Path, Path]:
     words = "-".join("".join(c if c.isalnum() else " " for c in query).split())[:60] or "query"
     picture = folder / f"search_{words}.png" if opt.out is None else Path(opt.out)
     if picture.suffix.lower() != ".png":
-        raise ValueError(f"--out {picture}: the contact sheet is a .png file")
+        raise InputError(f"--out {picture}: the contact sheet is a .png file")
     scores = picture.with_suffix(".csv")
     for path in (picture, scores):
         if path.exists() and not opt.force:
-            raise ValueError(f"{path} is there already: use --force to overwrite it, or another --out")
+            raise InputError(f"{path} is there already: use --force to overwrite it, or another --out")
     return picture, scores
 
 
@@ -92,14 +93,14 @@ def image_files(folder: Path) -> list[Path]:
     """The files below a folder whose names end as those of images do, in order.
 
     Raises:
-        ValueError: no folder, or none in it.
+        InputError: no folder, or none in it.
     """
     if not folder.is_dir():
-        raise ValueError(f"--images {folder} is not a folder")
+        raise InputError(f"--images {folder} is not a folder")
     endings = Image.registered_extensions()
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
     if not files:
-        raise ValueError(f"--images {folder} holds no images")
+        raise InputError(f"--images {folder} holds no images")
     return files
 
 

@@ -8,6 +8,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from dataset import ImageDataset
 from dataset.decode import upright_rgb
+from errors import InputError
 from helper import checkpoint
 from helper.data import normalization_of, open_dataset
 from helper.names import sized_name
@@ -25,7 +26,7 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
         num_classes: number of classes.
 
     Raises:
-        KeyError, RuntimeError, ValueError: the file does not fit the options.
+        KeyError, RuntimeError, InputError: the file does not fit the options.
     """
     sized = {"resolution": options.get("student_resolution")}
     # The weights know the joint space's width, which is the teacher's own or what the options say.
@@ -86,18 +87,18 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
         which: see ``model_path``.
 
     Raises:
-        ValueError: not a finished run, or a file that is missing, corrupt or of another student.
+        InputError: not a finished run, or a file that is missing, corrupt or of another student.
         OSError: a file cannot be read; or an old run's data set is not there.
     """
     run = run if isinstance(run, StoredRun) else read_run(run)
     path = model_path(run, which)
     if not path.is_file():
         told = "" if which in ("best", "last") else " (best, last, or the path of a student's file)"
-        raise ValueError(f"{run.folder} holds no weights: {path} is missing{told}")
+        raise InputError(f"{run.folder} holds no weights: {path} is missing{told}")
     state = checkpoint.load(path)
     other = f"{path} is not a file of the student in {run.folder}"
     if not {"model", "layer"} <= state.keys():
-        raise ValueError(other)
+        raise InputError(other)
     if "classes" in state:
         classes, size, normalization = state["classes"], state["image_size"], state["normalization"]
         stored_size = state.get("stored_size")
@@ -108,7 +109,7 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
     try:
         network = restore_student(run.options, state, len(classes))
     except (KeyError, RuntimeError) as error:
-        raise ValueError(other) from error
+        raise InputError(other) from error
     return TrainedStudent(run, path, state, network, classes, size, normalization, stored_size)
 
 
@@ -119,13 +120,13 @@ def open_run_dataset(run: StoredRun, data_dir: str | None = None) -> ImageDatase
         data_dir: where it is, if not where the run had it.
 
     Raises:
-        ValueError: it is another by now.
+        InputError: it is another by now.
         OSError: it is not there.
     """
     where = {"save_dir": str(run.folder.absolute().parents[1])} | ({} if data_dir is None else {"data_dir": data_dir})
     dataset = open_dataset(run.options | where)
     if dataset.fingerprint() != run.options["dataset_sha256"]:
-        raise ValueError(f"the run in {run.folder} was trained with another dataset than is there now")
+        raise InputError(f"the run in {run.folder} was trained with another dataset than is there now")
     return dataset
 
 
@@ -174,7 +175,7 @@ def load_student(run: StoredRun | str | Path, which: str = "best") -> tuple[Pred
         transform from a PIL image to its input; and the classes' names in the order of the logits.
 
     Raises:
-        ValueError, OSError: see ``open_student``.
+        InputError, OSError: see ``open_student``.
     """
     opened = open_student(run, which)
     transform = image_transform(opened.image_size, opened.normalization, opened.stored_size)

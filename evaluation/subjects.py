@@ -13,6 +13,7 @@ from dataset.loader import Loader
 from dataset.resize import resize
 from dataset.views import Views
 from distiller_zoo import Needs
+from errors import InputError
 from helper import checkpoint
 from helper.data import eval_batch_size, normalization_of, open_dataset
 from helper.records import StoredRun
@@ -142,7 +143,7 @@ def open_subjects(paths: Sequence[str], opt, device: str) -> list[Subject]:
         opt: ``checkpoint``, ``dataset``, ``data_dir``, ``image_size`` and ``no_teacher``.
 
     Raises:
-        ValueError, OSError: neither, or its weights or its data set are not there or not what they were.
+        InputError, OSError: neither, or its weights or its data set are not there or not what they were.
     """
     loaded: dict[str, ImageDataset] = {}
 
@@ -198,9 +199,9 @@ def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> t
             backbone, resolution = load_cnn(str(path), len(classes), Needs())
             network = Classifier(backbone, resolution=resolution).eval()
     except ValueError as error:
-        raise ValueError(str(error).replace("--path_t ", "")) from error
+        raise InputError(str(error).replace("--path_t ", "")) from error
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a student of the data set's {len(classes)} classes") from error
+        raise InputError(f"{path} does not hold a student of the data set's {len(classes)} classes") from error
     run = StoredRun(path.absolute().parent, options | {"distill": path.name, "file": str(path)}, [])
     return TrainedStudent(run, path, state, network, classes, size, normalization_of(options)), dataset
 
@@ -209,14 +210,14 @@ def class_numbers(subject: Subject) -> Tensor:
     """What each class of the data set, in its order, is to the student: the place of its logit.
 
     Raises:
-        ValueError: the data set has other classes.
+        InputError: the data set has other classes.
     """
     known, asked = subject.trained.classes, subject.dataset.classes
     if set(known) != set(asked):
         other = [name for name in asked if name not in known]
         missing = [name for name in known if name not in asked]
         parts = [f"{what} {listed(names)}" for what, names in (("it has", other), ("it lacks", missing)) if names]
-        raise ValueError(
+        raise InputError(
             f"{subject.dataset.name} has other classes than {subject.where} was trained on: {' and '.join(parts)}; "
             "use --probe, or --zero_shot where the student understands texts"
         )

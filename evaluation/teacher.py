@@ -4,6 +4,7 @@ import torch
 
 from dataset import ImageDataset
 from distiller_zoo import Needs
+from errors import InputError
 from helper.records import StoredRun
 from helper.teacher import CnnTeacher, EncoderTeacher, load_cnn, load_encoder, open_embeddings
 from models.encoders import FrozenEncoder
@@ -29,7 +30,7 @@ def open_teacher(
         encode_once: make a bank of another data set too, of one view of its training and of its test split.
 
     Raises:
-        ValueError: the run has no teacher, or its teacher or data set are others by now.
+        InputError: the run has no teacher, or its teacher or data set are others by now.
         OSError: the teacher's weights are missing.
     """
     own = num_classes is None
@@ -58,11 +59,11 @@ def open_teacher_network(
         device, amp: what an encoder is made for.
 
     Raises:
-        ValueError, OSError: see ``open_teacher``.
+        InputError, OSError: see ``open_teacher``.
     """
     options = run.options
     if options["distill"] == "none":
-        raise ValueError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
+        raise InputError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
     if options["clip_tn"]:
         network = load_encoder(
             options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution")
@@ -75,9 +76,9 @@ def open_teacher_network(
 
 
 def check_same(run: StoredRun, name: str, value: str) -> None:
-    """Raise a ValueError where a hash is not the one that a run recorded by that name."""
+    """Raise an InputError where a hash is not the one that a run recorded by that name."""
     if run.options[name] != value:
-        raise ValueError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
+        raise InputError(f"the run in {run.folder} was trained with another {name.split('_')[0]} than is there now")
 
 
 def _restore_head(run: StoredRun, state: dict, dim: int) -> TeacNet | None:
@@ -89,5 +90,5 @@ def _restore_head(run: StoredRun, state: dict, dim: int) -> TeacNet | None:
         head = TeacNet(dim, *layer["cl_Net.weight"].shape[::-1])
         head.load_state_dict(layer)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{run.folder}: its student's file does not fit its options.json") from error
+        raise InputError(f"{run.folder}: its student's file does not fit its options.json") from error
     return head

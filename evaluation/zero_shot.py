@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import InputError
 from helper.contrastive import caption_tokens, class_embeddings
 from helper.records import StoredRun
 from helper.util import accuracy, predicted_class
@@ -20,14 +21,14 @@ from .teacher import check_same
 
 
 def check_understands_text(run: StoredRun) -> None:
-    """Raise a ValueError unless a run's student lives in the space of a CLIP that has a text encoder."""
+    """Raise an InputError unless a run's student lives in the space of a CLIP that has a text encoder."""
     if run.options.get("joint") != "teacher":
-        raise ValueError(
+        raise InputError(
             f"the student in {run.folder} does not understand texts: one that does is trained from a CLIP with "
             "--joint teacher"
         )
     if parse_name(run.options["clip_mode"]).library not in (None, "open_clip"):
-        raise ValueError(
+        raise InputError(
             f"the student in {run.folder} does not understand texts, as its teacher {run.options['clip_mode']} does "
             "not: OpenAI's CLIPs and open_clip's models do"
         )
@@ -37,7 +38,7 @@ def load_text_encoder(run: StoredRun) -> TextEncoder:
     """The text encoder of a run's CLIP.
 
     Raises:
-        ValueError: the student understands no text, or its teacher is another by now.
+        InputError: the student understands no text, or its teacher is another by now.
         OSError: the teacher's weights are missing.
     """
     check_understands_text(run)
@@ -65,10 +66,10 @@ class ZeroShot:
         return subject.dataset.name + (f", {len(self.labels)} names" if self.labels else "")
 
     def check(self, subject: Subject) -> None:
-        """Raise a ValueError where a subject cannot be asked."""
+        """Raise an InputError where a subject cannot be asked."""
         check_understands_text(subject.run)
         if self.labels is not None and not set(self.labels) & set(subject.dataset.classes):
-            raise ValueError(
+            raise InputError(
                 f"--labels names none of the classes of {subject.dataset.name}, such as "
                 f"{listed(subject.dataset.classes, 3)}: no image could be right"
             )

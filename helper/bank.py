@@ -16,6 +16,7 @@ from dataset import ImageDataset
 from dataset.chunks import Chunk, ChunkFile
 from dataset.loader import on_device, take
 from dataset.views import CIFAR_VIEWS, Views, normalize
+from errors import InputError
 from models.encoders import FrozenEncoder
 
 from . import checkpoint, distributed
@@ -104,7 +105,7 @@ def open_bank(
         precision: the encoder's, part of the key.
 
     Raises:
-        ValueError: the folder holds another bank, or the encoder gives embeddings that fp16 cannot hold.
+        InputError: the folder holds another bank, or the encoder gives embeddings that fp16 cannot hold.
         OSError: the folder cannot be written.
     """
     key = {"clip": encoder.name, "dataset": dataset.name, "dataset_sha256": dataset.fingerprint()}
@@ -173,9 +174,9 @@ def _describe(folder: Path, identity: dict, key: dict) -> None:
     try:
         found = json.loads(described.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{described} is corrupt: delete {folder} and run again") from error
+        raise InputError(f"{described} is corrupt: delete {folder} and run again") from error
     if not isinstance(found, dict) or {k: v for k, v in found.items() if k != "clip"} != identity:
-        raise ValueError(f"{folder} holds the bank of another teacher: delete it and run again")
+        raise InputError(f"{folder} holds the bank of another teacher: delete it and run again")
 
 
 def _place(rows: Tensor, device: torch.device) -> Tensor:
@@ -221,6 +222,6 @@ def _build(
             embedding = encode_view(encoder, views, images, index.to(device), view.to(device))
             encoded = embedding.half().cpu().numpy()
             if not np.isfinite(encoded).all():
-                raise ValueError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
+                raise InputError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
             files.write(chunk, encoded)
     files.flush()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dataset.writing import writing
+from errors import InputError, writing
 from models.weights import load_plain
 
 
@@ -51,7 +51,7 @@ def load(path: Path) -> dict:
     """Load what ``save`` wrote, or RepDistiller, onto the CPU.
 
     Raises:
-        ValueError: the file is corrupt, or holds more than plain data.
+        InputError: the file is corrupt, or holds more than plain data.
         OSError: it cannot be read.
     """
     try:
@@ -61,7 +61,7 @@ def load(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # on a damaged file torch raises whatever it stumbles over
-        raise ValueError(f"{path} is not a checkpoint of this project, or is corrupt") from error
+        raise InputError(f"{path} is not a checkpoint of this project, or is corrupt") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of this project")
+        raise InputError(f"{path} is not a checkpoint of this project")
     return state

@@ -7,6 +7,7 @@ import torch
 from clip.model import CLIP, convert_weights
 
 from dataset.loader import Loader, deal
+from errors import InputError
 
 # CLIP's text encoder reads captions of up to 77 of these byte pairs.
 CONTEXT_LENGTH, VOCABULARY = 77, 49408
@@ -33,7 +34,7 @@ def create_clip(opt: argparse.Namespace) -> CLIP:
 
 
 def check_batch_norm(opt: argparse.Namespace, loader: Loader) -> None:
-    """Raise a ValueError where a ResNet would have to normalise the last maps, of a pixel each, of a single image."""
+    """Raise an InputError where a ResNet would have to normalise the last maps, of a pixel each, of a single image."""
     if opt.sync_bn or opt.resolution > 32 or not isinstance(opt.vision_layers, tuple):
         return
     last = loader.num_samples - (len(loader) - 1) * loader.batch_size
@@ -41,7 +42,7 @@ def check_batch_norm(opt: argparse.Namespace, loader: Loader) -> None:
         shares = deal(size, opt.processes)
         chunk = opt.micro_batch if opt.micro_batch and max(shares) > opt.micro_batch else size
         if any(share and 1 in (chunk, share % chunk) for share in shares):
-            raise ValueError(
+            raise InputError(
                 f"a batch of {size} images leaves a process one alone, which a ResNet's batch norm cannot take at "
                 "--resolution 32: use another --batch_size, --micro_batch or number of processes"
             )

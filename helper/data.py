@@ -11,6 +11,7 @@ from dataset.loader import Loader
 from dataset.splits import holdout_rows, keep_labels
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
 from distiller_zoo import METHODS
+from errors import InputError
 
 from . import distributed
 
@@ -59,7 +60,7 @@ def open_dataset(options: dict) -> ImageDataset:
     Without the classes that they leave out.
 
     Raises:
-        ValueError, OSError: see ``dataset.load_dataset`` and ``ImageDataset.without``.
+        InputError, OSError: see ``dataset.load_dataset`` and ``ImageDataset.without``.
     """
     known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
     dataset = load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
@@ -67,7 +68,7 @@ def open_dataset(options: dict) -> ImageDataset:
 
 
 def check_labels(opt, share: float) -> None:
-    """Raise a ValueError where the options need labels that there are not.
+    """Raise an InputError where the options need labels that there are not.
 
     Args:
         opt: train_student.py's, or train_teacher.py's, whose training needs labels, but not for every image.
@@ -80,21 +81,21 @@ def check_labels(opt, share: float) -> None:
         others = {name: other for name, other in METHODS.items() if other.build and not other.needs_labels(opt)}
         able = ", ".join(name for name, other in others.items() if not (opt.clip_tn and other.needs_maps))
         what = f"{distill} --mode relax" if distill == "crd" else distill
-        raise ValueError(
+        raise InputError(
             f"--distill {what} needs the class of every image, and only {share:.3g} of them have a label: use "
             f"{'' if opt.labels == 1 else '--labels 1, or '}one of {able}"
         )
     if share > 0:
         return
     if distill is None:
-        raise ValueError("a teacher is trained by the classes of its images, but none has a label")
+        raise InputError("a teacher is trained by the classes of its images, but none has a label")
     if opt.gamma:
-        raise ValueError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
+        raise InputError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
     untrained = "the teacher's head would be trained by the classes of the images, but none has a label"
     if opt.clip_tn and opt.path_t is None and opt.joint == "projected":
-        raise ValueError(f"{untrained}: use --joint teacher, which has no head, or --path_t, a head that is trained")
+        raise InputError(f"{untrained}: use --joint teacher, which has no head, or --path_t, a head that is trained")
     if not opt.clip_tn and METHODS[distill].needs(clip=False).joint:
-        raise ValueError(
+        raise InputError(
             f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
         )
 
@@ -115,7 +116,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         images: whether batches hold images: a head on a bank of embeddings needs none.
 
     Raises:
-        ValueError: a hold-out, or a share of labels, that a class is too small for; labels that are needed and are not
+        InputError: a hold-out, or a share of labels, that a class is too small for; labels that are needed and are not
             there; or, with ``--sync_bn``, a last batch that leaves a process without a sample.
     """
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
@@ -153,7 +154,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     rest = train.num_samples % train.batch_size
     if getattr(opt, "sync_bn", False) and 0 < rest < train.processes:
         # PyTorch's exchange takes float32 from those with samples and, under autocast, half of that from the others.
-        raise ValueError(
+        raise InputError(
             f"--sync_bn: the last step of an epoch would have {rest} samples for {train.processes} processes: use "
             f"another --batch_size than {opt.batch_size}"
         )

@@ -22,6 +22,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import InputError
+
 # What one process may do while the others wait: check a bank, write a checkpoint. One that dies ends the job at once.
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -101,7 +103,7 @@ def collect(value: object) -> list:
 
 
 def in_first(function: Callable[[], object]) -> None:
-    """Call a function in the first process alone, while the others wait; where it raises an OSError or a ValueError,
+    """Call a function in the first process alone, while the others wait; where it raises an OSError or an InputError,
     they end too."""
     error = None
     if rank() == 0:
@@ -114,12 +116,12 @@ def in_first(function: Callable[[], object]) -> None:
 
 
 def refuse(message: str) -> NoReturn:
-    """Raise a ValueError in the first process, and end the others, which found the same."""
-    raise ValueError(message) if rank() == 0 else SystemExit(2)
+    """Raise an InputError in the first process, and end the others, which found the same."""
+    raise InputError(message) if rank() == 0 else SystemExit(2)
 
 
 def check_alike(values: dict) -> None:
-    """Raise a ValueError unless every process has the same values by name."""
+    """Raise an InputError unless every process has the same values by name."""
     first, *others = collect(values)
     for number, other in enumerate(others, start=1):
         for name, value in first.items():
@@ -131,7 +133,7 @@ def check_alike(values: dict) -> None:
 
 
 def check_shared(folder: Path, lock: Path | None = None) -> None:
-    """Raise a ValueError unless every process sees what the first one writes into a folder.
+    """Raise an InputError unless every process sees what the first one writes into a folder.
 
     Args:
         lock: a file that the first process locks meanwhile; None where no other job checks the folder.

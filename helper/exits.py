@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dataset.writing import WriteError
+from errors import WriteError
 
 from . import distributed
 from .util import NonFiniteLoss

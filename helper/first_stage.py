@@ -30,7 +30,7 @@ def open_first_stage(opt, objective: Objective, name: str, options: dict) -> Run
         options: what that run records; this one records the same.
 
     Raises:
-        ValueError: the folder holds another run's first stage.
+        InputError: the folder holds another run's first stage.
     """
     if not (isinstance(objective.criterion, TwoStage) and opt.beta):
         return None

@@ -143,7 +143,7 @@ def build_objective(
     """The loss that the options describe, for these two networks and the images that they see, on the device.
 
     Raises:
-        ValueError: the method does not fit the networks.
+        InputError: the method does not fit the networks.
     """
     method, clip = METHODS[opt.distill], bool(opt.clip_tn)
     build, feeds = method.with_teacher(clip)

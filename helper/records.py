@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import InputError
+
 from . import checkpoint
 
 # What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
@@ -69,26 +71,26 @@ def read_run(folder: str | Path) -> StoredRun:
     """Read a finished run; where its resume.pth is still there, which has a checksum, the two files must agree with it.
 
     Raises:
-        ValueError: not the folder of a student's run, or of one that is not finished; or a file is damaged.
+        InputError: not the folder of a student's run, or of one that is not finished; or a file is damaged.
         OSError: a file cannot be read.
     """
     folder = Path(folder)
     if not (folder / "options.json").is_file():
-        raise ValueError(f"{folder} is not the folder of a run (SAVE/student_model/NAME); it has no options.json")
+        raise InputError(f"{folder} is not the folder of a run (SAVE/student_model/NAME); it has no options.json")
     try:
         options = json.loads((folder / "options.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (ValueError, RecursionError, FileNotFoundError) as error:
-        raise ValueError(_CORRUPT.format(folder)) from error
+        raise InputError(_CORRUPT.format(folder)) from error
     if not isinstance(options, dict) or "distill" not in options:
-        raise ValueError(f"{folder} is not the folder of a run of train_student.py")
+        raise InputError(f"{folder} is not the folder of a run of train_student.py")
     named = {"model_s", "model_t"} <= options.keys() and isinstance(options.get("epochs"), int)
     if not named or not all(isinstance(record, dict) for record in history):
-        raise ValueError(_CORRUPT.format(folder))
+        raise InputError(_CORRUPT.format(folder))
     if len(history) < options["epochs"]:
-        raise ValueError(f"the run in {folder} is not finished: resume it, with the command that began it")
+        raise InputError(f"the run in {folder} is not finished: resume it, with the command that began it")
     if [record.get("epoch") for record in history] != list(range(1, len(history) + 1)):
-        raise ValueError(_CORRUPT.format(folder))
+        raise InputError(_CORRUPT.format(folder))
     _compare_with_resume(folder, options, history)
     return StoredRun(folder, options, history)
 
@@ -100,7 +102,7 @@ def _compare_with_resume(folder: Path, options: dict, history: list[dict]) -> No
     kept = {name: value for name, value in saved.get("options", {}).items() if name not in FREE}
     for found, wanted in (({name: options.get(name) for name in kept}, kept), (history, saved.get("history"))):
         if json.dumps(found) != json.dumps(wanted):  # as JSON, in which a tuple is a list and nan equals itself
-            raise ValueError(
+            raise InputError(
                 f"{folder}: its options.json or metrics.jsonl does not agree with resume.pth: "
                 "delete *_last.pth there and run its command again, which writes both anew"
             )

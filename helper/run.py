@@ -4,6 +4,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from errors import InputError
+
 from . import checkpoint, distributed
 from .exits import resumes, unbroken
 from .logger import Logger
@@ -32,7 +34,7 @@ class Run:
         stem: of the files of the best model, {stem}_best.pth, and of the last, {stem}_last.pth.
 
     Raises:
-        ValueError: the folder holds a run that is not to be resumed, in use, or of other options; or ``--resume`` names
+        InputError: the folder holds a run that is not to be resumed, in use, or of other options; or ``--resume`` names
             no run.
         OSError: the folder cannot be written.
     """
@@ -57,7 +59,7 @@ class Run:
         self._load(opt.resume)
         self._check({name: value for name, value in vars(opt).items() if value not in ("auto", "all")})
         if self.steps and len(self.history) >= self.epochs and not self.finished:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder} is inside epoch {self.first_epoch}: use --epochs {self.first_epoch} or more"
             )
 
@@ -67,7 +69,7 @@ class Run:
             self._tb_folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"another process is running in {self.folder}; wait or use another --trial") from None
+            raise InputError(f"another process is running in {self.folder}; wait or use another --trial") from None
         except OSError as error:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
 
@@ -76,14 +78,14 @@ class Run:
             resume = "auto"
         path = self._resume if resume in ("auto", "none") else Path(resume)
         if resume not in ("auto", "none") and not path.is_file():
-            raise ValueError(f"--resume {resume}: no such file (auto, none, or the path of a resume.pth)")
+            raise InputError(f"--resume {resume}: no such file (auto, none, or the path of a resume.pth)")
         if self._resume.exists() and (resume == "none" or path.resolve() != self._resume.resolve()):
-            raise ValueError(f"{self.folder} holds a run already; resume it, delete it, or use another --trial")
+            raise InputError(f"{self.folder} holds a run already; resume it, delete it, or use another --trial")
         if not path.exists():
             return
         saved = checkpoint.load(path)
         if not {"options", "history", "state"} <= saved.keys():
-            raise ValueError(f"{path} is not the resume.pth of a run")
+            raise InputError(f"{path} is not the resume.pth of a run")
         self.recorded, self.history, self.state = saved["options"], saved["history"], saved["state"]
         self.steps = saved.get("steps", 0)
         self._note(self.steps)
@@ -97,7 +99,7 @@ class Run:
         """Note options and facts (hashes of data and weights); a resumed run, and every process, must have the same.
 
         Raises:
-            ValueError: one that may not change differs from the resumed run's, or from another process's.
+            InputError: one that may not change differs from the resumed run's, or from another process's.
         """
         self._check(values)
         self.options |= values
@@ -110,7 +112,7 @@ class Run:
         for key, value in values.items():
             recorded = self.recorded.get(key)
             if recorded != value:
-                raise ValueError(
+                raise InputError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
                     "use the same options to resume it, or another --trial for a new run"
                 )

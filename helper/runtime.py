@@ -11,6 +11,7 @@ import shutil
 import torch
 
 from dataset.views import CIFAR_VIEWS, Views
+from errors import InputError
 
 from . import distributed
 
@@ -44,15 +45,15 @@ def resolve_device(device: str) -> str:
     """'cpu' or 'cuda', where convolutions are then chosen by trying them.
 
     Raises:
-        ValueError: cuda is asked for and there is none, or fewer GPUs than processes on this machine.
+        InputError: cuda is asked for and there is none, or fewer GPUs than processes on this machine.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+        raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     local = os.environ.get("LOCAL_RANK")  # of torchrun
     if device == "cuda" and local is not None and int(local) >= torch.cuda.device_count():
-        raise ValueError(f"more processes than GPUs: start at most {torch.cuda.device_count()}, or use --device cpu")
+        raise InputError(f"more processes than GPUs: start at most {torch.cuda.device_count()}, or use --device cpu")
     torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
     return device
 
@@ -61,10 +62,10 @@ def resolve_amp(amp: str, device: str) -> str:
     """'off', 'bf16' or 'fp16': bf16 where the processor computes in it.
 
     Raises:
-        ValueError: fp16 on a CPU, which has no fast fp16.
+        InputError: fp16 on a CPU, which has no fast fp16.
     """
     if amp == "fp16" and device != "cuda":
-        raise ValueError("--amp fp16 needs --device cuda; on a CPU use bf16 or off")
+        raise InputError("--amp fp16 needs --device cuda; on a CPU use bf16 or off")
     if amp != "auto":
         return amp
     if device == "cuda":
@@ -79,14 +80,14 @@ def resolve_compile(compile_: str, device: str, steps: int) -> str:
         steps: training steps of the whole run.
 
     Raises:
-        ValueError: compilation is asked for and there is no compiler: of C++ for a CPU, of C for CUDA.
+        InputError: compilation is asked for and there is no compiler: of C++ for a CPU, of C for CUDA.
     """
     # As inductor and Triton look for it.
     variable, *names = ("CC", "gcc", "clang") if device == "cuda" else ("CXX", "g++")
     named = [os.environ[variable]] if variable in os.environ else names
     able = any(shutil.which(name) is not None for name in named)
     if compile_ == "on" and not able:
-        raise ValueError(
+        raise InputError(
             f"--compile on needs a compiler ({names[0]}, or the one that {variable} names); install one or use off"
         )
     if compile_ == "auto":
@@ -115,16 +116,16 @@ def resolve_teacher_views(teacher_views: str | int, device: str, views: Views) -
     """How many views of each image the teacher encodes; 0 for each as it is asked for.
 
     Raises:
-        ValueError: the images have not so many.
+        InputError: the images have not so many.
     """
     if teacher_views == "auto":
         return AUTO_VIEWS[device] if views.count is None else min(AUTO_VIEWS[device], views.count)
     if teacher_views == "all" and views.count is None:
-        raise ValueError("--teacher_views all: a photograph has views without end; use a number of them, or 0")
+        raise InputError("--teacher_views all: a photograph has views without end; use a number of them, or 0")
     if teacher_views == "all":
         return views.count
     if views.count is not None and teacher_views > views.count:
-        raise ValueError(
+        raise InputError(
             f"--teacher_views {teacher_views}: an image of {views.size} pixels has {views.count} views; use all"
         )
     return teacher_views
@@ -144,11 +145,11 @@ def resolve(
         views: of the data set.
 
     Raises:
-        ValueError: the machine or the data set lacks what is asked for, or a cosine that is under way would get another
+        InputError: the machine or the data set lacks what is asked for, or a cosine that is under way would get another
             end.
     """
     if recorded and recorded.get("schedule") == "cosine" and recorded["epochs"] != opt.epochs:
-        raise ValueError(
+        raise InputError(
             f"--schedule cosine of {recorded['epochs']} epochs cannot go on with --epochs {opt.epochs}: use the "
             "same, or another --trial for a new run"
         )
@@ -160,9 +161,9 @@ def resolve(
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)
     if opt.batch_size < opt.processes:
-        raise ValueError(f"--batch_size {opt.batch_size} is less than a sample for each of {opt.processes} processes")
+        raise InputError(f"--batch_size {opt.batch_size} is less than a sample for each of {opt.processes} processes")
     if getattr(opt, "sync_bn", False) and opt.device != "cuda":
-        raise ValueError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
+        raise InputError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
     if getattr(opt, "sync_bn", False) and opt.compile == "auto":
         opt.compile = "off"  # what it exchanges in every layer is not compiled
     if getattr(opt, "teacher_views", None) is not None:

@@ -26,7 +26,7 @@ def build_student(
         teacher: whose own space the student is projected to, with ``--joint teacher``.
 
     Raises:
-        ValueError: a network that cannot give what is asked for or take such images, or weights that do not fit.
+        InputError: a network that cannot give what is asked for or take such images, or weights that do not fit.
         OSError: weights that are not there, nor to be downloaded.
     """
     torch.manual_seed(opt.seed)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dataset import ImageDataset
 from dataset.loader import Batch
 from distiller_zoo import Needs
+from errors import InputError
 from models import check_model_name, create_classifier, create_encoder, create_model, model_dict
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, Outputs, TeacNet, check_image_size, enlarge
@@ -135,7 +136,7 @@ def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> Enc
         needs: what the method asks of a CNN; a head alone asks nothing.
 
     Raises:
-        ValueError, OSError: what loading the weights and opening the bank raise.
+        InputError, OSError: what loading the weights and opening the bank raise.
     """
     num_classes = len(dataset.classes)
     if not opt.clip_tn:
@@ -166,7 +167,7 @@ def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
         image_size: height and width of the images in pixels.
 
     Raises:
-        ValueError: a network that cannot take the images.
+        InputError: a network that cannot take the images.
     """
     torch.manual_seed(opt.seed)
     cnn = create_classifier(opt.model, num_classes, resolution=opt.teacher_resolution)
@@ -190,10 +191,10 @@ def teacher_file(teacher: EncoderTeacher | Classifier, options: dict) -> dict:
 def _read(path: str) -> dict:
     """The checkpoint that ``--path_t`` names."""
     if not Path(path).is_file():
-        raise ValueError(f"--path_t {path}: no such file")
+        raise InputError(f"--path_t {path}: no such file")
     state = checkpoint.load(Path(path))
     if not isinstance(state.get("model"), dict):
-        raise ValueError(
+        raise InputError(
             f"--path_t {path} holds no model: give the head of a CLIP that train_teacher.py wrote, or a CNN"
         )
     return state
@@ -206,7 +207,7 @@ def architecture(path: str) -> str | None:
     the name, resnet32x4_vanilla; its students' files begin with it themselves, resnet8x4_best.pth.
 
     Raises:
-        ValueError: the file is neither, or does not tell.
+        InputError: the file is neither, or does not tell.
     """
     state = _read(path)
     if "clip_sha256" in state:
@@ -217,7 +218,7 @@ def architecture(path: str) -> str | None:
     try:
         check_model_name(arch or "")
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"--path_t {path}: which CNN it holds is told neither by the file nor by the beginning of its name or its "
             "folder's, as RepDistiller's resnet32x4_vanilla does"
         ) from None
@@ -225,12 +226,12 @@ def architecture(path: str) -> str | None:
 
 
 def _check_shapes(path: str, state: dict, model: nn.Module, check: str) -> None:
-    """Raise a ValueError where a state dict's names and shapes are not the model's."""
+    """Raise an InputError where a state dict's names and shapes are not the model's."""
     found = {name: tuple(value.shape) for name, value in state.items()}
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if found != wanted:
         different = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
-        raise ValueError(
+        raise InputError(
             f"--path_t {path} has another shape: {different} is {found.get(different)}, "
             f"this run needs {wanted.get(different)} (check {check})"
         )
@@ -240,7 +241,7 @@ def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int 
     """A CNN with its classifier, and what its input is enlarged to, from a checkpoint of ours or of RepDistiller's.
 
     Raises:
-        ValueError: not such a checkpoint, of another number of classes, or a CNN without the maps that are asked for.
+        InputError: not such a checkpoint, of another number of classes, or a CNN without the maps that are asked for.
     """
     state = _read(path)
     resolution = state.get("resolution")
@@ -255,15 +256,15 @@ def load_head(path: str, encoder: FrozenEncoder, feature_dim: int, num_classes: 
     """A head that ``train_teacher.py`` trained, frozen.
 
     Raises:
-        ValueError: not a head's file, another shape, or trained on another CLIP.
+        InputError: not a head's file, another shape, or trained on another CLIP.
     """
     state = _read(path)
     if "clip_sha256" not in state:
-        raise ValueError(f"--path_t {path} is not the head of a CLIP teacher, as train_teacher.py writes it")
+        raise InputError(f"--path_t {path} is not the head of a CLIP teacher, as train_teacher.py writes it")
     head = TeacNet(encoder.dim, feature_dim, num_classes)
     _check_shapes(path, state["model"], head, "--feature_dim, --dataset and --clip_mode")
     if state["clip_sha256"] != encoder.sha256:
-        raise ValueError(
+        raise InputError(
             f"--path_t {path} was trained on another CLIP (SHA-256 {state['clip_sha256'][:12]}) than "
             f"--clip_mode {encoder.name} ({encoder.sha256[:12]}); train a head for this one"
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dataset.writing import WriteError
+from errors import InputError, WriteError
 
 
 class NonFiniteLoss(RuntimeError):
@@ -17,14 +17,14 @@ class NonFiniteLoss(RuntimeError):
 def exit_on_bad_input(program: str) -> Iterator[None]:
     """End with exit code 2 and one line where what the user gave cannot be worked with.
 
-    Wraps what happens before training: the house raises ValueError and OSError, with a message that says
+    Wraps what happens before training: the house raises InputError and OSError, with a message that says
     what is wrong and what to do.
     """
     try:
         yield
     except WriteError:  # no fault of the input: see helper.exits
         raise
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from errors import InputError
+
 from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text_encoder
 from .heads import Classifier, Projection, Student, StudNet
 from .library import check_library_model, create_library_model
@@ -42,7 +44,7 @@ model_dict = {
 
 
 def check_model_name(model: str) -> None:
-    """Raise a ValueError that says what is known, unless it is the house's, timm:NAME or torchvision:NAME."""
+    """Raise an InputError that says what is known, unless it is the house's, timm:NAME or torchvision:NAME."""
     name = parse_name(model)
     if name.library in ("timm", "torchvision"):
         check_library_model(name)
@@ -59,7 +61,7 @@ def create_model(name: str, num_classes: int, **options) -> nn.Module:
         options: of a library's network; see ``create_library_model``. The house's own give all maps at any size.
 
     Raises:
-        ValueError: for an unknown name, or a network that cannot give what is asked for.
+        InputError: for an unknown name, or a network that cannot give what is asked for.
     """
     check_model_name(name)
     if name in model_dict:
@@ -80,7 +82,7 @@ def create_student(
         options: see ``create_model``.
 
     Raises:
-        ValueError: as ``create_model``.
+        InputError: as ``create_model``.
     """
     backbone = create_model(model_s, 0, resolution=resolution, **options)
     return Student(backbone, StudNet(backbone.num_features, feature_dim, num_classes), resolution)
@@ -105,7 +107,7 @@ def create_classifier(
         options: see ``create_model``.
 
     Raises:
-        ValueError: as ``create_model``.
+        InputError: as ``create_model``.
     """
     backbone = create_model(model_s, num_classes, preact=preact, resolution=resolution, **options)
     head = None if feature_dim is None else Projection(backbone.num_features, feature_dim)
@@ -124,7 +126,7 @@ def create_encoder(
         resolution: of its input in pixels; its own if None.
 
     Raises:
-        ValueError: an unknown name, weights that do not fit, a resolution that it cannot take.
+        InputError: an unknown name, weights that do not fit, a resolution that it cannot take.
         OSError: weights that are missing and not to be downloaded.
     """
     name = parse_name(clip_mode)
@@ -142,7 +144,7 @@ def create_text_encoder(clip_mode: str, clip_root: str) -> TextEncoder:
         clip_mode, clip_root: see ``create_encoder``.
 
     Raises:
-        ValueError: an encoder that has none, or as ``create_encoder``.
+        InputError: an encoder that has none, or as ``create_encoder``.
         OSError: weights that are missing and not to be downloaded.
     """
     name = parse_name(clip_mode)
@@ -151,5 +153,5 @@ def create_text_encoder(clip_mode: str, clip_root: str) -> TextEncoder:
 
         return load_text_encoder(clip_mode, clip_root)
     if name.library != "open_clip":
-        raise ValueError(f"{clip_mode} understands no text: OpenAI's CLIPs and open_clip's models do")
+        raise InputError(f"{clip_mode} understands no text: OpenAI's CLIPs and open_clip's models do")
     return open_clip_text_encoder(name)

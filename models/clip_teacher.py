@@ -9,6 +9,8 @@ import torch
 from clip.model import CLIP, build_model
 from torch import Tensor
 
+from errors import InputError
+
 from .encoders import FrozenEncoder, TextEncoder
 from .names import LIBRARIES, parse_name
 from .weights import is_torchscript, load_plain, load_torchscript, sha256_of
@@ -42,13 +44,13 @@ def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
         root: the folder of the published weights.
 
     Raises:
-        ValueError: neither a published name nor a file.
+        InputError: neither a published name nor a file.
         OSError: a published file that is corrupt, or missing and not to be downloaded. Nothing is overwritten.
     """
     if clip_mode not in PUBLISHED:
         path = Path(clip_mode)
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"--clip_mode {clip_mode}: neither a file nor a published CLIP; known: {', '.join(PUBLISHED)}, "
                 f"and {', '.join(f'{library}:NAME' for library in LIBRARIES)}"
             )
@@ -81,7 +83,7 @@ def load_clip(path: str | os.PathLike) -> CLIP:
     Weights that the published files hold in fp16 are fp16, as OpenAI's own loader leaves them.
 
     Raises:
-        ValueError: not a CLIP, or a file that holds anything but tensors.
+        InputError: not a CLIP, or a file that holds anything but tensors.
     """
     state = _read_state(path)
     try:
@@ -91,7 +93,7 @@ def load_clip(path: str | os.PathLike) -> CLIP:
         model = build_model(state)
     except (KeyError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a CLIP in OpenAI's format ({reason})") from error
+        raise InputError(f"{path} is not a CLIP in OpenAI's format ({reason})") from error
     return model.eval().requires_grad_(False)
 
 
@@ -104,9 +106,9 @@ def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # on a damaged file torch's loaders raise whatever they stumble over
-        raise ValueError(f"{path} is not a CLIP checkpoint, or holds more than tensors") from error
+        raise InputError(f"{path} is not a CLIP checkpoint, or holds more than tensors") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a CLIP checkpoint: it holds more than named tensors")
+        raise InputError(f"{path} is not a CLIP checkpoint: it holds more than named tensors")
     return dict(state)
 
 
@@ -117,12 +119,12 @@ def tokenize(texts: list[str]) -> Tensor:
     away here never counted.
 
     Raises:
-        ValueError: a text is too long for CLIP.
+        InputError: a text is too long for CLIP.
     """
     try:
         tokens = clip.tokenize(texts)
     except RuntimeError as error:
-        raise ValueError(f"a text is too long for CLIP ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(f"a text is too long for CLIP ({' '.join(str(error).split())[:200]})") from error
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
@@ -148,7 +150,7 @@ class ImageEncoder(FrozenEncoder):
             resolution: its own, or None.
 
         Raises:
-            ValueError: another resolution than its own.
+            InputError: another resolution than its own.
         """
         super().__init__()
         path, self.sha256 = fetch_clip(clip_mode, root)
@@ -160,7 +162,7 @@ class ImageEncoder(FrozenEncoder):
         self.resolution: int = self.visual.input_resolution
         self.dim: int = self.visual.output_dim
         if resolution not in (None, self.resolution):
-            raise ValueError(
+            raise InputError(
                 f"--teacher_resolution {resolution}: {clip_mode} takes {self.resolution} pixels alone; "
                 "open_clip:ARCH/openai has the same weights and takes others"
             )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+from errors import InputError
+
 from .library import check_library_model, import_library, library_network
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state, sha256_of, sha256_of_state
@@ -85,7 +87,7 @@ class LibraryEncoder(FrozenEncoder):
         resolution: its own if None.
 
     Raises:
-        ValueError: an unknown name, weights of another network, a resolution that the network cannot take, or a
+        InputError: an unknown name, weights of another network, a resolution that the network cannot take, or a
             library that is not installed.
         OSError: the weights are neither there nor to be downloaded.
     """
@@ -120,9 +122,9 @@ class LibraryEncoder(FrozenEncoder):
             embedding = self(torch.zeros(1, 3, self.resolution, self.resolution))
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{self.name} cannot take images of {self.resolution} pixels ({reason})") from error
+            raise InputError(f"{self.name} cannot take images of {self.resolution} pixels ({reason})") from error
         if embedding.dim() != 2:
-            raise ValueError(f"{self.name} gives no pooled features, but {tuple(embedding.shape)}")
+            raise InputError(f"{self.name} gives no pooled features, but {tuple(embedding.shape)}")
         return embedding.shape[1]
 
     def embed(self, image: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def _open_clip_model(name: Name, resolution: int | None = None) -> nn.Module:
     if name.path is not None:
         read_state(name.path)  # refuses what is no file of weights before the library sees it
     elif tag not in (tags := open_clip.list_pretrained_tags_by_model(arch)):
-        raise ValueError(
+        raise InputError(
             f"open_clip:{name.name}: weights of {arch} are open_clip:{arch}/TAG with a TAG of {', '.join(tags)}, or "
             f"open_clip:{arch}=PATH"
         )
@@ -175,7 +177,7 @@ def open_clip_text_encoder(name: Name) -> TextEncoder:
     """The text encoder of a model of open_clip.
 
     Raises:
-        ValueError, OSError: as ``LibraryEncoder``.
+        InputError, OSError: as ``LibraryEncoder``.
     """
     check_file(name)
     with library_errors(name):

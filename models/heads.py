@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import InputError
+
 
 class Outputs(NamedTuple):
     """What a student or a teacher makes of a batch.
@@ -85,14 +87,14 @@ def check_image_size(model: nn.Module, name: str, image_size: int, flag: str) ->
         flag: the option that enlarges them.
 
     Raises:
-        ValueError: it cannot take them.
+        InputError: it cannot take them.
     """
     mode = model.training
     try:
         model.eval()(torch.zeros(2, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
+        raise InputError(
             f"{name} cannot take images of {model.resolution or image_size} pixels ({reason}); set {flag}"
         ) from error
     model.train(mode)

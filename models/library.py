@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from errors import InputError
+
 from .maps import Graph, Intermediates, take_maps
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state
@@ -22,11 +24,11 @@ def import_library(library: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise ValueError(f"{library} is not installed: pip install {package}") from error
+        raise InputError(f"{library} is not installed: pip install {package}") from error
 
 
 def check_library_model(name: Name) -> None:
-    """Raise a ValueError, with the names that come close, unless timm or torchvision has a classifier of this name."""
+    """Raise an InputError, with the names that come close, unless timm or torchvision has a classifier of this name."""
     if name.library == "timm":
         timm = import_library("timm", "timm")
         if not name.name.startswith("hf") and not timm.is_model(name.name):
@@ -60,7 +62,7 @@ def library_network(name: Name, resolution: int | None = None, pretrained: bool 
         pretrained: load the library's published weights.
 
     Raises:
-        ValueError: an unknown name, weights of another network, or a network without pooled features.
+        InputError: an unknown name, weights of another network, or a network without pooled features.
         OSError: the weights are not to be downloaded.
     """
     check_library_model(name)
@@ -125,7 +127,7 @@ def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Networ
     net = builder(weights=None, **options)
     linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear or net.get_submodule(linear[-1]).out_features != 1000:
-        raise ValueError(f"torchvision:{name.name} has no linear classifier, and so no pooled features before it")
+        raise InputError(f"torchvision:{name.name} has no linear classifier, and so no pooled features before it")
     classifier = linear[-1]
     net.set_submodule(classifier, nn.Identity())
     if weighted:
@@ -161,7 +163,7 @@ def create_library_model(
         resolution: see ``library_network``.
 
     Raises:
-        ValueError: as ``library_network``; or a network without maps, or with activations that cannot be taken apart.
+        InputError: as ``library_network``; or a network without maps, or with activations that cannot be taken apart.
         OSError: as ``library_network``.
     """
     found = library_network(name, resolution, pretrained)
@@ -199,11 +201,11 @@ class LibraryModel(nn.Module):
         """The batch norms that end the stages, the stem's not.
 
         Raises:
-            ValueError: the network was not built with ``preact``, or a stage ends in none.
+            InputError: the network was not built with ``preact``, or a stage ends in none.
         """
         norms = self.taps.norms[1:] if isinstance(self.taps, Graph) else [None]
         if any(norm is None for norm in norms):
-            raise ValueError(f"{self.label} has a stage that ends in no batch norm, of which OFD needs the margins")
+            raise InputError(f"{self.label} has a stage that ends in no batch norm, of which OFD needs the margins")
         return [self.net.get_submodule(norm) for norm in norms]
 
     def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False):
@@ -225,7 +227,7 @@ def _width(label: str, network: Network) -> int:
     pooled = network.net.eval()(torch.zeros(1, 3, network.size, network.size))
     network.net.train(mode)
     if not isinstance(pooled, Tensor) or pooled.dim() != 2:
-        raise ValueError(f"{label} gives no pooled features")
+        raise InputError(f"{label} gives no pooled features")
     return pooled.shape[1]
 
 
@@ -249,7 +251,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
         The names that were left out: a classifier of another number of classes, and what the backbone does not have.
 
     Raises:
-        ValueError: a tensor of the backbone is missing or has another shape.
+        InputError: a tensor of the backbone is missing or has another shape.
     """
     own = model.state_dict()
     if isinstance(model, LibraryModel) and not any(name.startswith("net.") for name in state):
@@ -263,7 +265,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     for name, x in own.items():
         if name not in fitting and not name.startswith(head):
             found = f"is {tuple(state[name].shape)}" if name in state else "is missing"
-            raise ValueError(
+            raise InputError(
                 f"--init_s: {name} {found}, this backbone's is {tuple(x.shape)}; give weights of this network"
             )
     model.load_state_dict(own | fitting)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
+from errors import InputError
+
 # Stages are told apart on a picture of this size, where no stage is a single pixel as pooled features are.
 _LARGE = 256
 
@@ -24,7 +26,7 @@ def take_maps(label: str, net: nn.Module, preact: bool) -> "Intermediates | Grap
         preact: give the maps as they are before their last activation, where a stage ends in one.
 
     Raises:
-        ValueError: it has no maps, or last activations that cannot be taken apart.
+        InputError: it has no maps, or last activations that cannot be taken apart.
     """
     if not preact and _is_timm(net) and hasattr(net, "forward_intermediates"):
         return Intermediates(net)
@@ -70,7 +72,7 @@ class Graph:
                 module.inplace = False  # it would change the map that is asked for
         stages = _stages(net)
         if len(stages) < 2:
-            raise ValueError(f"{label} gives no maps of its stages; use a method that needs none (see --list)")
+            raise InputError(f"{label} gives no maps of its stages; use a method that needs none (see --list)")
         mode = net.training
         try:
             self.norms, training = _trace(net.train(), stages, preact)
@@ -78,11 +80,11 @@ class Graph:
             if preact:
                 self._check_signs(net)
         except _InseparableError:
-            raise ValueError(
+            raise InputError(
                 f"{label}: a stage ends in an activation that cannot be taken apart, as this method needs; use another"
             ) from None
         except Exception as error:  # torch.fx raises whatever a network's control flow makes of its proxies
-            raise ValueError(
+            raise InputError(
                 f"{label}: its maps cannot be taken out of its forward pass; use a method that needs none (see --list)"
             ) from error
         net.train(mode)

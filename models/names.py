@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import InputError
+
 LIBRARIES = ("open_clip", "timm", "torchvision")
 
 
@@ -37,34 +39,34 @@ def parse_name(text: str) -> Name:
     """'timm:resnet18=FILE' to Name('timm', 'resnet18', 'FILE').
 
     Raises:
-        ValueError: a library, and no name after it; or a '=' and no path after it.
+        InputError: a library, and no name after it; or a '=' and no path after it.
     """
     library, colon, rest = text.partition(":")
     if not colon or library not in LIBRARIES:
         return Name(None, text, None)
     name, equals, path = rest.partition("=")
     if not name or (equals and not path):
-        raise ValueError(f"{text!r} is no network: write {library}:NAME, or {library}:NAME=PATH for local weights")
+        raise InputError(f"{text!r} is no network: write {library}:NAME, or {library}:NAME=PATH for local weights")
     return Name(library, name, path or None)
 
 
 def check_file(name: Name) -> None:
-    """Raise a ValueError where a name's file of weights is not there."""
+    """Raise an InputError where a name's file of weights is not there."""
     if name.path is not None and not Path(name.path).is_file():
-        raise ValueError(f"{name.library}:{name.name}={name.path}: no such file of weights")
+        raise InputError(f"{name.library}:{name.name}={name.path}: no such file of weights")
 
 
 # So many names can be listed.
 _FEW = 40
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     """An error that lists the known names where they are few, and otherwise those that come close."""
     known = list(known)
     if len(known) <= _FEW:
-        return ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+        return InputError(f"unknown {what} {name!r}; known: {', '.join(known)}")
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return ValueError(f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    return InputError(f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
 class _NotDownloaded(OSError):
@@ -82,7 +84,7 @@ def library_errors(name: Name, resolution: int | None = None, loads: bool = True
     logging.disable(logging.ERROR)  # each retry of a download, and that weights are random before they are loaded
     try:
         yield
-    except ValueError:
+    except InputError:
         raise
     except Exception as error:  # downloads and strict loading raise whatever they meet
         if isinstance(error, _NotDownloaded):  # one of these within this one has told it in its own words
@@ -90,13 +92,13 @@ def library_errors(name: Name, resolution: int | None = None, loads: bool = True
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         asked = f"{name.library}:{name.name}" + (f" at {resolution} pixels" if resolution else "")
         if not loads or isinstance(error, (AssertionError, TypeError)):
-            raise ValueError(f"{asked} cannot be built as asked for ({reason})") from error
+            raise InputError(f"{asked} cannot be built as asked for ({reason})") from error
         if name.path is None:
             raise _NotDownloaded(
                 f"{asked} could not be downloaded ({reason}); with no network, give "
                 f"{name.library}:{name.name.partition('/')[0]}=PATH, "
                 "a local file of its weights"
             ) from error
-        raise ValueError(f"{name.path} does not fit {asked} ({reason})") from error
+        raise InputError(f"{name.path} does not fit {asked} ({reason})") from error
     finally:
         logging.disable(logging.NOTSET)

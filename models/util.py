@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import InputError
+
 Shape = Sequence[int]
 
 
 def _check_maps(name: str, *shapes: Shape) -> None:
     if any(len(shape) != 4 for shape in shapes):
-        raise ValueError(f"{name} connects maps (N, C, H, W), got {' and '.join(str(tuple(s)) for s in shapes)}")
+        raise InputError(f"{name} connects maps (N, C, H, W), got {' and '.join(str(tuple(s)) for s in shapes)}")
 
 
 def _check_pairs(name: str, s_shapes: Sequence[Shape], t_shapes: Sequence[Shape]) -> None:
     if not s_shapes or len(s_shapes) != len(t_shapes):
         shapes = " and ".join(str([tuple(shape) for shape in shapes]) for shapes in (s_shapes, t_shapes))
-        raise ValueError(f"{name} needs as many student as teacher maps, got {shapes}")
+        raise InputError(f"{name} needs as many student as teacher maps, got {shapes}")
 
 
 class LinearEmbed(nn.Module):
@@ -62,7 +64,7 @@ class ConvReg(nn.Module):
         use_relu: end in a ReLU.
 
     Raises:
-        ValueError: for a teacher's map that is larger than the student's, but not twice as large.
+        InputError: for a teacher's map that is larger than the student's, but not twice as large.
     """
 
     def __init__(self, s_shape: Shape, t_shape: Shape, use_relu: bool = True):
@@ -77,7 +79,7 @@ class ConvReg(nn.Module):
         elif s_H >= t_H and s_W >= t_W:
             self.conv = nn.Conv2d(s_C, t_C, kernel_size=(1 + s_H - t_H, 1 + s_W - t_W))
         else:
-            raise ValueError(
+            raise InputError(
                 f"ConvReg cannot enlarge a map {tuple(s_shape)} to {tuple(t_shape)}: only to twice its size"
             )
         self.bn = nn.BatchNorm2d(t_C)
@@ -96,7 +98,7 @@ class _PerMap(nn.Module):
 
     def forward(self, g_s: Sequence[Tensor]) -> list[Tensor]:
         if len(g_s) != len(self.connectors):
-            raise ValueError(f"{type(self).__name__} was built for {len(self.connectors)} maps, got {len(g_s)}")
+            raise InputError(f"{type(self).__name__} was built for {len(self.connectors)} maps, got {len(g_s)}")
         return [connector(f_s) for connector, f_s in zip(self.connectors, g_s, strict=True)]
 
 
@@ -108,7 +110,7 @@ class Connector(_PerMap):
         t_shapes: the teacher's, as many.
 
     Raises:
-        ValueError: for unequal numbers of maps, and as ``ConvReg``.
+        InputError: for unequal numbers of maps, and as ``ConvReg``.
     """
 
     def __init__(self, s_shapes: Sequence[Shape], t_shapes: Sequence[Shape]):
@@ -129,7 +131,7 @@ class ConnectorV2(_PerMap):
         t_shapes: the teacher's, as many; their heights and widths are not read.
 
     Raises:
-        ValueError: for unequal numbers of maps.
+        InputError: for unequal numbers of maps.
     """
 
     def __init__(self, s_shapes: Sequence[Shape], t_shapes: Sequence[Shape]):
@@ -154,7 +156,7 @@ def _factor_layers(convs: list[nn.Module], use_bn: bool) -> nn.Sequential:
 def _factor_encoder(channels_in: int, t_shape: Shape, k: float, use_bn: bool) -> nn.Sequential:
     factor = int(t_shape[1] * k)
     if factor < 1:
-        raise ValueError(f"k = {k} leaves no channel of the teacher's map {tuple(t_shape)}")
+        raise InputError(f"k = {k} leaves no channel of the teacher's map {tuple(t_shape)}")
     widths = [(channels_in, channels_in), (channels_in, factor), (factor, factor)]
     return _factor_layers([nn.Conv2d(*width, kernel_size=3, padding=1) for width in widths], use_bn)
 
@@ -251,7 +253,7 @@ class ReviewFusion(nn.Module):
         t_shapes: the teacher's, as many.
 
     Raises:
-        ValueError: for unequal numbers of features.
+        InputError: for unequal numbers of features.
     """
 
     def __init__(self, s_shapes: Sequence[Shape], t_shapes: Sequence[Shape]):
@@ -272,7 +274,7 @@ class ReviewFusion(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The student's features to maps of the teacher's shapes, first stage first; pooled ones become 1 x 1 maps."""
         if len(features) != len(self.abfs):
-            raise ValueError(f"ReviewFusion was built for {len(self.abfs)} features, got {len(features)}")
+            raise InputError(f"ReviewFusion was built for {len(self.abfs)} features, got {len(features)}")
         fused, deeper = [], None
         for abf, f_s, size in zip(self.abfs, reversed(features), self.sizes, strict=True):
             out, deeper = abf(f_s[:, :, None, None] if f_s.dim() == 2 else f_s, deeper, size)

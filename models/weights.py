@@ -14,6 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from errors import InputError
+
 
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
@@ -38,7 +40,7 @@ _BLOCK = 1 << 20
 
 
 def check_archive(path: str | os.PathLike) -> None:
-    """Raise a ValueError where an archive of torch.save's or TorchScript's is damaged, or would take more memory.
+    """Raise an InputError where an archive of torch.save's or TorchScript's is damaged, or would take more memory.
 
     torch looks at no checksum in it, and unpacks what is compressed to whatever size it says. TorchScript's code, which
     is not read, may be compressed.
@@ -49,9 +51,9 @@ def check_archive(path: str | os.PathLike) -> None:
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if "/code/" not in member.filename]
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("it holds compressed data")
+            raise InputError("it holds compressed data")
         if sum(member.file_size for member in members) > os.path.getsize(path):
-            raise ValueError("its parts are larger than the file")
+            raise InputError("its parts are larger than the file")
         for member in members:
             with archive.open(member) as file:
                 while file.read(_BLOCK):  # which compares the checksum at the end
@@ -67,19 +69,19 @@ def load_plain(path: str | os.PathLike) -> object:
     """
     check_archive(path)
     if is_torchscript(path):
-        raise ValueError("it is a TorchScript archive")
+        raise InputError("it is a TorchScript archive")
     value = torch.load(path, map_location="cpu", weights_only=True)
     _check_sizes(value)
     return value
 
 
 def _check_sizes(value: object) -> None:
-    """Raise a ValueError where a tensor pretends to be larger than what is stored of it, by strides of zero."""
+    """Raise an InputError where a tensor pretends to be larger than what is stored of it, by strides of zero."""
     seen, left = set(), [value]
     while left:
         value = left.pop()
         if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} is larger than what is stored of it")
+            raise InputError(f"a tensor of shape {tuple(value.shape)} is larger than what is stored of it")
         if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             left += value.values() if isinstance(value, dict) else value
@@ -177,7 +179,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """Named tensors from a .safetensors file or one of torch.save's; of a training checkpoint, its model's.
 
     Raises:
-        ValueError: corrupt, or it holds anything but plain data.
+        InputError: corrupt, or it holds anything but plain data.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -188,11 +190,11 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # on a damaged file the loaders raise whatever they stumble over
-        raise ValueError(f"{path} is no file of weights (state dict or safetensors), or is corrupt") from error
+        raise InputError(f"{path} is no file of weights (state dict or safetensors), or is corrupt") from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
             break
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"{path} is no file of weights: it holds no named tensors")
+        raise InputError(f"{path} is no file of weights: it holds no named tensors")
     return {name.removeprefix("module."): x for name, x in state.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataset import ImageDataset
 from dataset.loader import Loader
+from errors import InputError
 from evaluation.student import TrainedStudent, open_run_dataset, open_student
 from evaluation.subjects import predict
 from evaluation.tables import run_labels
@@ -56,7 +57,7 @@ def outputs_on_test(
         of_teacher: of the run's teacher, not of its student; one without a head has no logits.
 
     Raises:
-        ValueError, OSError: see ``open_teacher``.
+        InputError, OSError: see ``open_teacher``.
     """
     device = opened.run.options["device"] if torch.cuda.is_available() else "cpu"
     network = open_teacher(opened.run, opened.state, dataset, device) if of_teacher else opened.network.to(device)
@@ -77,7 +78,7 @@ def plane(embedding: Tensor) -> Tensor:
 def _open(runs: list[StoredRun]) -> tuple[list[TrainedStudent], ImageDataset]:
     """The best students of runs, which learned from one data set, and that."""
     if len({run.options["dataset_sha256"] for run in runs}) > 1:
-        raise ValueError("the runs are of several data sets; give runs of one")
+        raise InputError("the runs are of several data sets; give runs of one")
     return [open_student(run) for run in runs], open_run_dataset(runs[0])
 
 
@@ -89,7 +90,7 @@ def embedding_figure(runs: list[StoredRun]) -> Figure:
     """t-SNE of test images of at most 20 classes: of each run's best student, and of the first one's teacher.
 
     Raises:
-        ValueError, OSError: runs of several data sets, or see ``open_student`` and ``open_teacher``.
+        InputError, OSError: runs of several data sets, or see ``open_student`` and ``open_teacher``.
     """
     students, dataset = _open(runs)
     rows = class_rows(dataset.test.targets, _CLASSES, _PER_CLASS)
@@ -133,11 +134,11 @@ def gain_figure(runs: list[StoredRun]) -> Figure:
     """For each run but the first that has no teacher, how much better each class is recognised than by that one.
 
     Raises:
-        ValueError, OSError: no run is without a teacher, or all are; or see ``embedding_figure``.
+        InputError, OSError: no run is without a teacher, or all are; or see ``embedding_figure``.
     """
     alone = next((place for place, run in enumerate(runs) if run.options["distill"] == "none"), None)
     if alone is None or len(runs) == 1:
-        raise ValueError("--per_class compares runs with a student alone: give one of --distill none, and others")
+        raise InputError("--per_class compares runs with a student alone: give one of --distill none, and others")
     students, dataset = _open(runs)
     accuracies = [class_accuracy(opened, dataset) for opened in students]
     others = [place for place in range(len(runs)) if place != alone]

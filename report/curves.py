@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distiller_zoo.EGA import standardize
+from errors import InputError
 from evaluation.student import model_path, open_run_dataset, open_student
 from evaluation.tables import REPEATS, repeats, run_labels
 from helper.parser import Parser
@@ -72,7 +73,7 @@ def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12)
     embeddings come from the run's bank.
 
     Raises:
-        ValueError: the run has no teacher or no weights, or its teacher or data set are others by now.
+        InputError: the run has no teacher or no weights, or its teacher or data set are others by now.
         OSError: data set or teacher are missing.
     """
     student, dataset = open_student(run), open_run_dataset(run)
@@ -99,13 +100,13 @@ def plot_runs(
         The picture's path.
 
     Raises:
-        ValueError, OSError: see ``read_run`` and ``embedding_graphs``; or the picture cannot be written.
+        InputError, OSError: see ``read_run`` and ``embedding_graphs``; or the picture cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
     if graph_of is not None:
         shown = next((run for run in runs if run.folder.resolve() == Path(graph_of).resolve()), None)
         if shown is None:
-            raise ValueError(f"--graph_of {graph_of} is none of the runs that are drawn")
+            raise InputError(f"--graph_of {graph_of} is none of the runs that are drawn")
     else:
         taught = [run for run in runs if run.options["distill"] != "none"]
         shown = next((run for run in taught if run.options["distill"] == "ega"), taught[0] if taught else None)
@@ -128,7 +129,7 @@ def plot_comparison(folders: list[str] | list[Path], what: str, out: str | Path 
         The picture's path.
 
     Raises:
-        ValueError, OSError: see these, and ``plot_runs``.
+        InputError, OSError: see these, and ``plot_runs``.
     """
     runs = [read_run(folder) for folder in folders]
     named = next((run for run in runs if run.options["distill"] != "none"), runs[0])
@@ -157,11 +158,11 @@ def accuracy_figure(runs: list[StoredRun]) -> Figure:
     is a line, where there is one.
 
     Raises:
-        ValueError: no run measured an accuracy.
+        InputError: no run measured an accuracy.
     """
     groups = [group for group in repeats(runs) if accuracies(group)]
     if not groups:
-        raise ValueError("--accuracies: none of these runs measured one, for want of labels")
+        raise InputError("--accuracies: none of these runs measured one, for want of labels")
     labels = run_labels([group[0] for group in groups], REPEATS)
     shown = [([*accuracies(group).values()], label, group[0]) for group, label in zip(groups, labels, strict=True)]
     shown.sort(key=lambda row: sum(row[0]) / len(row[0]))

@@ -4,6 +4,7 @@ import statistics
 
 from scipy import stats
 
+from errors import InputError
 from evaluation.tables import REPEATS, SAME, markdown, mean_and_deviation, repeats, run_labels, title, told
 from helper.parser import Parser, positive_int
 from helper.records import StoredRun, best_record, read_run
@@ -78,14 +79,14 @@ def run_table(runs: list[StoredRun], against: str | None = None) -> str:
             themselves are compared with the one of the most seeds, the first of equals.
 
     Raises:
-        ValueError: no run is of that method.
+        InputError: no run is of that method.
     """
     ahead = "" if against is None else f"{title(against)} − it, p"
     rows = [("", "best", "last", "held out", ahead, "published")]
     groups = repeats(runs)
     references = [group for group in groups if group[0].options["distill"] == against]
     if against is not None and not references:
-        raise ValueError(f"--against {against}: none of these runs is of that method")
+        raise InputError(f"--against {against}: none of these runs is of that method")
     taught = [group for group in groups if group[0].curve("teacher_acc")[1]]
     if taught:
         rows.append(_teacher_row(max(reversed(taught), key=len)))
@@ -138,13 +139,13 @@ def choose(option: str, runs: list[StoredRun]) -> object:
     """An option's value in the run that is best on the rows that were held out.
 
     Raises:
-        ValueError: a run held none out, or has no such option.
+        InputError: a run held none out, or has no such option.
     """
     for run in runs:
         if option not in run.options:
-            raise ValueError(f"--choose {option}: {run.folder} has no such option")
+            raise InputError(f"--choose {option}: {run.folder} has no such option")
         if "val_acc" not in (best_record(run.history) or {}):
-            raise ValueError(f"{run.folder} held nothing out: choose among runs with --holdout, not on the test set")
+            raise InputError(f"{run.folder} held nothing out: choose among runs with --holdout, not on the test set")
     return max(runs, key=lambda run: best_record(run.history)["val_acc"]).option(option)
 
 

@@ -16,7 +16,7 @@ import dataset.files
 from conftest import snapshot
 from dataset.decode import read_square
 from dataset.files import list_images, open_images
-from dataset.writing import WriteError
+from errors import WriteError
 
 SIDE = 8
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.writing import WriteError
+from errors import WriteError
 from helper.util import AverageMeter, NonFiniteLoss, accuracy, exit_on_bad_input, format_seconds
 
 

@@ -1,4 +1,4 @@
-"""What the system says against writing, as one kind of error that says which file and what to do."""
+"""What ends a script in one line instead of a traceback; every room may import this file, which imports none."""
 
 import contextlib
 import errno
@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there")
-
-
 _ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be worked with: the message says what is wrong and what to do.
+
+    Any other ValueError is a mistake in the code, and shows its traceback.
+    """
 
 
 class WriteError(OSError):
