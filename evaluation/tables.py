@@ -26,7 +26,7 @@ def told(value: object) -> str:
 
 
 def _shortly(name: str, value: object) -> str:
-    """An option and its value, as ``_told``; of many names their number alone, of a file its name."""
+    """An option and its value, as ``told``; of many names their number alone, of a file its name."""
     if isinstance(value, list) and isinstance(value[0], str):
         value = f"{len(value)} names"
     elif name in ("path_t", "init_s") and value is not None:
@@ -52,8 +52,8 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
         if "model_t" in names:  # which says more than the options that it comes from
             names = [name for name in names if name not in ("clip_mode", "clip_tn", "path_t")]
         sharing = {name: sum(told(x.option(name)) == told(run.option(name)) for x in equals) for name in names}
-        told = [_shortly(name, run.option(name)) for name in names if 2 * sharing[name] <= len(equals)]
-        labels.append(", ".join([title(method), *told]))
+        own = [_shortly(name, run.option(name)) for name in names if 2 * sharing[name] <= len(equals)]
+        labels.append(", ".join([title(method), *own]))
     return [
         f"{label} ({1 + labels[:place].count(label)})" if labels.count(label) > 1 else label
         for place, label in enumerate(labels)

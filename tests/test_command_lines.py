@@ -20,7 +20,7 @@ import pretrain_clip
 import train_student
 import train_teacher
 from conftest import make_dataset, snapshot
-from helper import options
+from helper import clip_options, options
 from helper.parser import Parser
 from helper.run import Run
 from models import create_model
@@ -66,7 +66,7 @@ def actions(script: ModuleType) -> list[argparse.Action]:
     parse = {
         train_student: options.parse_student_options,
         train_teacher: options.parse_teacher_options,
-        pretrain_clip: pretrain_clip.parse_options,
+        pretrain_clip: clip_options.parse_clip_options,
     }
     with mock.patch.object(Parser, "parse_args", catch), contextlib.suppress(Started):
         parse[script]([])
