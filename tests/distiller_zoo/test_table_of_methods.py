@@ -1,5 +1,4 @@
 import ast
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -207,18 +206,6 @@ def test_a_hint_of_the_pooled_features_is_regressed_linearly():
     fed = feed(clip=False)
     expected = torch.nn.functional.mse_loss(loss.regressor(fed["f_s"]), fed["f_t"])
     torch.testing.assert_close(loss(fed["feat_s"], fed["feat_t"]), expected)
-
-
-def test_the_readmes_table_is_the_table():
-    told = {}
-    for line in (ROOT / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 4 and set(re.findall(r"`(\w+)`", cells[0])) & METHODS.keys():
-            told |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[1:])
-    assert list(told) == [name for name in METHODS if name != "none"]
-    for name, (clip, weights, _) in told.items():
-        assert clip.startswith("needs maps" if METHODS[name].needs_maps else "yes")
-        assert tuple(map(float, weights.split())) == METHODS[name].weights
 
 
 def test_egas_weights_are_the_options():

@@ -111,7 +111,7 @@ def test_what_cannot_be_opened(finished, tmp_path):
 
 def test_the_lines_of_the_readme(finished, tmp_path, monkeypatch, capsys):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.partition("## Use the student")[2].partition("\n## ")[0]
+    section = readme.partition("## Use a student")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     shutil.copytree(finished["ega"], tmp_path / "save" / "student_model" / "NAME")
     image = make_dataset().test.images[0]
