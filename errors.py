@@ -16,6 +16,10 @@ class InputError(ValueError):
     """
 
 
+class NonFiniteLoss(RuntimeError):
+    """A loss term was not finite; training must not go on, nor be saved."""
+
+
 class WriteError(OSError):
     """A file or a folder cannot be written; says which and what to do. What was there before is still there."""
 

@@ -1,20 +1,26 @@
 """What a finished student knows, beside its teacher: ``python evaluate.py SAVE/student_model/NAME``."""
 
-from evaluation.accuracy import Accuracy, Corruptions
-from evaluation.answers import ask
+import argparse
+
 from evaluation.options import parse_evaluate_options
-from evaluation.probe import Transfer
-from evaluation.search import search
-from evaluation.subjects import open_subjects, save_dir
-from evaluation.zero_shot import ZeroShot
-from helper.exits import exits
-from helper.runtime import resolve_device
-from helper.util import exit_on_bad_input
+from helper.exits import exit_on_bad_input, exits
 
 
 @exits("evaluate.py", memory="use --device cpu, or evaluate fewer runs at once")
 def main(argv: list[str] | None = None) -> None:
-    opt = parse_evaluate_options(argv)
+    evaluate(parse_evaluate_options(argv))
+
+
+def evaluate(opt: argparse.Namespace) -> None:
+    # Here, so that neither --help nor an option that is refused waits for torch.
+    from evaluation.accuracy import Accuracy, Corruptions
+    from evaluation.answers import ask
+    from evaluation.probe import Transfer
+    from evaluation.search import search
+    from evaluation.subjects import open_subjects, save_dir
+    from evaluation.zero_shot import ZeroShot
+    from helper.runtime import resolve_device
+
     with exit_on_bad_input("evaluate.py"):
         device = resolve_device(opt.device)
         if opt.searches:

@@ -1,18 +1,24 @@
 """Export a finished student, ``python export.py RUN``; classify with it, ``python export.py RUN --predict FILE...``."""
 
-from deploy.costs import Row, cost, cost_table, teacher_rows
-from deploy.export import BESIDE, FILES, check, export, new_files, quantize
-from deploy.model_card import model_config, write_beside
+import argparse
+
 from deploy.options import parse_export_options
-from deploy.predict import classify
-from evaluation.student import open_run_dataset, open_student
-from helper.exits import exits
-from helper.util import exit_on_bad_input
+from helper.exits import exit_on_bad_input, exits
 
 
 @exits("export.py", memory="end what else is running")
 def main(argv: list[str] | None = None) -> None:
-    opt = parse_export_options(argv)
+    export_student(parse_export_options(argv))
+
+
+def export_student(opt: argparse.Namespace) -> None:
+    # Here, so that neither --help nor an option that is refused waits for torch.
+    from deploy.costs import Row, cost, cost_table, teacher_rows
+    from deploy.export import BESIDE, FILES, check, export, new_files, quantize
+    from deploy.model_card import model_config, write_beside
+    from deploy.predict import classify
+    from evaluation.student import open_run_dataset, open_student
+
     with exit_on_bad_input("export.py"):
         if opt.predict is not None:
             print(*classify(opt.out, opt.predict), sep="\n")

@@ -1,26 +1,36 @@
 """Distil a frozen teacher into a small student: ``python train_student.py --distill ega -r 1 -b 1``."""
 
+import argparse
 import time
+from typing import TYPE_CHECKING
 
 from distiller_zoo import METHODS
-from helper import distributed, first_stage, training
-from helper.data import build_loaders, open_dataset
-from helper.exits import exits
-from helper.meters import print_record
+from helper import launch
+from helper.exits import exit_on_bad_input, exits
 from helper.names import sized_name, student_run_name
-from helper.objective import build_objective
 from helper.options import parse_student_options, recorded_options
-from helper.run import Run
-from helper.runtime import resolve
-from helper.student import build_student, model_file, student_identity
-from helper.teacher import build_teacher
-from helper.util import exit_on_bad_input
-from helper.validation import Evaluation
+
+if TYPE_CHECKING:
+    from helper.run import Run
 
 
 @exits("train_student.py", memory="lower --batch_size or --teacher_views")
 def main(argv: list[str] | None = None) -> None:
-    opt = parse_student_options(argv)
+    train(parse_student_options(argv))
+
+
+def train(opt: argparse.Namespace) -> None:
+    # Here, so that neither --help nor an option that is refused waits for torch.
+    from helper import first_stage, training
+    from helper.data import build_loaders, open_dataset
+    from helper.meters import print_record
+    from helper.objective import build_objective
+    from helper.run import Run
+    from helper.runtime import resolve
+    from helper.student import build_student, model_file, student_identity
+    from helper.teacher import build_teacher
+    from helper.validation import Evaluation
+
     needs = METHODS[opt.distill].needs(clip=bool(opt.clip_tn))
 
     # Everything that can be wrong with the input is found here, before anything is trained.
@@ -64,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     print_result(run)
 
 
-def print_result(run: Run) -> None:
+def print_result(run: "Run") -> None:
     run.print_result()
     print(f"evaluate it: python evaluate.py {run.folder}")
     print(f"export it:   python export.py {run.folder} --format onnx")
 
 
 if __name__ == "__main__":
-    with distributed.processes():
+    with launch.processes():
         main()

@@ -1,23 +1,29 @@
 """Train what teaches: a head on a frozen encoder, or a CNN from scratch, for ``train_student.py --path_t``."""
 
+import argparse
 import time
 
-from helper import distributed, training
-from helper.data import build_loaders, open_dataset
-from helper.exits import exits
-from helper.meters import print_record
+from helper import launch
+from helper.exits import exit_on_bad_input, exits
 from helper.names import teacher_run_name
 from helper.options import parse_teacher_options, recorded_options
-from helper.run import Run
-from helper.runtime import resolve
-from helper.teacher import build_cnn, build_teacher, teacher_file
-from helper.util import exit_on_bad_input
-from helper.validation import Evaluation
 
 
 @exits("train_teacher.py", memory="lower --batch_size or --teacher_views")
 def main(argv: list[str] | None = None) -> None:
-    opt = parse_teacher_options(argv)
+    train(parse_teacher_options(argv))
+
+
+def train(opt: argparse.Namespace) -> None:
+    # Here, so that neither --help nor an option that is refused waits for torch.
+    from helper import training
+    from helper.data import build_loaders, open_dataset
+    from helper.meters import print_record
+    from helper.run import Run
+    from helper.runtime import resolve
+    from helper.teacher import build_cnn, build_teacher, teacher_file
+    from helper.validation import Evaluation
+
     encoder = bool(opt.clip_tn)
 
     with exit_on_bad_input("train_teacher.py"):
@@ -49,5 +55,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.processes():
+    with launch.processes():
         main()

@@ -25,9 +25,9 @@ from dataset import Split, load_dataset
 from dataset.chunks import Chunk, ChunkFile
 from dataset.loader import Loader
 from dataset.views import CLIP_NORMALIZATION, CropViews, ResizedCropViews
+from helper.exits import exit_on_bad_input
 from helper.parser import positive, positive_int
 from helper.runtime import keep_freed_memory
-from helper.util import exit_on_bad_input
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from benchmarks.common import available_memory, machine, median_seconds, peak_memory, print_table, three_digits
 from benchmarks.release_recipe import direct_ega
 from distiller_zoo import EGA, ega_terms
+from helper.exits import exit_on_bad_input
 from helper.parser import number, positive, positive_int
 from helper.runtime import resolve_device
-from helper.util import exit_on_bad_input
 
 # The direct formula holds about so many matrices of 2B x 2B at a time.
 _DIRECT_MATRICES = 7

@@ -25,8 +25,9 @@ from benchmarks.random_clip import SIZES, write_archive
 from dataset import DATASETS, ImageDataset
 from dataset.views import CIFAR_VIEWS
 from distiller_zoo import EGA
-from helper import distributed
+from helper import distributed, launch
 from helper.bank import EmbeddingBank
+from helper.exits import exit_on_bad_input
 from helper.objective import Objective
 from helper.optim import sgd
 from helper.options import parse_student_options
@@ -34,7 +35,6 @@ from helper.parser import positive_int
 from helper.runtime import resolve_amp, resolve_compile, resolve_device
 from helper.step import Distillation, Step
 from helper.teacher import load_encoder
-from helper.util import exit_on_bad_input
 from models import create_student, model_dict
 
 
@@ -177,7 +177,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv)
     if args.worker is not None:
-        with distributed.processes():
+        with launch.processes():
             work(args)
         return
     with exit_on_bad_input("benchmarks.growth"), tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,7 @@ from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
 from helper.capture import step_capture
 from helper.data import eval_batch_size
+from helper.exits import exit_on_bad_input
 from helper.objective import Objective
 from helper.optim import sgd
 from helper.options import parse_student_options
@@ -45,7 +46,6 @@ from helper.runtime import (
 from helper.step import Distillation, Step
 from helper.teacher import EncoderTeacher, load_encoder
 from helper.training import train_epoch
-from helper.util import exit_on_bad_input
 from helper.validation import validate
 from models import create_student, model_dict
 from models.heads import Outputs, TeacNet

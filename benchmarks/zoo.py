@@ -13,9 +13,9 @@ from benchmarks import zoo_references as references
 from benchmarks.common import available_memory, machine, median_seconds, peak_memory, print_table, three_digits
 from benchmarks.release_recipe import direct_ega
 from distiller_zoo._connected import LayerwiseVID
+from helper.exits import exit_on_bad_input
 from helper.parser import number, positive, positive_int
 from helper.runtime import resolve_device
-from helper.util import exit_on_bad_input
 
 
 @dataclass(frozen=True)

@@ -1,105 +1,45 @@
-"""Data sets as uint8 tensors in memory. A new one is one file and one row of ``DATASETS``."""
+"""Data sets as uint8 tensors in memory. A new one is one file and one row of ``DATASETS``.
 
-import dataclasses
-import hashlib
+Their names are known without torch, for command lines; a data set's file is imported when it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import InputError
 
-from .views import CIFAR_VIEWS, Views
+if TYPE_CHECKING:
+    from .images import ImageDataset
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images and their classes.
-
-    Attributes:
-        images: (N, 3, H, W) uint8 on the CPU. Photographs are fastest in channels_last memory format.
-        targets: (N,) int64; -1 for an image without a label.
-        mapped: the images lie in a file that is mapped into memory, so that reading them may take a while.
-    """
-
-    images: Tensor
-    targets: Tensor
-    mapped: bool = False
-
-    def __len__(self) -> int:
-        return len(self.targets)
+def __getattr__(name: str):
+    if name in ("ImageDataset", "Split"):
+        return getattr(importlib.import_module(".images", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@dataclass(frozen=True)
-class ImageDataset:
-    """A data set's splits and class names, in the order of the targets.
-
-    ``draw_captioned`` makes the images that ``pretrain_clip.py`` trains on, for a data set that has more of
-    them than the training split; it is called where they are needed and nowhere else. ``views`` says which views
-    its images have, and turns them into pixels. ``sha256`` is the fingerprint, where it is known without reading all
-    pixels. ``holdout`` is the share of the training images that became the test split, where the data set had none.
-    """
-
-    name: str
-    classes: list[str]
-    train: Split
-    test: Split
-    draw_captioned: Callable[[], Split] | None = None
-    views: Views = CIFAR_VIEWS
-    sha256: str | None = None
-    holdout: float | None = None
-
-    def captioned(self) -> Split:
-        """The images for contrastive pre-training: the training split, unless the data set has more."""
-        return self.train if self.draw_captioned is None else self.draw_captioned()
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the pixels of the training and the test split, or of their checksums."""
-        if self.sha256 is not None:
-            return self.sha256
-        digest = hashlib.sha256()
-        for split in (self.train, self.test):
-            digest.update(repr(tuple(split.images.shape)).encode())
-            for images in split.images.split(1000):  # of a file that is mapped, not all at once
-                digest.update(images.contiguous().numpy())
-        return digest.hexdigest()
-
-    def without(self, names: list[str]) -> "ImageDataset":
-        """The data set without the images of some classes; those that stay keep their order.
-
-        Raises:
-            InputError: it has no such class, or fewer than two would stay.
-        """
-        if unknown := [name for name in names if name not in self.classes]:
-            raise InputError(f"{self.name} has no class {', '.join(map(repr, unknown))}")
-        kept = [target for target, name in enumerate(self.classes) if name not in names]
-        if len(kept) < 2:
-            raise InputError(
-                f"without {len(names)} of its {len(self.classes)} classes {self.name} has nothing to learn"
-            )
-        new = torch.full((len(self.classes) + 1,), -1)  # the last for targets of -1
-        new[kept] = torch.arange(len(kept))
-
-        def part(split: Split) -> Split:
-            rows = ((new[split.targets] >= 0) | (split.targets < 0)).nonzero().flatten()
-            return Split(split.images[rows], new[split.targets[rows]])
-
-        names = [self.classes[target] for target in kept]
-        parts = {"classes": names, "train": part(self.train), "test": part(self.test)}
-        return dataclasses.replace(self, **parts, draw_captioned=None, sha256=None)
+def _loader(file: str, name: str) -> Callable[..., ImageDataset]:
+    """A function of one of these files, which is imported when it is called."""
+    return lambda *args: getattr(importlib.import_module(f".{file}", __name__), name)(*args)
 
 
-from .cifar import load_cifar10, load_cifar100  # noqa: E402  (the loaders need the classes above)
-from .folder import load_folder  # noqa: E402
-from .shapes import load_shapes  # noqa: E402
-from .stl10 import load_stl10  # noqa: E402
-from .tinyimagenet import load_tinyimagenet  # noqa: E402
-
-DATASETS = {"cifar100": load_cifar100, "cifar10": load_cifar10, "stl10": load_stl10, "shapes": load_shapes}
+DATASETS = {
+    "cifar100": _loader("cifar", "load_cifar100"),
+    "cifar10": _loader("cifar", "load_cifar10"),
+    "stl10": _loader("stl10", "load_stl10"),
+    "shapes": _loader("shapes", "load_shapes"),
+}
 
 # Decoded once from image files, into the folder of all results.
-FROM_FILES = {"tinyimagenet": load_tinyimagenet, "folder": load_folder}
+FROM_FILES = {
+    "tinyimagenet": _loader("tinyimagenet", "load_tinyimagenet"),
+    "folder": _loader("folder", "load_folder"),
+}
 
 
 def check_image_size(name: str, image_size: int | None) -> None:
@@ -108,6 +48,12 @@ def check_image_size(name: str, image_size: int | None) -> None:
         raise InputError("--dataset folder needs --image_size R, what the images are resized to")
     if name != "folder" and image_size is not None:
         raise InputError(f"--image_size {image_size}: the images of {name} have a size of their own; leave it out")
+
+
+def folder_name(data_dir: str, image_size: int) -> str:
+    """The name of a data set of one's own images: the last part of its folder's path, and the images' size."""
+    own = Path(os.path.abspath(data_dir)).name
+    return f"folder-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in own)}@{image_size}px"
 
 
 def load_dataset(
@@ -136,7 +82,7 @@ def load_dataset(
         raise InputError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *FROM_FILES])}")
     check_image_size(name, image_size)
     if name == "folder":
-        return load_folder(data_dir, image_size, save_dir, max_bad_images, holdout)
+        return FROM_FILES[name](data_dir, image_size, save_dir, max_bad_images, holdout)
     if name in FROM_FILES:
         return FROM_FILES[name](data_dir, save_dir, max_bad_images)
     return DATASETS[name](data_dir)

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torchvision import datasets
 
-from . import ImageDataset, Split
 from .archives import Archive, fetch
+from .images import ImageDataset, Split
 
 
 def load_cifar10(data_dir: str) -> ImageDataset:

@@ -7,19 +7,14 @@ import torch
 
 from errors import InputError
 
-from . import ImageDataset, Split
+from . import folder_name
 from .files import ImageFile, is_image, list_images, open_images, shown
+from .images import ImageDataset, Split
 from .splits import holdout_rows
 from .views import CropViews, ResizedCropViews
 
 # Up to this size the views are those of small pictures, above it those of photographs.
 _SMALL = 96
-
-
-def folder_name(data_dir: str, image_size: int) -> str:
-    """The name of such a data set: its folder's and its size."""
-    own = Path(os.path.abspath(data_dir)).name
-    return f"folder-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in own)}@{image_size}px"
 
 
 def load_folder(

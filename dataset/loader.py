@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import Split
+from .images import Split
 from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
 
 # Batches that are read before they are asked for.

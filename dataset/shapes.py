@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from . import ImageDataset, Split
+from .images import ImageDataset, Split
 
 SIZE = 32
 TRAIN_PER_CLASS, TEST_PER_CLASS, CAPTIONED_PER_CLASS = 5, 30, 500

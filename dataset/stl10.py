@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from . import ImageDataset, Split
 from .archives import Archive, fetch
+from .images import ImageDataset, Split
 from .views import CropViews
 
 SIZE = 96

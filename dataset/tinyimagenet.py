@@ -7,9 +7,9 @@ import torch
 
 from errors import InputError
 
-from . import ImageDataset, Split
 from .archives import Archive, fetch
 from .files import list_images, open_images
+from .images import ImageDataset, Split
 from .views import CropViews
 
 SIZE = 64

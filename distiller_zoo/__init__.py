@@ -1,72 +1,64 @@
-"""The table of methods. A new one is one file beside this and one row of ``METHODS``."""
+"""The table of methods. A new one is one file beside this and one row of ``METHODS``.
 
+A class or a function of the losses is asked for here, ``from distiller_zoo import EGA, DistillKL``. Its file, and with
+it torch, is imported when it is asked for: a command line needs the table alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor, nn
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from errors import InputError
 
-from . import _connected as connected
-from ._connected import TwoStage
-from .AB import ABLoss
-from .AT import Attention
-from .CC import Correlation
-from .CCL import CCL
-from .CRD import CRD, CRDLoss
-from .DIST import DIST
-from .DKD import DKD
-from .EGA import EGA, ega_terms
-from .FitNet import HintLoss
-from .FSP import FSP
-from .FT import FactorTransfer
-from .IRG import IRG
-from .KD import DistillKL, kd_loss, standardize_logits
-from .KDSVD import KDSVD
-from .NCE import NCELoss
-from .NST import NSTLoss
-from .OFD import OFD
-from .PKT import PKT
-from .ReviewKD import HCL
-from .RKD import RKDLoss
-from .SP import Similarity
-from .VID import VIDLoss
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-__all__ = [
-    "CCL",
-    "CRD",
-    "DIST",
-    "DKD",
-    "EGA",
-    "FSP",
-    "HCL",
-    "IRG",
-    "KDSVD",
-    "METHODS",
-    "OFD",
-    "PKT",
-    "ABLoss",
-    "Attention",
-    "CRDLoss",
-    "Correlation",
-    "DistillKL",
-    "FactorTransfer",
-    "HintLoss",
-    "Method",
-    "NCELoss",
-    "NSTLoss",
-    "Needs",
-    "Networks",
-    "RKDLoss",
-    "Similarity",
-    "TwoStage",
-    "VIDLoss",
-    "ega_terms",
-    "kd_loss",
-    "method_table",
-    "standardize_logits",
-]
+# The files of what has another name than its file.
+_FILES = {
+    "ABLoss": "AB",
+    "Attention": "AT",
+    "Correlation": "CC",
+    "CRDLoss": "CRD",
+    "DistillKL": "KD",
+    "FactorTransfer": "FT",
+    "HCL": "ReviewKD",
+    "HintLoss": "FitNet",
+    "NCELoss": "NCE",
+    "NSTLoss": "NST",
+    "RKDLoss": "RKD",
+    "Similarity": "SP",
+    "VIDLoss": "VID",
+    "ega_terms": "EGA",
+    "kd_loss": "KD",
+    "standardize_logits": "KD",
+}
+_CONNECTED = ("Boundaries", "EmbeddedCorrelation", "Factor", "Flow", "Hint", "InstanceGraph", "LayerwiseVID", "OfLast")
+_FILES |= dict.fromkeys((*_CONNECTED, "Overhaul", "Review", "TwoStage"), "_connected")
+
+
+class _Zoo(ModuleType):
+    """This package, which finds the file of a name that it does not know yet."""
+
+    def __getattr__(self, name: str):
+        file = _FILES.get(name, name)
+        if file.startswith("__") or find_spec(f"{__name__}.{file}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Python puts an imported file here under the file's name, which stands for the class of that name.
+        super().__setattr__(name, getattr(value, name, value) if isinstance(value, ModuleType) else value)
+
+
+zoo = sys.modules[__name__]
+zoo.__class__ = _Zoo
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ class Needs:
     preact_t: bool = False
 
 
-Build = Callable[[Namespace, Networks], nn.Module]
+Build = Callable[[Namespace, Networks], "nn.Module"]
 
 
 @dataclass(frozen=True)
@@ -187,23 +179,23 @@ def _hint(opt: Namespace, net: Networks) -> nn.Module:
             f"--hint_layer {layer}: the student has {len(net.shapes_s)} layers, the teacher "
             f"{len(net.shapes_t)}, counted from 0"
         )
-    return connected.Hint(net.shapes_s[layer], net.shapes_t[layer], layer)
+    return zoo.Hint(net.shapes_s[layer], net.shapes_t[layer], layer)
 
 
 def _crd(opt: Namespace, net: Networks) -> nn.Module:
     if len(net.targets[net.targets >= 0].unique()) < 2:
         raise InputError("--distill crd has no negatives to draw: all training images are of one class")
     sizes = Namespace(s_dim=net.s_dim, t_dim=net.t_dim, n_data=len(net.targets))
-    return CRD(Namespace(**vars(opt) | vars(sizes)), net.targets)
+    return zoo.CRD(Namespace(**vars(opt) | vars(sizes)), net.targets)
 
 
 def _correlation(opt: Namespace, net: Networks) -> nn.Module:
-    return connected.EmbeddedCorrelation(net.s_dim, net.t_dim, opt.feat_dim)
+    return zoo.EmbeddedCorrelation(net.s_dim, net.t_dim, opt.feat_dim)
 
 
 def _vid(opt: Namespace, net: Networks) -> nn.Module:
     channels = [(s[1], t[1]) for s, t in zip(net.shapes_s[1:-1], net.shapes_t[1:-1], strict=False)]
-    return connected.LayerwiseVID(VIDLoss(s, t, t) for s, t in channels)
+    return zoo.LayerwiseVID(zoo.VIDLoss(s, t, t) for s, t in channels)
 
 
 METHODS = {
@@ -214,20 +206,20 @@ METHODS = {
         _FEAT,
         (1, 0, 100),
         "FitNet: Romero et al., ICLR 2015",
-        clip=(lambda opt, net: HintLoss(), _F),
+        clip=(lambda opt, net: zoo.HintLoss(), _F),
     ),
     "attention": Method(
-        lambda opt, net: Attention(),
+        lambda opt, net: zoo.Attention(),
         _MAPS,
         (1, 0, 1000),
         "AT: Zagoruyko and Komodakis, ICLR 2017",
     ),
     "similarity": Method(
-        lambda opt, net: connected.OfLast(Similarity()),
+        lambda opt, net: zoo.OfLast(zoo.Similarity()),
         _MAPS,
         (1, 0, 3000),
         "SP: Tung and Mori, ICCV 2019",
-        clip=(lambda opt, net: connected.OfLast(Similarity()), _F),
+        clip=(lambda opt, net: zoo.OfLast(zoo.Similarity()), _F),
         relational=True,
     ),
     "correlation": Method(
@@ -235,7 +227,7 @@ METHODS = {
         _F,
         (1, 0, 0.02),
         "CC: Peng et al., ICCV 2019",
-        clip=(lambda opt, net: Correlation(), _F),
+        clip=(lambda opt, net: zoo.Correlation(), _F),
         relational=True,
     ),
     "vid": Method(_vid, _MAPS, (1, 0, 1), "VID: Ahn et al., CVPR 2019"),
@@ -247,62 +239,70 @@ METHODS = {
         relational=True,
         by_class=lambda opt: opt.mode == "relax",
     ),
-    "kdsvd": Method(lambda opt, net: KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018", waits=True),
+    "kdsvd": Method(lambda opt, net: zoo.KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018", waits=True),
     "fsp": Method(
-        lambda opt, net: connected.Flow(net.shapes_s, net.shapes_t),
+        lambda opt, net: zoo.Flow(net.shapes_s, net.shapes_t),
         (),
         (1, 0, 50),
         "FSP: Yim et al., CVPR 2017",
     ),
-    "rkd": Method(lambda opt, net: RKDLoss(), _F, (1, 0, 1), "RKD: Park et al., CVPR 2019", relational=True),
-    "pkt": Method(lambda opt, net: PKT(), _F, (1, 0, 30000), "PKT: Passalis and Tefas, ECCV 2018", relational=True),
+    "rkd": Method(lambda opt, net: zoo.RKDLoss(), _F, (1, 0, 1), "RKD: Park et al., CVPR 2019", relational=True),
+    "pkt": Method(lambda opt, net: zoo.PKT(), _F, (1, 0, 30000), "PKT: Passalis and Tefas, ECCV 2018", relational=True),
     "abound": Method(
-        lambda opt, net: connected.Boundaries(net.shapes_s, net.shapes_t),
+        lambda opt, net: zoo.Boundaries(net.shapes_s, net.shapes_t),
         (),
         (1, 0, 1),
         "AB: Heo et al., AAAI 2019",
         preact="st",
     ),
     "factor": Method(
-        lambda opt, net: connected.Factor(net.shapes_s, net.shapes_t),
+        lambda opt, net: zoo.Factor(net.shapes_s, net.shapes_t),
         _FEAT,
         (1, 0, 200),
         "FT: Kim et al., NeurIPS 2018",
     ),
-    "nst": Method(lambda opt, net: NSTLoss(), _MAPS, (1, 0, 50), "NST: Huang and Wang, 2017, arXiv 1707.01219"),
+    "nst": Method(lambda opt, net: zoo.NSTLoss(), _MAPS, (1, 0, 50), "NST: Huang and Wang, 2017, arXiv 1707.01219"),
     "nce": Method(
-        lambda opt, net: NCELoss(0.1), (*_JOINT, "target"), (1, 0, 1), "NCE: in Ma et al., BMVC 2022", relational=True
+        lambda opt, net: zoo.NCELoss(0.1),
+        (*_JOINT, "target"),
+        (1, 0, 1),
+        "NCE: in Ma et al., BMVC 2022",
+        relational=True,
     ),
     "ccl": Method(
-        lambda opt, net: CCL(), (*_JOINT, "target", *_LOGIT), (1, 0, 1), "CCL: Chen et al., CVPR 2021", relational=True
+        lambda opt, net: zoo.CCL(),
+        (*_JOINT, "target", *_LOGIT),
+        (1, 0, 1),
+        "CCL: Chen et al., CVPR 2021",
+        relational=True,
     ),
     "irg": Method(
-        lambda opt, net: connected.InstanceGraph(),
+        lambda opt, net: zoo.InstanceGraph(),
         (*_JOINT, *_LOGIT, *_MAPS),
         (1, 0, 1),
         "IRG: Liu et al., CVPR 2019",
-        clip=(lambda opt, net: IRG(), (*_JOINT, *_LOGIT)),
+        clip=(lambda opt, net: zoo.IRG(), (*_JOINT, *_LOGIT)),
         relational=True,
     ),
     "ega": Method(
-        lambda opt, net: EGA(opt.node_weight, opt.edge_weight),
+        lambda opt, net: zoo.EGA(opt.node_weight, opt.edge_weight),
         (*_JOINT, "shares"),
         (1, 0, 1),
         "EGA: Ma et al., BMVC 2022",
         relational=True,
     ),
     "dkd": Method(
-        lambda opt, net: DKD(opt.dkd_alpha, opt.dkd_beta, opt.kd_T),
+        lambda opt, net: zoo.DKD(opt.dkd_alpha, opt.dkd_beta, opt.kd_T),
         (*_LOGIT, "target"),
         (1, 0, 1),
         "DKD: Zhao et al., CVPR 2022",
         warmup=20,
     ),
     "dist": Method(
-        lambda opt, net: DIST(T=opt.kd_T), _LOGIT, (1, 0, 2), "DIST: Huang et al., NeurIPS 2022", relational=True
+        lambda opt, net: zoo.DIST(T=opt.kd_T), _LOGIT, (1, 0, 2), "DIST: Huang et al., NeurIPS 2022", relational=True
     ),
     "reviewkd": Method(
-        lambda opt, net: connected.Review(net.shapes_s, net.shapes_t),
+        lambda opt, net: zoo.Review(net.shapes_s, net.shapes_t),
         _FEAT,
         (1, 0, 5),
         "ReviewKD: Chen et al., CVPR 2021",
@@ -310,7 +310,7 @@ METHODS = {
         warmup=20,
     ),
     "ofd": Method(
-        lambda opt, net: connected.Overhaul(net.shapes_s[1:-1], net.shapes_t[1:-1], net.model_t.get_bn_before_relu()),
+        lambda opt, net: zoo.Overhaul(net.shapes_s[1:-1], net.shapes_t[1:-1], net.model_t.get_bn_before_relu()),
         _MAPS,
         (1, 0, 1e-3),
         "OFD: Heo et al., ICCV 2019",

@@ -8,6 +8,7 @@ from clip.model import CLIP, convert_weights
 
 from dataset.loader import Loader, deal
 from errors import InputError
+from models.library import synchronize_norms
 
 # CLIP's text encoder reads captions of up to 77 of these byte pairs.
 CONTEXT_LENGTH, VOCABULARY = 77, 49408
@@ -17,7 +18,7 @@ EMBEDDING_NORM = 10
 
 
 def create_clip(opt: argparse.Namespace) -> CLIP:
-    """OpenAI's architecture with the weights that ``opt.seed`` gives."""
+    """OpenAI's architecture with the weights that ``opt.seed`` gives, on the CPU."""
     torch.manual_seed(opt.seed)
     return CLIP(
         embed_dim=opt.embed_dim,
@@ -31,6 +32,13 @@ def create_clip(opt: argparse.Namespace) -> CLIP:
         transformer_heads=opt.text_width // 64,
         transformer_layers=opt.text_layers,
     )
+
+
+def build_clip(opt: argparse.Namespace) -> CLIP:
+    """The CLIP that the options describe, on the device."""
+    model = create_clip(opt)
+    model = synchronize_norms(model) if opt.sync_bn else model
+    return model.to(opt.device, memory_format=torch.channels_last)
 
 
 def check_batch_norm(opt: argparse.Namespace, loader: Loader) -> None:

@@ -10,10 +10,10 @@ from dataset import ImageDataset, load_dataset
 from dataset.loader import Loader
 from dataset.splits import holdout_rows, keep_labels
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
-from distiller_zoo import METHODS
 from errors import InputError
 
 from . import distributed
+from .options import check_labels
 
 # Samples of 32 pixels per batch of the test pass, by device: any number gives the same result, a large one is fast.
 _EVAL_BATCH_SIZE = {"cpu": 500, "cuda": 2500}
@@ -65,39 +65,6 @@ def open_dataset(options: dict) -> ImageDataset:
     known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
     dataset = load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
     return dataset.without(options["leave_out"]) if options.get("leave_out") else dataset
-
-
-def check_labels(opt, share: float) -> None:
-    """Raise an InputError where the options need labels that there are not.
-
-    Args:
-        opt: train_student.py's, or train_teacher.py's, whose training needs labels, but not for every image.
-        share: of the training images that have a label.
-    """
-    if share == 1:
-        return
-    distill = getattr(opt, "distill", None)
-    if distill is not None and METHODS[distill].needs_labels(opt):
-        others = {name: other for name, other in METHODS.items() if other.build and not other.needs_labels(opt)}
-        able = ", ".join(name for name, other in others.items() if not (opt.clip_tn and other.needs_maps))
-        what = f"{distill} --mode relax" if distill == "crd" else distill
-        raise InputError(
-            f"--distill {what} needs the class of every image, and only {share:.3g} of them have a label: use "
-            f"{'' if opt.labels == 1 else '--labels 1, or '}one of {able}"
-        )
-    if share > 0:
-        return
-    if distill is None:
-        raise InputError("a teacher is trained by the classes of its images, but none has a label")
-    if opt.gamma:
-        raise InputError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
-    untrained = "the teacher's head would be trained by the classes of the images, but none has a label"
-    if opt.clip_tn and opt.path_t is None and opt.joint == "projected":
-        raise InputError(f"{untrained}: use --joint teacher, which has no head, or --path_t, a head that is trained")
-    if not opt.clip_tn and METHODS[distill].needs(clip=False).joint:
-        raise InputError(
-            f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
-        )
 
 
 def normalization_of(options: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""Many processes, as torchrun starts them: gloo on CPUs, NCCL on GPUs. With one process nothing here does anything.
+"""What many processes tell one another. With one process nothing here does anything.
 
 DistributedDataParallel takes the mean of the processes' gradients. A loss that is a mean over samples therefore
 counts ``Batch.weight`` times on each process; a loss of the whole batch, which every process computes alike, counts
@@ -6,13 +6,11 @@ once, and the gradients that it sends to a process's own samples count as often 
 """
 
 import contextlib
-import datetime
 import os
 import socket
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,45 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import InputError
 
-# What one process may do while the others wait: check a bank, write a checkpoint. One that dies ends the job at once.
-_TIMEOUT = datetime.timedelta(minutes=30)
-
 # A network's file system may take so many seconds to show one machine what another one wrote.
 _SEEN_WITHIN = 10.0
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """Join the job that torchrun's environment variables describe, if they do; only its first process prints."""
-    local = os.environ.get("LOCAL_RANK")  # other launchers' WORLD_SIZE may mean other things
-    if local is None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if int(local) < torch.cuda.device_count():
-        torch.cuda.set_device(int(local))
-    store, number, processes = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps one store for all starts of a job, and a process that met the address of one that is dead there
-        # would wait for it. Each agent counts its own starts.
-        if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
-            if number == 0:
-                what = (
-                    "error: to restart on several machines, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
-                )
-                print(f"{Path(sys.argv[0]).name}: {what} environment", file=sys.stderr)
-            raise SystemExit(2)
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # gloo for tensors on the CPU, NCCL for those on a GPU
-    dist.init_process_group(store=store, rank=number, world_size=processes, timeout=_TIMEOUT)
-    with contextlib.ExitStack() as stack:
-        if rank() > 0:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        yield
-    # Only where all went well: after an error the others may not be there to agree. gloo's threads need the interpreter
-    # to let go of the last tensors, and destroying the group holds it while it waits for them: let them be done first.
-    dist.barrier()
-    time.sleep(0.2)
-    dist.destroy_process_group()
 
 
 def count() -> int:
@@ -172,6 +133,11 @@ def total(x: Tensor) -> Tensor:
     if count() > 1:
         dist.all_reduce(x)
     return x
+
+
+def of_any(fact: bool) -> bool:
+    """Whether it is true of any process."""
+    return bool(total(torch.tensor(int(fact))))
 
 
 @torch.no_grad()

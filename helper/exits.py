@@ -7,6 +7,7 @@
 import contextlib
 import functools
 import math
+import operator
 import os
 import re
 import signal
@@ -15,12 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import torch
+from errors import InputError, NonFiniteLoss, WriteError
 
-from errors import WriteError
-
-from . import distributed
-from .util import NonFiniteLoss
+from . import launch
 
 # Many processes agree so seldom on whether one of them was asked to save: it costs a message to each.
 _AGREE_EVERY = 10
@@ -114,12 +112,30 @@ def save_asked(step: int) -> bool:
     """
     if _signals.stop is not None:
         raise Stopped
-    if distributed.count() > 1:
+    if launch.count() > 1:
         if step % _AGREE_EVERY:
             return False
-        _signals.save = bool(distributed.total(torch.tensor(int(_signals.save))))
+        from . import distributed  # here, so that a script which refuses its arguments imports no torch
+
+        _signals.save = distributed.of_any(_signals.save)
     asked, _signals.save = _signals.save, False
     return asked
+
+
+@contextlib.contextmanager
+def exit_on_bad_input(program: str) -> Iterator[None]:
+    """End with exit code 2 and one line where what the user gave cannot be worked with.
+
+    Wraps what happens before training: the house raises InputError and OSError, with a message that says
+    what is wrong and what to do.
+    """
+    try:
+        yield
+    except WriteError:  # no fault of the input: see ``exits``
+        raise
+    except (InputError, OSError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
@@ -166,7 +182,7 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
 
 def _end(program: str, memory: str, error: BaseException) -> None:
     """Print the line and exit, or raise the error where it is a mistake of the program, or has been told."""
-    if distributed.count() > 1 and isinstance(error, RuntimeError) and _is_of_messages(error):
+    if launch.count() > 1 and isinstance(error, RuntimeError) and _is_of_messages(error):
         time.sleep(_GRACE)
         if _signals.stop is None:
             _exit(program, f"error: another process of this job is gone; {_signals.next}", 1, error)
@@ -178,14 +194,22 @@ def _end(program: str, memory: str, error: BaseException) -> None:
         _exit(program, f"error: {error}", 3, error)
     if isinstance(error, WriteError):
         _exit(program, f"error: {error}; {_signals.next}", 4, error, everybody=True)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, (MemoryError, _torchs("OutOfMemoryError"))) or "DefaultCPUAllocator" in str(error):
         _exit(program, f"error: {_out_of_memory(error, memory)}; {_signals.next}", 5, error, everybody=True)
     raise error
 
 
+def _torchs(name: str) -> type | tuple:
+    """A class of error by its name in torch; none where torch was not imported and so raised nothing."""
+    try:
+        return operator.attrgetter(name)(sys.modules["torch"])
+    except (KeyError, AttributeError):  # or was imported in part
+        return ()
+
+
 def _is_of_messages(error: RuntimeError) -> bool:
     """Whether a message to another process failed."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "by peer" in str(error)
+    return isinstance(error, _torchs("distributed.DistError")) or "gloo" in str(error) or "by peer" in str(error)
 
 
 def _out_of_memory(error: BaseException, advice: str) -> str:
@@ -196,7 +220,7 @@ def _out_of_memory(error: BaseException, advice: str) -> str:
 
 def _exit(program: str, line: str, code: int, error: BaseException, everybody: bool = False) -> None:
     """Print the line, of many processes in the first unless ``everybody`` may have something of its own to say."""
-    if everybody or distributed.rank() == 0:
+    if everybody or launch.rank() == 0:
         sys.stdout.flush()
         print(f"{program}: {' '.join(line.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code) from error

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dataset.loader import Loader
+from errors import NonFiniteLoss
 
 from . import distributed
-from .util import NonFiniteLoss, format_seconds
+from .util import format_seconds
 
 _NEVER = torch.iinfo(torch.int64).max
 

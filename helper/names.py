@@ -2,7 +2,7 @@
 
 import argparse
 
-from dataset.folder import folder_name
+from dataset import folder_name
 from models.names import parse_name
 
 

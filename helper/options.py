@@ -4,11 +4,10 @@ import argparse
 
 from dataset import DATASETS, FROM_FILES, check_image_size
 from distiller_zoo import METHODS
-from models import model_dict
-from models.clip_teacher import PUBLISHED, short_name
-from models.names import parse_name
+from errors import InputError
+from models import check_model_name, model_dict
+from models.names import PUBLISHED, parse_name, short_name
 
-from .data import check_labels
 from .names import sized_name, student_run_name
 from .parser import (
     ListMethods,
@@ -24,8 +23,6 @@ from .parser import (
     trial_name,
     weight,
 )
-from .runtime import AUTO_VIEWS
-from .teacher import architecture
 
 # RepDistiller's learning rates of CNNs, students and teachers.
 _LEARNING_RATE = 0.05
@@ -36,6 +33,9 @@ _ADAMW = {"learning_rate": 1e-3, "weight_decay": 0.05}
 _WEIGHT_DECAY = 5e-4
 
 _FEATURE_DIM = 256
+
+# Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.
+AUTO_VIEWS = {"cuda": 16, "cpu": 1}
 
 _ENCODERS = f"OpenAI's {', '.join(PUBLISHED)}, or a checkpoint in its format; open_clip:ARCH/TAG, timm:NAME or "
 _ENCODERS += "torchvision:NAME, each with =PATH for local weights"
@@ -323,7 +323,41 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
         check_labels(opt, opt.labels)
     except ValueError as error:
         parser.error(str(error))
+    _check_network(parser, "--model_s", opt.model_s)
     return opt
+
+
+def check_labels(opt, share: float) -> None:
+    """Raise an InputError where the options need labels that there are not.
+
+    Args:
+        opt: train_student.py's, or train_teacher.py's, whose training needs labels, but not for every image.
+        share: of the training images that have a label.
+    """
+    if share == 1:
+        return
+    distill = getattr(opt, "distill", None)
+    if distill is not None and METHODS[distill].needs_labels(opt):
+        others = {name: other for name, other in METHODS.items() if other.build and not other.needs_labels(opt)}
+        able = ", ".join(name for name, other in others.items() if not (opt.clip_tn and other.needs_maps))
+        what = f"{distill} --mode relax" if distill == "crd" else distill
+        raise InputError(
+            f"--distill {what} needs the class of every image, and only {share:.3g} of them have a label: use "
+            f"{'' if opt.labels == 1 else '--labels 1, or '}one of {able}"
+        )
+    if share > 0:
+        return
+    if distill is None:
+        raise InputError("a teacher is trained by the classes of its images, but none has a label")
+    if opt.gamma:
+        raise InputError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
+    untrained = "the teacher's head would be trained by the classes of the images, but none has a label"
+    if opt.clip_tn and opt.path_t is None and opt.joint == "projected":
+        raise InputError(f"{untrained}: use --joint teacher, which has no head, or --path_t, a head that is trained")
+    if not opt.clip_tn and METHODS[distill].needs(clip=False).joint:
+        raise InputError(
+            f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
+        )
 
 
 def _check_joint(parser: Parser, opt: argparse.Namespace) -> None:
@@ -350,6 +384,8 @@ def _resolve_teacher(parser: Parser, opt: argparse.Namespace) -> None:
     """Whether the teacher is a CLIP or a CNN (``clip_tn``), and its name (``model_t``)."""
     arch = None
     if opt.path_t is not None:
+        from .teacher import architecture  # here, as it reads the file with torch
+
         try:
             arch = architecture(opt.path_t)
         except (ValueError, OSError) as error:
@@ -412,15 +448,20 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         opt.compile = "off"
         _resolve_optimizer(parser, opt, 0.01)
         return opt
-    try:
-        opt.model_t = sized_name(network_name(opt.model), opt.teacher_resolution)
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"--model {error}")
     if opt.teacher_views != "auto":
         parser.error("--teacher_views is a frozen encoder's: a CNN sees every view")
-    opt.teacher_views = None
+    opt.model_t, opt.teacher_views = sized_name(opt.model, opt.teacher_resolution), None
     _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model, _LEARNING_RATE))
+    _check_network(parser, "--model", opt.model)
     return opt
+
+
+def _check_network(parser: Parser, flag: str, model: str) -> None:
+    """Whether there is such a network. This comes last, as it may import the network's library."""
+    try:
+        check_model_name(model)
+    except ValueError as error:
+        parser.error(f"{flag}: {error}")
 
 
 def recorded_options(opt: argparse.Namespace) -> dict:

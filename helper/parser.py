@@ -10,7 +10,7 @@ from distiller_zoo import method_table
 from models import check_model_name
 from models.names import parse_name
 
-from . import distributed
+from . import launch
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str):
-        if distributed.rank() == 0:  # of many processes, all are given the same
+        if launch.rank() == 0:  # all processes are given the same
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -75,8 +75,12 @@ def teacher_views(text: str) -> str | int:
 
 
 def network_name(text: str) -> str:
-    """A student or a CNN: one of the house's, ``timm:NAME`` or ``torchvision:NAME``."""
-    return _checked(check_model_name, text)
+    """A student or a CNN: one of the house's, ``timm:NAME`` or ``torchvision:NAME``.
+
+    Only the library knows whether it has such a network: see ``check_model_name``.
+    """
+    in_library = text.startswith(("timm:", "torchvision:"))
+    return _checked(parse_name if in_library else check_model_name, text)
 
 
 def encoder_name(text: str) -> str:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from errors import InputError
 
-from . import checkpoint
-
 # What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
 # weights are recognised by their hashes instead of their paths.
 FREE = {
@@ -98,6 +96,8 @@ def read_run(folder: str | Path) -> StoredRun:
 def _compare_with_resume(folder: Path, options: dict, history: list[dict]) -> None:
     if not (folder / "resume.pth").exists():
         return
+    from . import checkpoint  # here, so that a table of runs without checkpoints needs no torch
+
     saved = checkpoint.load(folder / "resume.pth")
     kept = {name: value for name, value in saved.get("options", {}).items() if name not in FREE}
     for found, wanted in (({name: options.get(name) for name in kept}, kept), (history, saved.get("history"))):

@@ -14,13 +14,11 @@ from dataset.views import CIFAR_VIEWS, Views
 from errors import InputError
 
 from . import distributed
+from .options import AUTO_VIEWS
 
 # torch.compile takes some 46 s for resnet8x4 on two cores; with AMX it saves 9 ms a step, so that many steps earn it
 # back. Without, the convolutions are all that counts, and a compiled step is no faster (docs/performance.md).
 COMPILE_PAYS_AFTER_STEPS = 5000
-
-# Banks are cheap to build on a GPU; on a CPU a view of CIFAR-100 takes ViT-B/32 half an hour.
-AUTO_VIEWS = {"cuda": 16, "cpu": 1}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,32 +1,6 @@
-"""Small things that every script needs."""
-
-import contextlib
-import sys
-from collections.abc import Iterator
+"""Averages and accuracies, and a time in words."""
 
 from torch import Tensor
-
-from errors import InputError, WriteError
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss term was not finite; training must not go on, nor be saved."""
-
-
-@contextlib.contextmanager
-def exit_on_bad_input(program: str) -> Iterator[None]:
-    """End with exit code 2 and one line where what the user gave cannot be worked with.
-
-    Wraps what happens before training: the house raises InputError and OSError, with a message that says
-    what is wrong and what to do.
-    """
-    try:
-        yield
-    except WriteError:  # no fault of the input: see helper.exits
-        raise
-    except (InputError, OSError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 class AverageMeter:

@@ -1,157 +1,48 @@
-"""Backbones by name, and students made of them."""
+"""Backbones by name, and students made of them.
 
-import torch
-from torch import nn
+The names are known without torch, for command lines; a network's file is imported when it is built.
+"""
 
-from errors import InputError
+import importlib
+from collections.abc import Callable
 
-from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text_encoder
-from .heads import Classifier, Projection, Student, StudNet
-from .library import check_library_model, create_library_model
-from .mobilenetv2 import mobile_half
 from .names import parse_name, unknown
-from .resnet import resnet8, resnet8x4, resnet14, resnet20, resnet32, resnet32x4, resnet44, resnet56, resnet110
-from .resnetv2 import ResNet50
-from .ShuffleNetv1 import ShuffleV1
-from .ShuffleNetv2 import ShuffleV2
-from .vgg import vgg8, vgg11, vgg13, vgg16, vgg19
-from .wrn import wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
+
+def _constructor(file: str, name: str) -> Callable:
+    """A function of one of these files, which is imported when it is called."""
+    return lambda *args, **options: getattr(importlib.import_module(f".{file}", __name__), name)(*args, **options)
+
+
+_RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4")
+_RESNETS += ("resnet32x4",)
+
+# Constructors of the house's own networks, by name; called with ``num_classes``.
 model_dict = {
-    "resnet8": resnet8,
-    "resnet14": resnet14,
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet44": resnet44,
-    "resnet56": resnet56,
-    "resnet110": resnet110,
-    "resnet8x4": resnet8x4,
-    "resnet32x4": resnet32x4,
-    "ResNet50": ResNet50,
-    "wrn_16_1": wrn_16_1,
-    "wrn_16_2": wrn_16_2,
-    "wrn_40_1": wrn_40_1,
-    "wrn_40_2": wrn_40_2,
-    "vgg8": vgg8,
-    "vgg11": vgg11,
-    "vgg13": vgg13,
-    "vgg16": vgg16,
-    "vgg19": vgg19,
-    "MobileNetV2": mobile_half,
-    "ShuffleV1": ShuffleV1,
-    "ShuffleV2": ShuffleV2,
+    **{name: _constructor("resnet", name) for name in _RESNETS},
+    "ResNet50": _constructor("resnetv2", "ResNet50"),
+    **{name: _constructor("wrn", name) for name in ("wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2")},
+    **{name: _constructor("vgg", name) for name in ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19")},
+    "MobileNetV2": _constructor("mobilenetv2", "mobile_half"),
+    "ShuffleV1": _constructor("ShuffleNetv1", "ShuffleV1"),
+    "ShuffleV2": _constructor("ShuffleNetv2", "ShuffleV2"),
 }
+
+_CREATE = ("create_classifier", "create_encoder", "create_model", "create_student", "create_text_encoder")
+
+
+def __getattr__(name: str):
+    if name in _CREATE:
+        return getattr(importlib.import_module(".create", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_model_name(model: str) -> None:
     """Raise an InputError that says what is known, unless it is the house's, timm:NAME or torchvision:NAME."""
     name = parse_name(model)
     if name.library in ("timm", "torchvision"):
+        from .library import check_library_model  # here, as it imports the library
+
         check_library_model(name)
     elif model not in model_dict:
         raise unknown("model", model, [*model_dict, "timm:NAME", "torchvision:NAME"])
-
-
-def create_model(name: str, num_classes: int, **options) -> nn.Module:
-    """A backbone; one of 0 classes has no classifier.
-
-    Args:
-        name: one of ``model_dict``, timm:NAME or torchvision:NAME.
-        num_classes: number of classes.
-        options: of a library's network; see ``create_library_model``. The house's own give all maps at any size.
-
-    Raises:
-        InputError: for an unknown name, or a network that cannot give what is asked for.
-    """
-    check_model_name(name)
-    if name in model_dict:
-        return model_dict[name](num_classes=num_classes)
-    return create_library_model(parse_name(name), num_classes, **options)
-
-
-def create_student(
-    model_s: str, feature_dim: int, num_classes: int, resolution: int | None = None, **options
-) -> Student:
-    """A backbone without a classifier of its own, under a head that projects to the joint space (the paper's).
-
-    Args:
-        model_s: its name.
-        feature_dim: width of the joint space.
-        num_classes: number of classes.
-        resolution: what images are enlarged to; None for their own.
-        options: see ``create_model``.
-
-    Raises:
-        InputError: as ``create_model``.
-    """
-    backbone = create_model(model_s, 0, resolution=resolution, **options)
-    return Student(backbone, StudNet(backbone.num_features, feature_dim, num_classes), resolution)
-
-
-def create_classifier(
-    model_s: str,
-    num_classes: int,
-    feature_dim: int | None = None,
-    preact: bool = False,
-    resolution: int | None = None,
-    **options,
-) -> Classifier:
-    """A backbone with its own classifier (RepDistiller's protocol).
-
-    Args:
-        model_s: its name.
-        num_classes: number of classes.
-        feature_dim: width of the joint space, where a loss needs the pooled features projected to it.
-        preact: give the maps as they are before their last ReLU.
-        resolution: what images are enlarged to; None for their own.
-        options: see ``create_model``.
-
-    Raises:
-        InputError: as ``create_model``.
-    """
-    backbone = create_model(model_s, num_classes, preact=preact, resolution=resolution, **options)
-    head = None if feature_dim is None else Projection(backbone.num_features, feature_dim)
-    return Classifier(backbone, head, preact, resolution)
-
-
-def create_encoder(
-    clip_mode: str, clip_root: str, dtype: torch.dtype = torch.float32, resolution: int | None = None
-) -> FrozenEncoder:
-    """The frozen encoder of a name (see ``models.names``), on the CPU.
-
-    Args:
-        clip_mode: its name, or the path of a checkpoint in OpenAI's format.
-        clip_root: the folder of CLIP's published weights.
-        dtype: what it computes in.
-        resolution: of its input in pixels; its own if None.
-
-    Raises:
-        InputError: an unknown name, weights that do not fit, a resolution that it cannot take.
-        OSError: weights that are missing and not to be downloaded.
-    """
-    name = parse_name(clip_mode)
-    if name.library is None:
-        from .clip_teacher import ImageEncoder  # here, so that losses and students do without clip
-
-        return ImageEncoder(clip_mode, clip_root, dtype, resolution)
-    return LibraryEncoder(name, dtype, resolution)
-
-
-def create_text_encoder(clip_mode: str, clip_root: str) -> TextEncoder:
-    """The text encoder beside a CLIP's image encoder, on the CPU.
-
-    Args:
-        clip_mode, clip_root: see ``create_encoder``.
-
-    Raises:
-        InputError: an encoder that has none, or as ``create_encoder``.
-        OSError: weights that are missing and not to be downloaded.
-    """
-    name = parse_name(clip_mode)
-    if name.library is None:
-        from .clip_teacher import load_text_encoder
-
-        return load_text_encoder(clip_mode, clip_root)
-    if name.library != "open_clip":
-        raise InputError(f"{clip_mode} understands no text: OpenAI's CLIPs and open_clip's models do")
-    return open_clip_text_encoder(name)

@@ -12,28 +12,10 @@ from torch import Tensor
 from errors import InputError
 
 from .encoders import FrozenEncoder, TextEncoder
-from .names import LIBRARIES, parse_name
+from .names import LIBRARIES, PUBLISHED, short_name
 from .weights import is_torchscript, load_plain, load_torchscript, sha256_of
 
-PUBLISHED = tuple(clip.available_models())
-
 _NORMALIZE = clip.clip._transform(224).transforms[-1]
-
-# What the release's run names call the models that it accepts.
-_SHORT_NAMES = {"ViT-B/32": "vit32", "ViT-B/16": "vit16"}
-
-
-def short_name(clip_mode: str, resolution: int | None = None) -> str:
-    """The teacher's name in names of runs and files: the release's, the library's, or the stem of a path.
-
-    Args:
-        resolution: of its input, where that is not the network's own.
-    """
-    if (name := parse_name(clip_mode)).library is not None:
-        return name.short if resolution is None else f"{name.short}@{resolution}px"
-    if clip_mode in PUBLISHED:
-        return _SHORT_NAMES.get(clip_mode, clip_mode.replace("/", "-"))
-    return Path(clip_mode).stem
 
 
 def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:

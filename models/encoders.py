@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
 
 from errors import InputError
 
-from .library import check_library_model, import_library, library_network
+from .library import check_library_model, import_library, library_network, torchvision_models
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state, sha256_of, sha256_of_state
 
@@ -187,7 +186,7 @@ def open_clip_text_encoder(name: Name) -> TextEncoder:
 
 
 def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
-    config = get_model_weights(name.name).DEFAULT.transforms()
+    config = torchvision_models().get_model_weights(name.name).DEFAULT.transforms()
     size = resolution or config.crop_size[0]
     net = library_network(name, size, pretrained=True).net
     return net, (size, config.mean, config.std, config.interpolation.value, bool(config.antialias))

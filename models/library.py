@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as torchvision_models
-from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from errors import InputError
 
@@ -27,6 +25,11 @@ def import_library(library: str, package: str) -> ModuleType:
         raise InputError(f"{library} is not installed: pip install {package}") from error
 
 
+def torchvision_models() -> ModuleType:
+    """torchvision.models. Its import takes as long as torch's, so it waits until one of its networks is asked for."""
+    return import_library("torchvision.models", "torchvision")
+
+
 def check_library_model(name: Name) -> None:
     """Raise an InputError, with the names that come close, unless timm or torchvision has a classifier of this name."""
     if name.library == "timm":
@@ -34,7 +37,7 @@ def check_library_model(name: Name) -> None:
         if not name.name.startswith("hf") and not timm.is_model(name.name):
             raise unknown("network of timm", name.name, timm.list_models())
     else:
-        known = torchvision_models.list_models(module=torchvision_models)
+        known = torchvision_models().list_models(module=torchvision_models())
         if name.name not in known:
             raise unknown("classifier of torchvision", name.name, known)
     check_file(name)
@@ -100,7 +103,7 @@ def library_options(name: Name, resolution: int | None, weighted: bool = False) 
         sized = resolution is not None and _is_sized(import_library("timm", "timm"), name.name)
         return {"img_size": resolution} if sized else {}
     if name.name.startswith("vit"):
-        size = torchvision_models.get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
+        size = torchvision_models().get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
         return {"image_size": resolution or size}
     if name.name in ("googlenet", "inception_v3"):  # their auxiliary heads are not distilled
         return {"aux_logits": False, "init_weights": not weighted, "transform_input": weighted}
@@ -120,10 +123,11 @@ def _is_sized(timm: ModuleType, name: str) -> bool:
 
 
 def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Network:
-    builder = torchvision_models.get_model_builder(name.name)
+    models = torchvision_models()
+    builder = models.get_model_builder(name.name)
     weighted = pretrained or name.path is not None
     options = library_options(name, resolution, weighted)
-    size = torchvision_models.get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
+    size = models.get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
     net = builder(weights=None, **options)
     linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear or net.get_submodule(linear[-1]).out_features != 1000:
@@ -132,15 +136,15 @@ def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Networ
     net.set_submodule(classifier, nn.Identity())
     if weighted:
         state = read_state(name.path) if name.path is not None else _published(name.name)
-        if isinstance(net, VisionTransformer):
-            state = interpolate_embeddings(net.image_size, net.patch_size, state)
+        if isinstance(net, models.VisionTransformer):
+            state = models.vision_transformer.interpolate_embeddings(net.image_size, net.patch_size, state)
         heads = (f"{classifier}.", "AuxLogits.", "aux1.", "aux2.")
         net.load_state_dict({key: x for key, x in state.items() if not key.startswith(heads)})
     return Network(net, classifier, options.get("image_size", size))
 
 
 def _published(name: str) -> dict[str, Tensor]:
-    return torchvision_models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+    return torchvision_models().get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
 
 
 def create_library_model(

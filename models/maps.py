@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.models.feature_extraction import NodePathTracer
 
 from errors import InputError
 
@@ -107,6 +106,8 @@ class Graph:
 
 def _trace(net: nn.Module, stages: list[str], preact: bool) -> tuple[list[str | None], fx.Graph]:
     """The names of the batch norms that end the stages, and the graph of (maps ..., pooled)."""
+    from torchvision.models.feature_extraction import NodePathTracer  # here: a student from a CLIP takes no maps
+
     tracer = NodePathTracer(**_tracing(net))
     graph = tracer.trace(net)
     nodes = [_last_node(graph, tracer.node_to_qualname, stage) for stage in stages]

@@ -16,6 +16,9 @@ from errors import InputError
 
 LIBRARIES = ("open_clip", "timm", "torchvision")
 
+# OpenAI's own names of its CLIPs.
+PUBLISHED = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+
 
 class Name(NamedTuple):
     """A network's name in its parts.
@@ -48,6 +51,23 @@ def parse_name(text: str) -> Name:
     if not name or (equals and not path):
         raise InputError(f"{text!r} is no network: write {library}:NAME, or {library}:NAME=PATH for local weights")
     return Name(library, name, path or None)
+
+
+# What the release's run names call the models that it accepts.
+_SHORT_NAMES = {"ViT-B/32": "vit32", "ViT-B/16": "vit16"}
+
+
+def short_name(clip_mode: str, resolution: int | None = None) -> str:
+    """The teacher's name in names of runs and files: the release's, the library's, or the stem of a path.
+
+    Args:
+        resolution: of its input, where that is not the network's own.
+    """
+    if (name := parse_name(clip_mode)).library is not None:
+        return name.short if resolution is None else f"{name.short}@{resolution}px"
+    if clip_mode in PUBLISHED:
+        return _SHORT_NAMES.get(clip_mode, clip_mode.replace("/", "-"))
+    return Path(clip_mode).stem
 
 
 def check_file(name: Name) -> None:

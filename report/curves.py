@@ -23,9 +23,9 @@ from distiller_zoo.EGA import standardize
 from errors import InputError
 from evaluation.student import model_path, open_run_dataset, open_student
 from evaluation.tables import REPEATS, repeats, run_labels
+from helper.exits import exit_on_bad_input
 from helper.parser import Parser
 from helper.records import StoredRun, read_run
-from helper.util import exit_on_bad_input
 
 from .class_plots import COLOURS, class_rows, embedding_figure, gain_figure, outputs_on_test
 from .table import accuracies

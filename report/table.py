@@ -6,9 +6,9 @@ from scipy import stats
 
 from errors import InputError
 from evaluation.tables import REPEATS, SAME, markdown, mean_and_deviation, repeats, run_labels, title, told
+from helper.exits import exit_on_bad_input
 from helper.parser import Parser, positive_int
 from helper.records import StoredRun, best_record, read_run
-from helper.util import exit_on_bad_input
 
 from .published import REPDISTILLER_TEACHERS, published
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from helper import distributed
+from helper import launch
 
 
 def free_port() -> int:
@@ -21,7 +21,7 @@ def serve(pipe, variables: dict[str, str]) -> None:
     """A process of the job: calls what it is sent, until it is sent None."""
     os.environ |= variables
     torch.set_num_threads(1)
-    with distributed.processes():
+    with launch.processes():
         while (call := pipe.recv()) is not None:
             function, args = call
             try:

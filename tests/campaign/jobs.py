@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from processes import free_port
 
-from helper import checkpoint, distributed
+from helper import checkpoint, launch
 from report import table
 from tests.campaign.targets import Target
 
@@ -56,7 +56,7 @@ def _child(target: Target, argv: list[str], log: Path, environment: dict, patch:
         os.environ |= environment
         if patch is not None:
             patch()
-        with distributed.processes():
+        with launch.processes():
             target.script.main(argv)
         code = 0
     except SystemExit as stopped:

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 import dataset.files
-from dataset import load_dataset
+from dataset import folder_name, load_dataset
 from dataset.decode import read_square
-from dataset.folder import class_names, folder_name
+from dataset.folder import class_names
 from dataset.views import CropViews, ResizedCropViews
 
 

@@ -8,8 +8,8 @@ import torch
 from conftest import make_dataset
 from dataset import ImageDataset, Split
 from helper import distributed
-from helper.data import build_loaders, check_labels, open_dataset
-from helper.options import parse_student_options, parse_teacher_options
+from helper.data import build_loaders, open_dataset
+from helper.options import check_labels, parse_student_options, parse_teacher_options
 
 
 def loaders(*argv: str, data: ImageDataset | None = None, parse=parse_student_options):

@@ -11,12 +11,12 @@ from torch import Tensor
 from conftest import make_dataset
 from dataset.loader import Loader, deal
 from distiller_zoo import ega_terms
+from errors import NonFiniteLoss
 from helper import distributed
 from helper.contrastive import ContrastiveStep, Images, caption_tokens, contrastive_loss, zero_shot_accuracy
 from helper.meters import Totals
 from helper.teacher import EncoderTeacher
 from helper.training import train_epoch
-from helper.util import NonFiniteLoss
 from helper.validation import validate
 from models import create_student
 from models.heads import TeacNet

@@ -20,7 +20,7 @@ import train_student
 import train_teacher
 from conftest import make_dataset, snapshot
 from dataset.loader import Loader
-from helper import distributed
+from helper import distributed, launch
 from helper.run import Run
 from helper.step import HeadTraining, Step
 from helper.teacher import EncoderTeacher
@@ -376,7 +376,7 @@ def joined_store(monkeypatch, store: Store, restarts: int, machines: int = 1) ->
 
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", join)
-    with pytest.raises(Joined), distributed.processes():
+    with pytest.raises(Joined), launch.processes():
         pass
     return stores[0]
 

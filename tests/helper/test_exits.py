@@ -20,10 +20,10 @@ import torch
 import pretrain_clip
 import train_teacher
 from conftest import snapshot
-from helper import bank, checkpoint, contrastive, distributed, step
-from helper.exits import exits, save_asked, unbroken
+from errors import InputError, NonFiniteLoss, WriteError
+from helper import bank, checkpoint, contrastive, launch, step
+from helper.exits import exit_on_bad_input, exits, save_asked, unbroken
 from helper.logger import Logger
-from helper.util import NonFiniteLoss
 
 ROOT = Path(__file__).parents[2]
 STOPS = {signal.SIGINT: ("Ctrl-C", 130), signal.SIGTERM: ("SIGTERM", 143)}
@@ -90,6 +90,23 @@ def weights(path: Path) -> list[torch.Tensor]:
 def assert_equal_files(one: Path, other: Path) -> None:
     for a, b in zip(weights(one), weights(other), strict=True):
         assert torch.equal(a, b)
+
+
+# What the user gave
+
+
+@pytest.mark.parametrize("error", [InputError, OSError, FileNotFoundError, PermissionError])
+def test_bad_input_ends_with_code_2_and_one_line(capsys, error):
+    with pytest.raises(SystemExit) as stopped, exit_on_bad_input("train.py"):
+        raise error("this is\nwrong:  do that")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: this is wrong: do that\n"
+
+
+def test_mistakes_of_the_program_are_not_called_bad_input():
+    for error in (KeyError("bug"), ValueError("too many values"), NonFiniteLoss("loss"), WriteError("disk full")):
+        with pytest.raises(type(error)), exit_on_bad_input("train.py"):
+            raise error
 
 
 # The decorator by itself
@@ -290,7 +307,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from conftest import make_dataset
 import dataset, train_student
-from helper import distributed, step
+from helper import launch, step
 
 torch.set_num_threads(1)
 dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
@@ -298,14 +315,14 @@ call, calls = step.Step.__call__, []
 
 def counted(*args):
     calls.append(None)
-    if len(calls) == 15 and distributed.rank() == 1:
+    if len(calls) == 15 and launch.rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
     if len(calls) == 22:
         print("at step 22", flush=True)
     return call(*args)
 
 step.Step.__call__ = counted
-with distributed.processes():
+with launch.processes():
     train_student.main(sys.argv[1:])
 """
 
@@ -351,7 +368,7 @@ def test_all_processes_of_a_job_end_and_it_goes_on_inside_the_epoch(tmp_path):
 @pytest.mark.parametrize("signalled", [False, True])
 def test_a_process_that_is_gone_is_said_to_be_and_a_signal_says_more(monkeypatch, capsys, signalled):
     """What ended the other may come here a little later."""
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(launch, "count", lambda: 2)
     monkeypatch.setattr("time.sleep", lambda seconds: send(signal.SIGTERM) if signalled else None)
     main = exits("train.py", memory="lower --batch_size")(
         failing(RuntimeError("[gloo/pair.cc] Connection closed by peer"))

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from conftest import make_dataset
 from dataset.loader import Batch, Loader
 from distiller_zoo import EGA, METHODS, kd_loss
+from errors import NonFiniteLoss
 from helper.meters import EpochLog, Totals
 from helper.objective import Objective, mean_cross_entropy
 from helper.step import HeadTraining, Step
 from helper.teacher import EncoderTeacher
 from helper.training import train_epoch
-from helper.util import NonFiniteLoss
 from helper.validation import Evaluation, validate
 from models import create_student
 from models.heads import Outputs, TeacNet

@@ -14,7 +14,7 @@ from helper.names import student_run_name, teacher_run_name
 from helper.options import parse_student_options, parse_teacher_options
 from helper.runtime import resolve
 from models import model_dict
-from models.clip_teacher import PUBLISHED
+from models.names import PUBLISHED
 
 
 def refused(capsys, parse, argv: list[str]) -> str:

@@ -2,25 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from errors import WriteError
-from helper.util import AverageMeter, NonFiniteLoss, accuracy, exit_on_bad_input, format_seconds
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, FileNotFoundError, PermissionError])
-def test_bad_input_ends_with_code_2_and_one_line(capsys, error):
-    with pytest.raises(SystemExit) as stopped, exit_on_bad_input("train.py"):
-        raise error("this is\nwrong:  do that")
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "train.py: error: this is wrong: do that\n"
-
-
-def test_mistakes_of_the_program_are_not_called_bad_input():
-    with pytest.raises(KeyError), exit_on_bad_input("train.py"):
-        raise KeyError("bug")
-    with pytest.raises(NonFiniteLoss), exit_on_bad_input("train.py"):
-        raise NonFiniteLoss("loss")
-    with pytest.raises(WriteError), exit_on_bad_input("train.py"):
-        raise WriteError("disk full")
+from helper.util import AverageMeter, accuracy, format_seconds
 
 
 def test_a_meter_averages_over_samples_not_over_batches():

@@ -1,0 +1,90 @@
+"""What a data set is: splits of uint8 images in memory, and the names of their classes."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+from .views import CIFAR_VIEWS, Views
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their classes.
+
+    Attributes:
+        images: (N, 3, H, W) uint8 on the CPU. Photographs are fastest in channels_last memory format.
+        targets: (N,) int64; -1 for an image without a label.
+        mapped: the images lie in a file that is mapped into memory, so that reading them may take a while.
+    """
+
+    images: Tensor
+    targets: Tensor
+    mapped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set's splits and class names, in the order of the targets.
+
+    ``draw_captioned`` makes the images that ``pretrain_clip.py`` trains on, for a data set that has more of
+    them than the training split; it is called where they are needed and nowhere else. ``views`` says which views
+    its images have, and turns them into pixels. ``sha256`` is the fingerprint, where it is known without reading all
+    pixels. ``holdout`` is the share of the training images that became the test split, where the data set had none.
+    """
+
+    name: str
+    classes: list[str]
+    train: Split
+    test: Split
+    draw_captioned: Callable[[], Split] | None = None
+    views: Views = CIFAR_VIEWS
+    sha256: str | None = None
+    holdout: float | None = None
+
+    def captioned(self) -> Split:
+        """The images for contrastive pre-training: the training split, unless the data set has more."""
+        return self.train if self.draw_captioned is None else self.draw_captioned()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the pixels of the training and the test split, or of their checksums."""
+        if self.sha256 is not None:
+            return self.sha256
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            digest.update(repr(tuple(split.images.shape)).encode())
+            for images in split.images.split(1000):  # of a file that is mapped, not all at once
+                digest.update(images.contiguous().numpy())
+        return digest.hexdigest()
+
+    def without(self, names: list[str]) -> "ImageDataset":
+        """The data set without the images of some classes; those that stay keep their order.
+
+        Raises:
+            InputError: it has no such class, or fewer than two would stay.
+        """
+        if unknown := [name for name in names if name not in self.classes]:
+            raise InputError(f"{self.name} has no class {', '.join(map(repr, unknown))}")
+        kept = [target for target, name in enumerate(self.classes) if name not in names]
+        if len(kept) < 2:
+            raise InputError(
+                f"without {len(names)} of its {len(self.classes)} classes {self.name} has nothing to learn"
+            )
+        new = torch.full((len(self.classes) + 1,), -1)  # the last for targets of -1
+        new[kept] = torch.arange(len(kept))
+
+        def part(split: Split) -> Split:
+            rows = ((new[split.targets] >= 0) | (split.targets < 0)).nonzero().flatten()
+            return Split(split.images[rows], new[split.targets[rows]])
+
+        names = [self.classes[target] for target in kept]
+        parts = {"classes": names, "train": part(self.train), "test": part(self.test)}
+        return dataclasses.replace(self, **parts, draw_captioned=None, sha256=None)

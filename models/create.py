@@ -1,0 +1,117 @@
+"""Networks by name: backbones, students made of them, frozen encoders."""
+
+import torch
+from torch import nn
+
+from errors import InputError
+
+from . import check_model_name, model_dict
+from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text_encoder
+from .heads import Classifier, Projection, Student, StudNet
+from .library import create_library_model
+from .names import parse_name
+
+
+def create_model(name: str, num_classes: int, **options) -> nn.Module:
+    """A backbone; one of 0 classes has no classifier.
+
+    Args:
+        name: one of ``model_dict``, timm:NAME or torchvision:NAME.
+        num_classes: number of classes.
+        options: of a library's network; see ``create_library_model``. The house's own give all maps at any size.
+
+    Raises:
+        InputError: for an unknown name, or a network that cannot give what is asked for.
+    """
+    check_model_name(name)
+    if name in model_dict:
+        return model_dict[name](num_classes=num_classes)
+    return create_library_model(parse_name(name), num_classes, **options)
+
+
+def create_student(
+    model_s: str, feature_dim: int, num_classes: int, resolution: int | None = None, **options
+) -> Student:
+    """A backbone without a classifier of its own, under a head that projects to the joint space (the paper's).
+
+    Args:
+        model_s: its name.
+        feature_dim: width of the joint space.
+        num_classes: number of classes.
+        resolution: what images are enlarged to; None for their own.
+        options: see ``create_model``.
+
+    Raises:
+        InputError: as ``create_model``.
+    """
+    backbone = create_model(model_s, 0, resolution=resolution, **options)
+    return Student(backbone, StudNet(backbone.num_features, feature_dim, num_classes), resolution)
+
+
+def create_classifier(
+    model_s: str,
+    num_classes: int,
+    feature_dim: int | None = None,
+    preact: bool = False,
+    resolution: int | None = None,
+    **options,
+) -> Classifier:
+    """A backbone with its own classifier (RepDistiller's protocol).
+
+    Args:
+        model_s: its name.
+        num_classes: number of classes.
+        feature_dim: width of the joint space, where a loss needs the pooled features projected to it.
+        preact: give the maps as they are before their last ReLU.
+        resolution: what images are enlarged to; None for their own.
+        options: see ``create_model``.
+
+    Raises:
+        InputError: as ``create_model``.
+    """
+    backbone = create_model(model_s, num_classes, preact=preact, resolution=resolution, **options)
+    head = None if feature_dim is None else Projection(backbone.num_features, feature_dim)
+    return Classifier(backbone, head, preact, resolution)
+
+
+def create_encoder(
+    clip_mode: str, clip_root: str, dtype: torch.dtype = torch.float32, resolution: int | None = None
+) -> FrozenEncoder:
+    """The frozen encoder of a name (see ``models.names``), on the CPU.
+
+    Args:
+        clip_mode: its name, or the path of a checkpoint in OpenAI's format.
+        clip_root: the folder of CLIP's published weights.
+        dtype: what it computes in.
+        resolution: of its input in pixels; its own if None.
+
+    Raises:
+        InputError: an unknown name, weights that do not fit, a resolution that it cannot take.
+        OSError: weights that are missing and not to be downloaded.
+    """
+    name = parse_name(clip_mode)
+    if name.library is None:
+        from .clip_teacher import ImageEncoder  # here, so that losses and students do without clip
+
+        return ImageEncoder(clip_mode, clip_root, dtype, resolution)
+    return LibraryEncoder(name, dtype, resolution)
+
+
+def create_text_encoder(clip_mode: str, clip_root: str) -> TextEncoder:
+    """The text encoder beside a CLIP's image encoder, on the CPU.
+
+    Args:
+        clip_mode, clip_root: see ``create_encoder``.
+
+    Raises:
+        InputError: an encoder that has none, or as ``create_encoder``.
+        OSError: weights that are missing and not to be downloaded.
+    """
+    name = parse_name(clip_mode)
+    if name.library is None:
+        from .clip_teacher import load_text_encoder
+
+        return load_text_encoder(clip_mode, clip_root)
+    if name.library != "open_clip":
+        raise InputError(f"{clip_mode} understands no text: OpenAI's CLIPs and open_clip's models do")
+    return open_clip_text_encoder(name)
