@@ -10,6 +10,7 @@ from torch import Tensor
 
 from errors import InputError
 
+from .rows import Rows, some_rows
 from .views import CIFAR_VIEWS, Views
 
 
@@ -18,17 +19,24 @@ class Split:
     """Images and their classes.
 
     Attributes:
-        images: (N, 3, H, W) uint8 on the CPU. Photographs are fastest in channels_last memory format.
+        images: (N, 3, H, W) uint8 on the CPU, a tensor or some rows of one. Photographs are fastest in channels_last
+            memory format.
         targets: (N,) int64; -1 for an image without a label.
         mapped: the images lie in a file that is mapped into memory, so that reading them may take a while.
     """
 
-    images: Tensor
+    images: Tensor | Rows
     targets: Tensor
     mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def select(self, rows: Tensor) -> "Split":
+        """Some rows of it; the images are not copied."""
+        if len(rows) == len(self):
+            return self
+        return Split(some_rows(self.images, rows), self.targets[rows], self.mapped)
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,25 @@ class ImageDataset:
         digest = hashlib.sha256()
         for split in (self.train, self.test):
             digest.update(repr(tuple(split.images.shape)).encode())
-            for images in split.images.split(1000):  # of a file that is mapped, not all at once
-                digest.update(images.contiguous().numpy())
+            for start in range(0, len(split), 1000):  # a mapped file is not read all at once
+                digest.update(split.images[start : start + 1000].contiguous().numpy())
         return digest.hexdigest()
+
+    def select(self, train: Tensor, test: Tensor) -> "ImageDataset":
+        """The data set of some rows of its splits, in ascending order; the images are not copied.
+
+        Where the fingerprint is known without reading the pixels, the new one is made of it and of the rows.
+        """
+        parts = {"train": self.train.select(train), "test": self.test.select(test)}
+        if parts["train"] is self.train and parts["test"] is self.test:
+            return self
+        sha256 = self.sha256
+        if sha256 is not None:
+            digest = hashlib.sha256(sha256.encode())
+            for rows in (train, test):
+                digest.update(f"{len(rows)} rows".encode() + rows.numpy().tobytes())
+            sha256 = digest.hexdigest()
+        return dataclasses.replace(self, **parts, draw_captioned=None, sha256=sha256)
 
     def without(self, names: list[str]) -> "ImageDataset":
         """The data set without the images of some classes; those that stay keep their order.
@@ -81,10 +105,10 @@ class ImageDataset:
         new = torch.full((len(self.classes) + 1,), -1)  # the last for targets of -1
         new[kept] = torch.arange(len(kept))
 
-        def part(split: Split) -> Split:
-            rows = ((new[split.targets] >= 0) | (split.targets < 0)).nonzero().flatten()
-            return Split(split.images[rows], new[split.targets[rows]])
+        def rows(split: Split) -> Tensor:
+            return ((new[split.targets] >= 0) | (split.targets < 0)).nonzero().flatten()
 
-        names = [self.classes[target] for target in kept]
-        parts = {"classes": names, "train": part(self.train), "test": part(self.test)}
-        return dataclasses.replace(self, **parts, draw_captioned=None, sha256=None)
+        left = self.select(rows(self.train), rows(self.test))
+        train, test = (dataclasses.replace(split, targets=new[split.targets]) for split in (left.train, left.test))
+        classes = [self.classes[target] for target in kept]
+        return dataclasses.replace(left, classes=classes, train=train, test=test, draw_captioned=None)

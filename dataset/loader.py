@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .images import Split
+from .rows import Rows, channels_last, gather
 from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
 
 # Batches that are read before they are asked for.
@@ -25,9 +26,12 @@ _AHEAD = 2
 _on_gpu = WeakTensorKeyDictionary()
 
 
-def on_device(images: Tensor, device: torch.device) -> Tensor:
+def on_device(images: Tensor | Rows, device: torch.device) -> Tensor | Rows:
     """Images (N, 3, H, W) on the device; as they are where they would take more than half of a GPU's free memory."""
-    if not _channels_last(images):
+    if isinstance(images, Rows):
+        stored = on_device(images.images, device)
+        return Rows(stored, images.numbers.to(stored.device))
+    if not channels_last(images):
         images = images.contiguous()
     if device.type == "cpu":
         return images
@@ -36,22 +40,18 @@ def on_device(images: Tensor, device: torch.device) -> Tensor:
     return _on_gpu.get(images, images)
 
 
-def _channels_last(images: Tensor) -> bool:
-    return images.is_contiguous(memory_format=torch.channels_last)
-
-
-def take(images: Tensor, index: Tensor, device: torch.device) -> Tensor:
+def take(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
     """Some of the images that ``on_device`` gave, (B, 3, H, W) on the device, by their row numbers (B,)."""
     if images.device.type != device.type:
         return read(images, index.cpu(), device)
-    if not _channels_last(images):
-        return images.index_select(0, index)
-    return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return images[index] if isinstance(images, Rows) else gather(images, index)
 
 
-def read(images: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    """As ``take``, of images on the host, copied by the calling thread alone; torch would take the cores of a step."""
-    last = _channels_last(images)
+def read(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
+    """As ``take``, for images on the host; the calling thread alone copies, and leaves the cores to the step."""
+    if isinstance(images, Rows):
+        images, index = images.images, images.numbers[index]
+    last = channels_last(images)
     images = images.permute(0, 2, 3, 1) if last else images
     stored = torch.empty(len(index), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")
     np.take(images.numpy(), index.numpy(), axis=0, out=stored.numpy(), mode="clip")

@@ -1,7 +1,5 @@
 """What frozen features are worth on another data set: a linear probe and nearest neighbours."""
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,14 +132,13 @@ class Transfer:
     def __init__(self, opt, save_dir: str):
         size = opt.image_size if opt.probe == "folder" else None
         full = load_dataset(opt.probe, opt.probe_dir, image_size=size, save_dir=save_dir)
-        train, test = (_labelled(split) for split in (full.train, full.test))
-        if not len(train) or not len(test):
+        labelled = [(split.targets >= 0).nonzero().flatten() for split in (full.train, full.test)]
+        if not all(map(len, labelled)):
             raise InputError(f"--probe {opt.probe} needs labels in its training and in its test split")
-        counts = torch.bincount(train.targets)
+        self.dataset = full.select(*labelled)
+        counts = torch.bincount(self.dataset.train.targets)
         if int(counts[counts > 0].min()) * _HOLDOUT <= 0.5:
             raise InputError(f"--probe {opt.probe}: a class has too few training images to hold {_HOLDOUT} of them out")
-        whole = len(train) == len(full.train) and len(test) == len(full.test)
-        self.dataset = full if whole else dataclasses.replace(full, train=train, test=test, sha256=None)
         self._teachers: dict[tuple, dict] = {}
 
     def data(self, subject: Subject) -> str:
@@ -178,8 +175,3 @@ class Transfer:
         found = {"linear": predicted}
         found |= {f"knn_{k}": x for k, x in nearest_neighbours(train, known, test, classes).items()}
         return {name: 100 * float((x == wanted).double().mean()) for name, x in found.items()} | {"strength": strength}
-
-
-def _labelled(split: Split) -> Split:
-    rows = (split.targets >= 0).nonzero().flatten()
-    return split if len(rows) == len(split) else Split(split.images[rows], split.targets[rows])

@@ -1,5 +1,8 @@
 """The linear probe and nearest neighbours against scikit-learn's."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+import dataset
+from conftest import make_dataset
+from dataset import Split
 from dataset.splits import holdout_rows
 from evaluation import probe
 
@@ -66,3 +72,16 @@ def test_of_equally_many_votes_the_nearer_ones_win():
     train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.6, 0.8], [0.5, 0.8]])
     found = probe.nearest_neighbours(train, torch.tensor([1, 1, 0, 0]), torch.tensor([[1.0, 0.05]]), 2, (4,))
     assert found[4].tolist() == [1]
+
+
+def test_images_without_a_label_are_left_out_and_none_is_copied(monkeypatch, tmp_path):
+    made = make_dataset()
+    targets = torch.where(torch.arange(70) % 7 == 3, -1, made.train.targets)
+    partly = dataclasses.replace(made, train=Split(made.train.images, targets, mapped=True), sha256="0" * 64)
+    monkeypatch.setitem(dataset.DATASETS, "partly", lambda data_dir: partly)
+    found = probe.Transfer(SimpleNamespace(probe="partly", probe_dir=".", image_size=None), str(tmp_path)).dataset
+    assert found.train.images.images.data_ptr() == made.train.images.data_ptr()
+    assert torch.equal(found.train.images[:], made.train.images[targets >= 0])
+    assert torch.equal(found.train.targets, targets[targets >= 0])
+    assert found.train.mapped and found.test is partly.test
+    assert found.fingerprint() != partly.fingerprint()
