@@ -55,13 +55,18 @@ def predict(network: Student | Classifier | EncoderTeacher | CnnTeacher, loader:
 
 @dataclass(frozen=True)
 class SeenAt:
-    """The views of a data set, which a student sees at another size: the one that it was trained for."""
+    """The test views of a data set, resized to what the student was trained for, ``size`` pixels."""
 
     views: Views
     size: int
 
-    def __getattr__(self, name: str):
-        return getattr(self.views, name)
+    @property
+    def count(self) -> int | None:
+        return self.views.count
+
+    @property
+    def test(self) -> int:
+        return self.views.test
 
     def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
         """See ``CropViews``."""

@@ -1,5 +1,6 @@
 """A student that understands texts: the space of its CLIP teacher, and classification by names alone in it."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -62,8 +63,11 @@ class ZeroShot:
         self._encoders: dict[str, TextEncoder] = {}
 
     def data(self, subject: Subject) -> str:
-        """The data set that the answer is about, and how many names were given."""
-        return subject.dataset.name + (f", {len(self.labels)} names" if self.labels else "")
+        """The data set that the answer is about; where names were given, their number and a hash of them."""
+        if self.labels is None:
+            return subject.dataset.name
+        digest = hashlib.sha256("\n".join(self.labels).encode()).hexdigest()
+        return f"{subject.dataset.name}, {len(self.labels)} names ({digest[:6]})"
 
     def check(self, subject: Subject) -> None:
         """Raise an InputError where a subject cannot be asked."""

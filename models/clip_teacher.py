@@ -7,6 +7,7 @@ from pathlib import Path
 import clip
 import torch
 from clip.model import CLIP, build_model
+from filelock import FileLock
 from torch import Tensor
 
 from errors import InputError
@@ -20,6 +21,8 @@ _NORMALIZE = clip.clip._transform(224).transforms[-1]
 
 def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
     """The checkpoint's path and SHA-256; a published one is downloaded into ``root`` when it is missing.
+
+    Processes that want the same file download it once: the others wait for the first.
 
     Args:
         clip_mode: one of ``PUBLISHED``, or the path of a checkpoint in OpenAI's format.
@@ -41,22 +44,23 @@ def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
     url = clip.clip._MODELS[clip_mode]
     expected, filename = url.split("/")[-2:]
     path = Path(root) / filename
-    if path.exists():
-        # clip.load would download a file of another hash again, over the one that is there.
-        found = sha256_of(path)
-        if found != expected:
-            raise OSError(f"{path} is not the published {clip_mode} (its SHA-256 differs): delete it and run again")
-        return path, found
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Downloads beside the target, checks the hash, then renames.
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
-    except Exception as error:
-        raise OSError(
-            f"{clip_mode} is not in {root} and could not be downloaded ({error}); "
-            f"with no network, put {filename} there or give --clip_mode a path"
-        ) from error
-    return path, expected
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{filename}.lock")):
+                if not path.exists():  # another process has not fetched it meanwhile
+                    # Downloads beside the target, checks the hash, then renames.
+                    torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
+        except Exception as error:
+            raise OSError(
+                f"{clip_mode} is not in {root} and could not be downloaded ({error}); "
+                f"with no network, put {filename} there or give --clip_mode a path"
+            ) from error
+    # clip.load would download a file of another hash again, over the one that is there.
+    found = sha256_of(path)
+    if found != expected:
+        raise OSError(f"{path} is not the published {clip_mode} (its SHA-256 differs): delete it and run again")
+    return path, found
 
 
 def load_clip(path: str | os.PathLike) -> CLIP:

@@ -248,11 +248,16 @@ def test_zero_shot_is_clip_s_own_ensemble(runs, datasets, tiny_clip, capsys):
 
 def test_zero_shot_chooses_from_any_names(runs, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("colour 1\nan unheard-of thing\ncolour 2\n")
-    ask(runs["joint"], "--labels", tmp_path / "names.txt")
-    found = answers(runs["joint"], "zero_shot", "tiny, 3 names")["student"]["per_class"]
-    assert set(found) == {"colour 1", "an unheard-of thing", "colour 2"}
-    assert found["an unheard-of thing"] is None  # no image is of it
-    assert found["colour 1"] is not None
+    (tmp_path / "others.txt").write_text("colour 0\ncolour 1\ncolour 3\n")
+    for names in ("names.txt", "others.txt", "names.txt"):
+        ask(runs["joint"], "--labels", tmp_path / names)
+    asked = json.loads((runs["joint"] / "evaluation.json").read_text())["zero_shot"]
+    found = [name for name in asked if name.startswith("tiny, 3 names (")]
+    first, second = (asked[name]["resnet8_best"]["student"]["per_class"] for name in found)
+    assert set(first) == {"colour 1", "an unheard-of thing", "colour 2"}
+    assert set(second) == {"colour 0", "colour 1", "colour 3"}
+    assert first["an unheard-of thing"] is None  # no image is of it
+    assert first["colour 1"] is not None
     (tmp_path / "none.txt").write_text("nothing\n")
     refused(
         capsys, "names none of the classes of tiny, such as colour 0", runs["joint"], "--labels", tmp_path / "none.txt"

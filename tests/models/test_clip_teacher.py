@@ -1,7 +1,9 @@
 import pickle
 import shutil
 import struct
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import clip
@@ -122,7 +124,24 @@ def test_a_published_one_is_downloaded_once_and_checked(published, tmp_path, dea
     monkeypatch.setitem(clip.clip._MODELS, NAME, f"{dead_url}/{digest}/ViT-B-32.pt")
     encoder = ImageEncoder(NAME, str(root))
     assert (encoder.sha256, encoder.name) == (digest, "vit32")
-    assert [p.name for p in root.iterdir()] == ["ViT-B-32.pt"]
+    assert list(snapshot(root)) == ["ViT-B-32.pt"]
+
+
+def test_many_that_want_the_same_one_download_it_once(published, tmp_path, monkeypatch):
+    """In threads, which a lock on a file keeps apart as it does processes; each download takes a while."""
+    root, downloads, real = tmp_path / "CLIP", [], torch.hub.download_url_to_file
+
+    def slow(url, target, hash_prefix):
+        downloads.append(target)
+        time.sleep(0.2)
+        real(url, target, hash_prefix, progress=False)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch_clip(NAME, str(root)), range(4)))
+    assert found == [(root / "ViT-B-32.pt", published.parent.name)] * 4
+    assert downloads == [str(root / "ViT-B-32.pt")]
+    assert list(snapshot(root)) == ["ViT-B-32.pt"]
 
 
 def test_a_download_of_another_content_is_refused_and_leaves_nothing(published, tmp_path):
