@@ -120,7 +120,7 @@ class Method:
         citation: where the method comes from.
         clip: (build, feeds) with a CLIP teacher, where they differ; by default the same, if maps are not needed.
         preact: whose maps are those before the last ReLU: of 's' and 't'.
-        warmup: epochs over which beta grows to its value, by default.
+        beta_warmup: epochs over which beta grows to its value, by default.
         relational: whether it compares the samples of a batch with one another, and is no mean over them: of a batch
             that is spread over many processes it is then fed all samples, unless it asks for the shares.
         waits: whether it waits for the device, as PyTorch's decompositions do, so that its step cannot be captured.
@@ -133,7 +133,7 @@ class Method:
     citation: str
     clip: tuple[Build, tuple[str, ...]] | None = None
     preact: str = ""
-    warmup: int = 0
+    beta_warmup: int = 0
     relational: bool = False
     waits: bool = False
     by_class: Callable[[Namespace], bool] = lambda opt: False
@@ -296,7 +296,7 @@ METHODS = {
         (*_LOGIT, "target"),
         (1, 0, 1),
         "DKD: Zhao et al., CVPR 2022",
-        warmup=20,
+        beta_warmup=20,
     ),
     "dist": Method(
         lambda opt, net: zoo.DIST(T=opt.kd_T), _LOGIT, (1, 0, 2), "DIST: Huang et al., NeurIPS 2022", relational=True
@@ -307,7 +307,7 @@ METHODS = {
         (1, 0, 5),
         "ReviewKD: Chen et al., CVPR 2021",
         preact="t",
-        warmup=20,
+        beta_warmup=20,
     ),
     "ofd": Method(
         lambda opt, net: zoo.Overhaul(net.shapes_s[1:-1], net.shapes_t[1:-1], net.model_t.get_bn_before_relu()),

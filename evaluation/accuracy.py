@@ -10,7 +10,7 @@ from dataset import ImageDataset, Split
 from errors import InputError
 from helper.bank import OnTheFly
 from helper.teacher import EncoderTeacher
-from helper.util import AverageMeter, accuracy, predicted_class
+from helper.util import AverageMeter, accuracy
 from helper.validation import scores
 
 from . import measures
@@ -45,7 +45,7 @@ class Accuracy:
         classes, batch = subject.trained.classes, loader.batch_size
         answers = {"accuracy": {side: classification(x, targets, classes, batch) for side, x in logits.items()}}
         if logits:
-            predicted = predicted_class(next(iter(logits.values())))
+            predicted = next(iter(logits.values())).argmax(dim=1)
             print(f"confusion matrix: {write_confusion(subject, measures.confusion(predicted, targets, len(classes)))}")
         if len(seen) == 2:
             joint = isinstance(networks["teacher"], EncoderTeacher) or networks["teacher"].head is not None
@@ -69,7 +69,7 @@ def classification(logits: Tensor, targets: Tensor, classes: list[str], batch_si
     for part, target in zip(logits.split(batch_size), targets.split(batch_size), strict=True):
         meter.update(scores(part, target), len(target))
     cross_entropy, top1, top5 = meter.avg.tolist()
-    matrix = measures.confusion(predicted_class(logits), targets, len(classes))
+    matrix = measures.confusion(logits.argmax(dim=1), targets, len(classes))
     per_class = measures.per_class_accuracy(matrix)
     return {
         "top1": top1,

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distiller_zoo.EGA import ega_terms, standardize
-from helper.util import predicted_class
 
 # Guo et al. use so many.
 _CALIBRATION_BINS = 15
@@ -25,7 +24,7 @@ def calibration_error(logits: Tensor, targets: Tensor, bins: int = _CALIBRATION_
         bins: each is open below and closed above.
     """
     confidence = logits.double().softmax(dim=1).amax(dim=1)
-    excess = confidence - (predicted_class(logits) == targets).double()
+    excess = confidence - (logits.argmax(dim=1) == targets).double()
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1
     sums = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, number, excess)
     return 100 * float(sums.abs().sum()) / len(targets)
@@ -44,7 +43,7 @@ def per_class_accuracy(matrix: Tensor) -> Tensor:
 
 def same_predictions(logit_s: Tensor, logit_t: Tensor) -> float:
     """Percentage of samples to which student and teacher give the same class."""
-    return 100 * float((predicted_class(logit_s) == predicted_class(logit_t)).double().mean())
+    return 100 * float((logit_s.argmax(dim=1) == logit_t.argmax(dim=1)).double().mean())
 
 
 def divergence(logit_s: Tensor, logit_t: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from errors import InputError
 from helper.contrastive import caption_tokens, class_embeddings
 from helper.records import StoredRun
-from helper.util import accuracy, predicted_class
+from helper.util import accuracy
 from models import create_text_encoder
 from models.encoders import TextEncoder
 from models.names import parse_name
@@ -99,7 +99,7 @@ class ZeroShot:
 
 def _zero_shot_accuracies(similarity: Tensor, targets: Tensor, names: list[str], unseen: Tensor) -> dict:
     top1, top5 = accuracy(similarity, targets, topk=(1, 5))
-    predicted, new = predicted_class(similarity), unseen[targets]
+    predicted, new = similarity.argmax(dim=1), unseen[targets]
     right = (predicted == targets).double()
     matrix = measures.confusion(predicted, targets, len(names))
     parts = {"seen": ~new, "unseen": new}

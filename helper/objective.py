@@ -41,7 +41,7 @@ class Objective:
         gamma, alpha, beta: the weights r, a and b.
         kd_T: temperature of the kd term.
         clip: whether f_s and f_t are projected embeddings (a frozen encoder's protocol) or pooled features.
-        warmup: epochs over which beta grows to its value.
+        beta_warmup: epochs over which beta grows to its value.
         logit_standard: standardise the logits that kd and the method see.
         relational: the criterion compares samples, so that it has to see those of all processes.
     """
@@ -53,7 +53,7 @@ class Objective:
     beta: float
     kd_T: float
     clip: bool = True
-    warmup: int = 0
+    beta_warmup: int = 0
     logit_standard: bool = False
     relational: bool = False
 
@@ -74,7 +74,7 @@ class Objective:
 
     def beta_in(self, epoch: int) -> float:
         """The weight b in an epoch, counted from 1."""
-        return self.beta * min(epoch / self.warmup, 1) if self.warmup else self.beta
+        return self.beta * min(epoch / self.beta_warmup, 1) if self.beta_warmup else self.beta
 
     def __call__(
         self, out_s: Outputs, out_t: Outputs | None, batch: Batch, epoch: int = 1
@@ -153,7 +153,7 @@ def build_objective(
         if opt.sync_bn:
             criterion = nn.SyncBatchNorm.convert_sync_batchnorm(criterion)
     weights = (opt.gamma, opt.alpha, opt.beta)
-    return Objective(criterion, feeds, *weights, opt.kd_T, clip, opt.warmup, opt.logit_standard, method.relational)
+    return Objective(criterion, feeds, *weights, opt.kd_T, clip, opt.beta_warmup, opt.logit_standard, method.relational)
 
 
 @torch.no_grad()

@@ -208,7 +208,11 @@ def student_parser() -> Parser:
         "--logit_standard", action="store_true", help="standardise the logits that KD and the method compare"
     )
     group.add_argument(
-        "--warmup", type=number(int, 0), help="epochs over which -b grows to its value; if unset, the method's own"
+        "--beta_warmup",
+        "--warmup",
+        type=number(int, 0),
+        metavar="N",
+        help="epochs over which -b grows to its value; if unset, the method's own",
     )
     group.add_argument("--init_epochs", type=positive_int, default=30, help="abound, factor, fsp: of the first stage")
     group.add_argument("--hint_layer", type=int, choices=range(5), default=2, help="hint: which features, stem first")
@@ -298,8 +302,8 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in zip(("gamma", "alpha", "beta"), method.default_weights(clip), strict=True):
         if getattr(opt, name) is None:
             setattr(opt, name, default)
-    if opt.warmup is None:
-        opt.warmup = method.warmup
+    if opt.beta_warmup is None:
+        opt.beta_warmup = method.beta_warmup
     _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model_s, _LEARNING_RATE))
     if opt.pretrained_s and opt.init_s is not None:
         parser.error("--pretrained_s and --init_s both say what the student starts from; leave one of them out")

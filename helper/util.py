@@ -10,23 +10,13 @@ class AverageMeter:
         self.reset()
 
     def reset(self) -> None:
-        self.val = self.avg = self.sum = self.count = 0
+        self.avg = self.sum = self.count = 0
 
     def update(self, val: float | Tensor, n: int = 1) -> None:
         """Add a value that is the mean of ``n`` samples."""
-        self.val = val
         self.sum = self.sum + val * n
         self.count += n
         self.avg = self.sum / self.count
-
-
-def predicted_class(output: Tensor) -> Tensor:
-    """The class that ``accuracy`` takes for the network's answer: of equal logits, as bf16 has them, only one is.
-
-    Args:
-        output: logits, (B, classes).
-    """
-    return _highest(output, 5)[:, 0]  # not argmax, nor a smaller k, which may take another one of them
 
 
 def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
@@ -37,12 +27,9 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
         target: (B,) classes.
         topk: each k; one above the number of classes counts all of them.
     """
-    correct = _highest(output, max(topk)) == target[:, None]
-    return [100.0 * correct[:, :k].any(dim=1).float().mean() for k in topk]
-
-
-def _highest(output: Tensor, k: int) -> Tensor:
-    return output.topk(min(k, output.shape[1]), dim=1).indices
+    highest = {k: output.topk(min(k, output.shape[1]), dim=1).indices for k in topk if k > 1}
+    highest[1] = output.argmax(dim=1, keepdim=True)
+    return [100.0 * (highest[k] == target[:, None]).any(dim=1).float().mean() for k in topk]
 
 
 def format_seconds(seconds: float) -> str:

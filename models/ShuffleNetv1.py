@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import Linear
 from .resnet import _Stage
 
 _STEM = 24
@@ -75,7 +76,7 @@ class ShuffleNet(nn.Module):
             channels = width
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = channels
-        self.linear = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.linear = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])

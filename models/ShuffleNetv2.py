@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import Linear
 from .ShuffleNetv1 import channel_shuffle
 
 _STEM = 24
@@ -103,7 +104,7 @@ class ShuffleNetV2(nn.Module):
         self.bn2 = nn.BatchNorm2d(last_width)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = last_width
-        self.linear = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.linear = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])

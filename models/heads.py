@@ -24,6 +24,18 @@ class Outputs(NamedTuple):
     head_logits: Tensor | None = None
 
 
+class Linear(nn.Linear):
+    """A linear layer that computes in its weights' precision, under autocast too.
+
+    In bf16 many of a sample's logits would be equal, and its class a matter of their order.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_features) to (B, out_features)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class Projection(nn.Module):
     """A linear projection to the joint space (EGA, section 3).
 
@@ -34,7 +46,7 @@ class Projection(nn.Module):
 
     def __init__(self, f_dim: int, feature_dim: int = 256):
         super().__init__()
-        self.fit_dim_Net = nn.Linear(f_dim, feature_dim)
+        self.fit_dim_Net = Linear(f_dim, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, f_dim) to embeddings (B, D)."""
@@ -52,8 +64,8 @@ class _Head(nn.Module):
 
     def __init__(self, f_dim: int, feature_dim: int = 256, num_classes: int = 100):
         super().__init__()
-        self.fit_dim_Net = nn.Linear(f_dim, feature_dim)
-        self.cl_Net = nn.Linear(feature_dim, num_classes)
+        self.fit_dim_Net = Linear(f_dim, feature_dim)
+        self.cl_Net = Linear(feature_dim, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, f_dim) to embeddings (B, D) and logits (B, classes)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 
+from .heads import Linear
 from .maps import Graph, Intermediates, take_maps
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state
@@ -191,7 +192,7 @@ class LibraryModel(nn.Module):
         super().__init__()
         self.net, self.label, self.classifier_name, self.taps = network.net, label, network.classifier, taps
         self.num_features = _width(label, network)
-        self.classifier = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.classifier = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def library_state(self) -> dict[str, Tensor]:
         """The state dict in the library's own naming."""

@@ -4,6 +4,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from .heads import Linear
+
 # Channels at width 1, blocks, stride of the first block.
 _STAGES = [(16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1)]
 # Their maps are features: the last stages of each resolution.
@@ -55,7 +57,7 @@ class MobileNetV2(nn.Module):
         self.num_features = max(1280, int(1280 * width))
         self.conv2 = _conv_bn_relu(channels, self.num_features, 1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Linear(self.num_features, num_classes)) if num_classes else nn.Identity()
+        self.classifier = nn.Sequential(Linear(self.num_features, num_classes)) if num_classes else nn.Identity()
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

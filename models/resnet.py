@@ -5,6 +5,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import Linear
+
 
 def _conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
@@ -67,7 +69,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage}", _Stage(first, *rest))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = widths[-1]
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

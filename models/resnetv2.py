@@ -8,6 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import Linear
 from .resnet import _Stage
 
 
@@ -62,7 +63,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage}", _Stage(first, *(Bottleneck(channels, width) for _ in range(blocks - 1))))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = channels
-        self.linear = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.linear = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -7,6 +7,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import Linear
+
 _CONVOLUTIONS = {
     8: (1, 1, 1, 1, 1),
     11: (1, 1, 2, 2, 2),
@@ -52,7 +54,7 @@ class VGG(nn.Module):
         self.pool3 = nn.MaxPool2d(2)
         self.pool4 = nn.AdaptiveAvgPool2d(1)
         self.num_features = 512
-        self.classifier = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.classifier = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

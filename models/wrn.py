@@ -6,6 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import Linear
+
 
 class BasicBlock(nn.Module):
     """Norm, ReLU and 3 x 3 convolution, twice, and a shortcut.
@@ -62,7 +64,7 @@ class WideResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(widths[2])
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = widths[2]
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -65,7 +65,7 @@ def make_training(
         train, "train", batch_size, CPU, training=True, teacher_views=2 if clip else 162, shared=not clip, **place
     )
     weights = [weight or 0.0 for weight in method.default_weights(clip)]
-    objective = Objective(criterion, feeds, *weights, 4, clip, method.warmup, relational=method.relational)
+    objective = Objective(criterion, feeds, *weights, 4, clip, method.beta_warmup, relational=method.relational)
     seen = None if name == "none" else teacher
     losses = Distillation(
         student, seen, objective, loader, opt, trains_head=seen is not None and (clip or joint)

@@ -118,7 +118,7 @@ def test_maps_are_the_stages_without_the_stem_and_the_pooled_features(batch):
 def test_the_methods_weight_grows_over_the_warm_up(batch, epoch, share):
     s, t = outputs(0), outputs(1)
     _, whole = objective("ega", 1, 1, 2)(s, t, batch)
-    _, terms = objective("ega", 1, 1, 2, warmup=4)(s, t, batch, epoch)
+    _, terms = objective("ega", 1, 1, 2, beta_warmup=4)(s, t, batch, epoch)
     for name, value in whole.items():
         torch.testing.assert_close(terms[name], value * (1 if name in ("cls", "kd") else share))
 

@@ -183,11 +183,17 @@ def test_a_teachers_contradictions_are_refused_too(capsys, argv, words):
         ("--distill none --clip_tn 0 --teacher_views 4", "always sees the student's own view"),
         ("--hint_layer 5", "--hint_layer"),
         ("--mode fuzzy", "--mode"),
-        ("--warmup -1", "--warmup"),
+        ("--warmup -1", "--beta_warmup"),
     ],
 )
 def test_a_methods_contradictions_are_refused(capsys, argv, words):
     assert words in refused(capsys, parse_student_options, argv.split())
+
+
+def test_the_warm_up_of_b_goes_by_its_older_spelling_too():
+    assert parse_student_options(["--beta_warmup", "3"]).beta_warmup == 3
+    assert parse_student_options(["--warmup", "3"]).beta_warmup == 3
+    assert parse_student_options(["--distill", "dkd"]).beta_warmup == METHODS["dkd"].beta_warmup == 20
 
 
 def test_repdistillers_defaults_are_kept():
