@@ -9,10 +9,9 @@ from helper.records import StoredRun
 
 # Options that say nothing about how two runs of one method differ. Compiled or not, a run is the same but for rounding;
 # `auto` settles it by the length of the run and the processor, so that seeds of one table may differ in it.
-SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "save_steps", "device", "teacher_acc"}
-
-
-SAME |= {"compile", "max_bad_images"} | {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
+SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "save_steps", "save_seconds"}
+SAME |= {"device", "teacher_acc", "compile", "max_bad_images"}
+SAME |= {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 
 def title(method: str) -> str:

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written beside their target, flushed, renamed."""
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from errors import InputError, writing
 from models.weights import load_plain
@@ -38,6 +40,17 @@ def write_bytes(data: bytes, path: Path) -> None:
 
 def write_json(value: Any, path: Path) -> None:
     write_bytes((json.dumps(value, indent=1) + "\n").encode(), path)
+
+
+def in_memory(state: Any) -> Any:
+    """A copy of tensors, numbers, strings and containers of them, on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # a state dict also has the versions of its modules
+        copied.update((name, in_memory(value)) for name, value in state.items())
+        return copied
+    return type(state)(map(in_memory, state)) if isinstance(state, (list, tuple)) else state
 
 
 def save(state: dict, path: Path) -> None:

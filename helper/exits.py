@@ -47,6 +47,7 @@ class _Signals:
         self.held = 0
         self.save = False
         self.next = "the same command begins anew"
+        self.write: Callable[[], None] | None = None
 
     def take(self) -> dict:
         """Handle the signals from now on; gives the handlers that they had."""
@@ -87,6 +88,11 @@ _signals = _Signals()
 def resumes(folder, where: str) -> None:
     """Say what the same command would go on after, from now on: 'epoch 3' of the run in a folder."""
     _signals.next = f"the same command resumes {folder} after {where}"
+
+
+def write_at_end(write: Callable[[], None] | None) -> None:
+    """Call this where the script ends early, to save what a run has in memory alone; None where there is nothing."""
+    _signals.write = write
 
 
 @contextlib.contextmanager
@@ -168,7 +174,7 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
                 _signals.again.cancel()
             try:
                 if error is not None:
-                    _end(program, memory, error)
+                    _end(program, memory, _saved(error))
             finally:
                 sys.unraisablehook = hook
                 for number, handler in before.items():
@@ -178,6 +184,18 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
         return ending
 
     return decorate
+
+
+def _saved(error: BaseException) -> BaseException:
+    """Save what a run has in memory alone before its script ends by an error; the error to end it by."""
+    write, _signals.write = _signals.write, None
+    if write is None:
+        return error
+    try:
+        write()
+    except Exception as failed:
+        return failed if isinstance(error, Stopped) else error
+    return error
 
 
 def _end(program: str, memory: str, error: BaseException) -> None:

@@ -61,6 +61,9 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
     group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
     what = "an interrupted run goes on after the last of every so many steps; if unset, after the last epoch"
     group.add_argument("--save_steps", type=positive_int, metavar="N", help=what)
+    what = "a checkpoint after an epoch at most so often; a run that is killed goes on from its last, one that is "
+    what += "stopped by a signal from its last epoch; 0: after every epoch"
+    group.add_argument("--save_seconds", type=number(float, 0), default=30, metavar="S", help=what)
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")

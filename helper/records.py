@@ -20,6 +20,7 @@ FREE = {
     "init_s",
     "print_freq",
     "save_steps",
+    "save_seconds",
     "resume",
 }
 

@@ -1,5 +1,8 @@
 """One run's folder: options, records, checkpoints; how it resumes and when it is finished."""
 
+import math
+import os
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -7,7 +10,7 @@ from filelock import FileLock, Timeout
 from errors import InputError
 
 from . import checkpoint, distributed
-from .exits import resumes, unbroken
+from .exits import resumes, unbroken, write_at_end
 from .logger import Logger
 from .records import FREE, best_record
 
@@ -15,8 +18,10 @@ from .records import FREE, best_record
 class Run:
     """A run of so many epochs that can be killed at any moment and resumed.
 
-    After each epoch, or inside one, everything that the run is made of goes into ``resume.pth``, in one file; the logs
-    are written from it. Of many processes, the first writes and all read.
+    A checkpoint is everything that the run goes on from, in one file, ``resume.pth``. It is written after the first
+    epoch, the last, and the others that end ``save_seconds`` or more after the checkpoint before. In between the newest
+    state is kept in memory and written where the script ends early, see ``helper.exits``. A run that is killed goes on
+    from its last checkpoint; what the logs say beyond it is dropped. Of many processes, the first writes and all read.
 
     Attributes:
         folder: where its files are.
@@ -26,8 +31,8 @@ class Run:
         steps: how many of the first epoch's steps are done, when the run was resumed inside it; else 0.
 
     Args:
-        opt: the parsed options; ``save_dir``, ``resume`` and ``epochs`` are read here, and all are compared with those
-            of the run that is resumed, but for what is still ``auto`` or ``all``.
+        opt: the parsed options; ``save_dir``, ``resume``, ``epochs`` and ``save_seconds`` are read here, and all are
+            compared with those of the run that is resumed, but for what is still ``auto`` or ``all``.
         kind: 'student_model', say: the folder in SAVE of such runs.
         tb_kind: likewise of TensorBoard's events.
         name: of the run.
@@ -41,16 +46,20 @@ class Run:
 
     def __init__(self, opt, kind: str, tb_kind: str, name: str, stem: str):
         self.folder = Path(opt.save_dir) / kind / name
-        self.epochs = opt.epochs
+        self.epochs, self.save_seconds = opt.epochs, opt.save_seconds
         self.options: dict = {}
         self.recorded: dict | None = None
         self.history: list[dict] = []
         self.state: dict | None = None
         self.steps = 0
         self._tb_folder = Path(opt.save_dir) / tb_kind / name
-        self._stem = stem
         self._last = self.folder / f"{stem}_last.pth"
+        self._best = self.folder / f"{stem}_best.pth"
+        self._next_best = self.folder / f"{stem}_best.pth.next"
         self._resume = self.folder / "resume.pth"
+        self._unsaved: dict | None = None
+        self._unsaved_best: dict | None = None
+        self._saved_at = -math.inf
         self._logger: Logger | None = None
         self._lock = FileLock(self.folder / "lock")
         self._writes = distributed.rank() == 0
@@ -91,7 +100,7 @@ class Run:
         self._note(self.steps)
 
     def _note(self, steps: int = 0) -> None:
-        """After what it would be resumed."""
+        """Say after what it would be resumed."""
         epoch = len(self.history)
         resumes(self.folder, f"step {steps} of epoch {epoch + 1}" if steps else f"epoch {epoch}")
 
@@ -140,6 +149,8 @@ class Run:
         with checkpoint.writing(self.folder):
             for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
                 left.unlink()
+        if self._next_best.exists():  # killed while it wrote a checkpoint
+            self._settle_best()
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
         if self.steps:
@@ -155,13 +166,11 @@ class Run:
     def save_inside(self, steps: int, state: dict) -> None:
         """Save the state after so many steps of the epoch that is under way."""
         with unbroken():
-            if self._writes:
-                saved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
-                checkpoint.save(saved, self._resume)
-            self._note(steps)
+            self._unsaved = {"options": self.options, "history": self.history, "state": state, "steps": steps}
+            self._write() if self._writes else self._note(steps)
 
     def end_epoch(self, record: dict, state: dict, model: dict, save_freq: int | None = None) -> None:
-        """Save an epoch's record and the state after it.
+        """Take an epoch's record and the state after it, and save them where a checkpoint is due.
 
         Args:
             record: the line of metrics.jsonl.
@@ -170,21 +179,50 @@ class Run:
             save_freq: write it every so many epochs besides.
         """
         with unbroken():
-            if self._writes:
-                self._save(record, state, model, save_freq)
             self.history.append(record)
-            self._note()
-            if self._writes:
-                self._logger.append(record)
+            if not self._writes:
+                self._note()
+                return
+            keeps = save_freq is not None and record["epoch"] % save_freq == 0
+            due = keeps or len(self.history) >= self.epochs
+            due = due or time.monotonic() - self._saved_at >= self.save_seconds
+            # The next epoch changes what is not written now.
+            kept = (lambda content: content) if due else checkpoint.in_memory
+            if self.best is record:
+                self._unsaved_best = kept(model | record)
+            self._unsaved = kept({"options": self.options, "history": self.history, "state": state})
+            if keeps:
+                checkpoint.save(model | record, self.folder / f"ckpt_epoch_{record['epoch']}.pth")
+            if due:
+                self._write()
+            else:
+                write_at_end(self._write)
+            self._logger.append(record)
 
-    def _save(self, record: dict, state: dict, model: dict, save_freq: int | None) -> None:
-        # Before resume.pth: a run killed in between does the epoch again and writes the same files again.
-        if "test_acc" in record and best_record([*self.history, record]) is record:
-            checkpoint.save(model | record, self.folder / f"{self._stem}_best.pth")
-        if save_freq is not None and record["epoch"] % save_freq == 0:
-            checkpoint.save(model | record, self.folder / f"ckpt_epoch_{record['epoch']}.pth")
-        saved = {"options": self.options, "history": [*self.history, record], "state": state}
+    def _write(self) -> None:
+        """Write what is in memory alone: the state, and the best model's file if it is of an epoch since then.
+
+        A run that is resumed must find the best model of the epochs that resume.pth knows. The new one therefore waits
+        beside the old one until resume.pth is written.
+        """
+        best, self._unsaved_best = self._unsaved_best, None
+        saved, self._unsaved = self._unsaved, None
+        write_at_end(None)
+        if best is not None:
+            checkpoint.save(best, self._next_best)
         checkpoint.save(saved, self._resume)
+        self._saved_at = time.monotonic()
+        self._note(saved.get("steps", 0))
+        if best is not None:
+            self._settle_best()
+
+    def _settle_best(self) -> None:
+        """Put the best model's new file in its place, unless the run is resumed from before its epoch."""
+        with checkpoint.writing(self._best):
+            if self.best is not None and checkpoint.load(self._next_best)["epoch"] == self.best["epoch"]:
+                os.replace(self._next_best, self._best)
+            else:
+                self._next_best.unlink()
 
     def finish(self, model: dict) -> None:
         """Write the last model's file, which marks the run as finished."""

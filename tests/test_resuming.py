@@ -88,13 +88,13 @@ train_student.main""",
     ("options", "saves", "epoch", "steps"),
     [
         (["--distill", "crd", "--nce_k", "20", "--feat_dim", "8"], 2, 1, 4),
-        (["--labels", "0.2", "--holdout", "0.2", "--optimizer", "adamw"], 3, 2, 2),
+        (["--labels", "0.2", "--holdout", "0.2", "--optimizer", "adamw"], 2, 2, 2),
     ],
 )
 def test_killed_inside_an_epoch_and_resumed_ends_bit_identical(
     train, tiny_clip, tmp_path, capsys, options, saves, epoch, steps
 ):
-    """Saved after every second of five or four steps, but for the last, and after each epoch."""
+    """Saved after every second of five or four steps, but for the last; the first epoch's end is too soon after."""
     options = [*options, "--epochs", "2", "--teacher_views", "2", "--save_steps", "2"]
     whole = train(*options, save_dir=tmp_path / "whole")
 

@@ -10,7 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import snapshot
 from helper import checkpoint
+from helper.exits import exits
 from helper.run import Run
+from helper.util import NonFiniteLoss
 
 OPTIONS = {"learning_rate": 0.05, "seed": 0, "epochs": 3, "data_dir": "data", "print_freq": 100, "device": "cpu"}
 
@@ -19,9 +21,12 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing catches it."""
 
 
-def start(root: Path, resume: str = "auto", epochs: int = 3, name: str = "run", **changed) -> Run:
+def start(
+    root: Path, resume: str = "auto", epochs: int = 3, name: str = "run", save_seconds: float = 0, **changed
+) -> Run:
     """A run as the scripts begin it."""
-    run = Run(Namespace(save_dir=str(root), resume=resume, epochs=epochs), "kind", "tb", name, "net")
+    opt = Namespace(save_dir=str(root), resume=resume, epochs=epochs, save_seconds=save_seconds)
+    run = Run(opt, "kind", "tb", name, "net")
     try:
         run.record(**(OPTIONS | {"epochs": epochs, "resume": resume} | changed))
         if not run.finished:
@@ -234,21 +239,12 @@ def test_a_word_is_not_compared_before_it_has_become_a_number(tmp_path, word):
     run = start(tmp_path, teacher_views=162)
     train(run, 1)
     close(run)
-    opt = Namespace(save_dir=str(tmp_path), resume="auto", epochs=3, teacher_views=word)
+    opt = Namespace(save_dir=str(tmp_path), resume="auto", epochs=3, save_seconds=0, teacher_views=word)
     again = Run(opt, "kind", "tb", "run", "net")
     again.record(teacher_views=162)
     with pytest.raises(ValueError, match="teacher_views 162, not 16"):
         again.record(teacher_views=16)
     close(again)
-
-
-def test_a_run_that_knew_nothing_of_processes_had_one(tmp_path):
-    run = start(tmp_path)
-    train(run, 1)
-    close(run)
-    close(start(tmp_path, processes=1, sync_bn=False))
-    with pytest.raises(ValueError, match="processes 1, not 2"):
-        start(tmp_path, processes=2, sync_bn=False)
 
 
 def test_epochs_paths_and_printing_may_change(tmp_path):
@@ -287,7 +283,10 @@ def test_a_save_folder_without_permission_is_refused(tmp_path):
         start(tmp_path / "save")
 
 
-@pytest.mark.parametrize("moment", ["before best", "before resume", "after resume", "after metrics", "half a line"])
+MOMENTS = ["before best", "before resume", "before best is in place", "after resume", "after metrics", "half a line"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_no_line_and_no_event_is_missing_or_there_twice(tmp_path, monkeypatch, moment):
     run = start(tmp_path)
     train(run, 1)
@@ -306,9 +305,11 @@ def test_killed_at_any_moment_no_line_and_no_event_is_missing_or_there_twice(tmp
 
     with monkeypatch.context() as patch:
         if moment == "before best":
-            patch.setattr(checkpoint, "save", killed_at("net_best.pth"))
+            patch.setattr(checkpoint, "save", killed_at("net_best.pth.next"))
         elif moment == "before resume":
             patch.setattr(checkpoint, "save", killed_at("resume.pth"))
+        elif moment == "before best is in place":
+            patch.setattr(run, "_settle_best", killed)
         elif moment == "after resume":
             patch.setattr(run._logger, "append", killed)
         elif moment == "after metrics":
@@ -325,7 +326,7 @@ def test_killed_at_any_moment_no_line_and_no_event_is_missing_or_there_twice(tmp
     close(run)
 
     again = start(tmp_path)
-    done = 2 if moment in ("after resume", "after metrics") else 1
+    done = 2 if moment in ("before best is in place", "after resume", "after metrics") else 1
     assert again.first_epoch == done + 1
     check_logs(tmp_path, done)
     train(again, 3)
@@ -336,19 +337,89 @@ def test_killed_at_any_moment_no_line_and_no_event_is_missing_or_there_twice(tmp
     train(whole, 3)
     whole.finish(weights(3))
     assert lines(tmp_path) == lines(tmp_path / "whole")
+    assert {path.name for path in again.folder.iterdir()} == {path.name for path in whole.folder.iterdir()}
     for name in ("net_best.pth", "net_last.pth", "resume.pth"):
         assert repr(checkpoint.load(again.folder / name)) == repr(checkpoint.load(whole.folder / name))
 
 
-def test_a_run_that_knew_nothing_of_labels_had_them_all(tmp_path):
-    run = start(tmp_path)
-    train(run, 1)
+@pytest.mark.parametrize("moment", ["between", *MOMENTS[:3]])
+def test_killed_after_epochs_without_a_checkpoint_the_best_is_of_the_epochs_that_are_known(
+    tmp_path, monkeypatch, moment
+):
+    """What is trained again may come out otherwise, as on a GPU: the epochs that were best then never are."""
+    run = start(tmp_path, save_seconds=1e9, epochs=4)
+    train(run, 3)  # a checkpoint after the first
+    assert checkpoint.load(run.folder / "resume.pth")["history"] == [record(1, 10.0)]
+    assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == 1
+    assert len(lines(tmp_path)) == 3
+
+    def killed(*args):
+        raise Killed
+
+    save = checkpoint.save
+    with monkeypatch.context() as patch:
+        if moment == "before best is in place":
+            patch.setattr(run, "_settle_best", killed)
+        elif moment != "between":
+            name = {"before best": "net_best.pth.next", "before resume": "resume.pth"}[moment]
+            patch.setattr(checkpoint, "save", lambda x, path: killed() if path.name == name else save(x, path))
+        if moment != "between":
+            with pytest.raises(Killed):
+                run._write()
     close(run)
-    close(start(tmp_path, labels=1.0, joint="projected", save_steps=5))
-    with pytest.raises(ValueError, match=r"labels 1.0, not 0.5"):
-        start(tmp_path, labels=0.5)
-    with pytest.raises(ValueError, match="joint projected, not teacher"):
-        start(tmp_path, joint="teacher")
+
+    again = start(tmp_path, epochs=4)
+    done = 3 if moment == "before best is in place" else 1
+    best = 2 if moment == "before best is in place" else 1
+    assert again.first_epoch == done + 1
+    check_logs(tmp_path, done)
+    assert not (again.folder / "net_best.pth.next").exists()
+    train(again, 4, accuracies=(10.0, 9.0, 8.0, 7.0))
+    again.finish(weights(4))
+    check_logs(tmp_path, 4)
+    saved = checkpoint.load(again.folder / "net_best.pth")
+    assert saved["epoch"] == again.best["epoch"] == best
+    assert torch.equal(saved["model"]["w"], weights(best)["model"]["w"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Killed, NonFiniteLoss, RuntimeError])
+def test_what_ends_the_script_early_loses_no_finished_epoch(tmp_path, error):
+    state = {"w": torch.zeros(2), "list": [{"at": torch.zeros(1)}, (1, 2)]}
+
+    @exits("train.py", memory="")
+    def main():
+        run = start(tmp_path, save_seconds=1e9, epochs=9)
+        for epoch in (1, 2, 3):
+            run.end_epoch(record(epoch, (10.0, 30.0, 20.0)[epoch - 1]), state, {"model": state})
+            state["w"] += 1  # the next epoch trains on
+            state["list"][0]["at"] += 1
+        assert checkpoint.load(run.folder / "resume.pth")["state"]["w"].tolist() == [0, 0]
+        run._lock.release()
+        raise error("at epoch 4")
+
+    with pytest.raises((error, SystemExit)):
+        main()
+    again = start(tmp_path, epochs=9)
+    assert again.first_epoch == 4
+    assert again.state == {"w": pytest.approx([2, 2]), "list": [{"at": 2}, (1, 2)]}
+    best = checkpoint.load(again.folder / "net_best.pth")
+    assert (best["epoch"], best["model"]["w"].tolist()) == (2, [1, 1])
+    check_logs(tmp_path, 3)
+
+
+def test_a_checkpoint_is_due_after_the_first_epoch_and_the_last_and_every_so_many_seconds(tmp_path, monkeypatch):
+    now, written = 100.0, []
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda state, path: (written.append(path.name), save(state, path)))
+    run = start(tmp_path, save_seconds=30, epochs=7)
+    found = []
+    for epoch, now in enumerate((110, 125, 139, 140, 150, 160, 165), start=1):  # noqa: B007
+        run.end_epoch(record(epoch, 50.0 - epoch), {"at": epoch}, weights(epoch), save_freq=5)
+        found.append(" ".join(written))
+        written.clear()
+    first, kept = "net_best.pth.next resume.pth", "ckpt_epoch_5.pth resume.pth"
+    assert found == [first, "", "", "resume.pth", kept, "", "resume.pth"]
 
 
 def test_a_run_goes_on_inside_an_epoch(tmp_path, capsys):
