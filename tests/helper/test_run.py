@@ -9,10 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import snapshot
+from errors import NonFiniteLoss
 from helper import checkpoint
 from helper.exits import exits
 from helper.run import Run
-from helper.util import NonFiniteLoss
 
 OPTIONS = {"learning_rate": 0.05, "seed": 0, "epochs": 3, "data_dir": "data", "print_freq": 100, "device": "cpu"}
 
