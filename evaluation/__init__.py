@@ -1,10 +1,34 @@
 """A finished student, and what it knows: ``from evaluation import load_student``."""
 
+from __future__ import annotations
 
-def __getattr__(name: str):
-    # Here, so that a table of runs pays for no torch.
-    if name == "load_student":
-        from .student import load_student
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-        return load_student
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
+
+    from helper.records import StoredRun
+
+    from .student import Predictor
+
+
+def load_student(run: StoredRun | str | Path, which: str = "best") -> tuple[Predictor, Compose, list[str]]:
+    """A finished run's student, ready to use; the run's data set need not be there.
+
+    Args:
+        run: its folder, SAVE/student_model/NAME.
+        which: 'best' or 'last' epoch, or the path of another file of it.
+
+    Returns:
+        The network in evaluation mode, images (B, 3, H, W) to logits (B, classes), with ``embed`` for embeddings; the
+        transform from a PIL image to its input; and the classes' names in the order of the logits.
+
+    Raises:
+        InputError, OSError: see ``open_student``.
+    """
+    from .student import Predictor, image_transform, open_student  # here, so that tables of runs need no torch
+
+    opened = open_student(run, which)
+    transform = image_transform(opened.image_size, opened.normalization, opened.stored_size)
+    return Predictor(opened.network).eval(), transform, opened.classes

@@ -15,7 +15,8 @@ from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun, read_run
 
-from .student import Predictor, load_student
+from . import load_student
+from .student import Predictor
 from .zero_shot import check_understands_text, load_text_encoder
 
 _BATCH = 256

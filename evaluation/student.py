@@ -1,4 +1,4 @@
-"""A finished run's student, opened: ``net, transform, classes = load_student(RUN)`` is all that its use takes."""
+"""A finished run's student, opened."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,22 +161,3 @@ def image_transform(
     if normalization is None:
         return Compose([*resize, PILToTensor()])
     return Compose([*resize, ToTensor(), Normalize(*normalization)])
-
-
-def load_student(run: StoredRun | str | Path, which: str = "best") -> tuple[Predictor, Compose, list[str]]:
-    """A finished run's student, ready to use; the run's data set need not be there.
-
-    Args:
-        run: its folder, SAVE/student_model/NAME.
-        which: 'best' or 'last' epoch, or the path of another file of it.
-
-    Returns:
-        The network in evaluation mode, images (B, 3, H, W) to logits (B, classes), with ``embed`` for embeddings; the
-        transform from a PIL image to its input; and the classes' names in the order of the logits.
-
-    Raises:
-        InputError, OSError: see ``open_student``.
-    """
-    opened = open_student(run, which)
-    transform = image_transform(opened.image_size, opened.normalization, opened.stored_size)
-    return Predictor(opened.network).eval(), transform, opened.classes

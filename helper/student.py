@@ -1,7 +1,4 @@
-"""The student: a backbone and its head; built for a run, and opened from a finished one.
-
-``net, transform, classes = load_student(RUN)`` is all that its use from Python takes.
-"""
+"""The student: a backbone and its head, built for a run."""
 
 import torch
 

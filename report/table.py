@@ -2,8 +2,6 @@
 
 import statistics
 
-from scipy import stats
-
 from errors import InputError
 from evaluation.tables import REPEATS, SAME, markdown, mean_and_deviation, repeats, run_labels, title, told
 from helper.exits import exit_on_bad_input
@@ -33,6 +31,8 @@ def compare(group: list[StoredRun], reference: list[StoredRun]) -> tuple[float, 
     ours, theirs = accuracies(reference), accuracies(group)
     if not ours or not theirs:
         return None
+    from scipy import stats  # here, so that a table without tests needs no scipy
+
     common = sorted(ours.keys() & theirs.keys())
     if len(common) > 1 or (common and 1 in (len(ours), len(theirs))):
         pairs = [(ours[seed], theirs[seed]) for seed in common]

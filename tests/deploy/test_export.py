@@ -21,7 +21,8 @@ import export
 import train_student
 from conftest import make_dataset, snapshot
 from dataset.views import normalize
-from evaluation.student import load_student, open_student
+from evaluation import load_student
+from evaluation.student import open_student
 from helper import checkpoint
 from models import model_dict
 

@@ -23,7 +23,7 @@ from conftest import make_dataset
 from dataset import ImageDataset, Split
 from dataset.resize import resize
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize
-from evaluation.student import load_student
+from evaluation import load_student
 from helper.contrastive import TEMPLATES
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder, load_clip

@@ -11,7 +11,8 @@ from PIL import Image
 from conftest import make_dataset
 from dataset.decode import read_square
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, ResizedCropViews, normalize
-from evaluation.student import image_transform, load_student, model_path, open_student
+from evaluation import load_student
+from evaluation.student import image_transform, model_path, open_student
 from helper import checkpoint
 from helper.records import read_run
 from models import create_student

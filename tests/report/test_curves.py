@@ -9,7 +9,7 @@ from PIL import Image
 import train_student
 import train_teacher
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
-from evaluation.student import load_student
+from evaluation import load_student
 from helper.records import StoredRun, read_run
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
