@@ -35,16 +35,17 @@ def train(opt: argparse.Namespace) -> None:
     from helper.runtime import resolve
 
     with exit_on_bad_input("pretrain_clip.py"):
-        run = Run(opt, "clip", "clip_tensorboards", clip_run_name(opt), "clip")
+        dataset = open_dataset(vars(opt))
+        identity = {"dataset_sha256": dataset.fingerprint()}
+        run = Run(opt, identity, "clip", "clip_tensorboards", clip_run_name(opt, dataset.name, identity), "clip")
         if run.finished:
             print_result(run)
             return
-        dataset = open_dataset(vars(opt))
         captioned = dataset.captioned()
         opt = resolve(opt, run.recorded, len(captioned))
         data = build_clip_data(opt, dataset, captioned)
         check_batch_norm(opt, data.train)
-        run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint())
+        run.record(**recorded_options(opt))
         run.start()
 
     model = build_clip(opt)

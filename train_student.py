@@ -28,27 +28,28 @@ def train(opt: argparse.Namespace) -> None:
     from helper.run import Run
     from helper.runtime import resolve
     from helper.student import build_student, model_file, student_identity
-    from helper.teacher import build_teacher
+    from helper.teacher import build_teacher, teacher_identity
     from helper.validation import Evaluation
 
     needs = METHODS[opt.distill].needs(clip=bool(opt.clip_tn))
 
     # Everything that can be wrong with the input is found here, before anything is trained.
     with exit_on_bad_input("train_student.py"):
-        name, stem = student_run_name(opt), sized_name(opt.model_s, opt.student_resolution)
-        run = Run(opt, "student_model", "student_tensorboards", name, stem)
+        identity = student_identity(opt) | (teacher_identity(opt) if opt.distill != "none" else {})
+        dataset = open_dataset(vars(opt))
+        identity["dataset_sha256"] = dataset.fingerprint()
+        name, stem = student_run_name(opt, dataset.name, identity), sized_name(opt.model_s, opt.student_resolution)
+        run = Run(opt, identity, "student_model", "student_tensorboards", name, stem)
         if run.finished:
             print_result(run)
             return
-        dataset = open_dataset(vars(opt))
         opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset)
         teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
         objective = build_objective(opt, student, teacher, loaders)
-        identity = {} if teacher is None else teacher.identity
-        run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint(), **identity, **student_identity(opt))
-        stage = None if run.state else first_stage.open_first_stage(opt, objective, name, run.options)
+        run.record(**recorded_options(opt))
+        stage = None if run.state else first_stage.open_first_stage(opt, objective, run)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
     facts = loaders.image_facts()

@@ -21,22 +21,23 @@ def train(opt: argparse.Namespace) -> None:
     from helper.meters import print_record
     from helper.run import Run
     from helper.runtime import resolve
-    from helper.teacher import build_cnn, build_teacher, teacher_file
+    from helper.teacher import build_cnn, build_teacher, teacher_file, teacher_identity
     from helper.validation import Evaluation
 
     encoder = bool(opt.clip_tn)
 
     with exit_on_bad_input("train_teacher.py"):
-        run = Run(opt, "models", "tensorboard", teacher_run_name(opt), opt.model_t)
+        identity = teacher_identity(opt)
+        dataset = open_dataset(vars(opt))
+        identity["dataset_sha256"] = dataset.fingerprint()
+        run = Run(opt, identity, "models", "tensorboard", teacher_run_name(opt, dataset.name, identity), opt.model_t)
         if run.finished:
             run.print_result()
             return
-        dataset = open_dataset(vars(opt))
         opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset, images=not encoder)
         teacher = build_teacher(opt, dataset) if encoder else build_cnn(opt, len(dataset.classes), loaders.image_size)
-        identity = teacher.identity if encoder else {}
-        run.record(**recorded_options(opt), dataset_sha256=dataset.fingerprint(), **identity)
+        run.record(**recorded_options(opt))
         run.start()
 
     trained = (training.train_head if encoder else training.train_cnn)(opt, teacher, loaders)

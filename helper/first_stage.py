@@ -20,14 +20,13 @@ from .teacher import CnnTeacher
 from .training import Training
 
 
-def open_first_stage(opt, objective: Objective, name: str, options: dict) -> Run | None:
+def open_first_stage(opt, objective: Objective, run: Run) -> Run | None:
     """The first stage's run of ``--init_epochs`` epochs, in the folder ``init`` of the second's; None without one.
 
     It resumes as every run does.
 
     Args:
-        name: of the second stage's run.
-        options: what that run records; this one records the same.
+        run: the second stage's; the first stage records the same options.
 
     Raises:
         InputError: the folder holds another run's first stage.
@@ -36,8 +35,9 @@ def open_first_stage(opt, objective: Objective, name: str, options: dict) -> Run
         return None
     init_opt = copy.copy(opt)
     init_opt.epochs = opt.init_epochs
-    stage = Run(init_opt, "student_model", "student_tensorboards", f"{name}/init", opt.model_s)
-    stage.record(**options)
+    kind = "student_model", "student_tensorboards"
+    stage = Run(init_opt, run.identity, *kind, f"{run.folder.name}/init", opt.model_s)
+    stage.record(**run.options)
     return stage
 
 

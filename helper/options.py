@@ -8,7 +8,7 @@ from errors import InputError
 from models import check_model_name, model_dict
 from models.names import PUBLISHED, parse_name, short_name
 
-from .names import sized_name, student_run_name
+from .names import sized_name
 from .parser import (
     ListMethods,
     Parser,
@@ -19,6 +19,7 @@ from .parser import (
     number,
     positive,
     positive_int,
+    run_name,
     teacher_views,
     trial_name,
     weight,
@@ -50,8 +51,12 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
         "-t", "--trial", type=trial_name, default="1", help="a word that tells otherwise equal runs apart"
     )
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order and views")
-    group.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="auto: go on from the last epoch")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help="number of training epochs")
+    what = "the run's folder; if unset, a name that tells runs apart by every option and file that changes the result"
+    group.add_argument("--name", type=run_name, metavar="NAME", help=what)
+    what = "auto: go on with the run of this name, if there is one; none: begin anew; PATH: go on from this resume.pth"
+    group.add_argument("--resume", default="auto", metavar="auto|none|PATH", help=what)
+    what = "number of training epochs; --name NAME --epochs N goes on with a finished run to epoch N"
+    group.add_argument("--epochs", type=positive_int, default=epochs, help=what)
     group.add_argument(
         "--batch_size", type=positive_int, default=batch_size, help="samples per step, of all processes together"
     )
@@ -472,9 +477,5 @@ def _check_network(parser: Parser, flag: str, model: str) -> None:
 
 
 def recorded_options(opt: argparse.Namespace) -> dict:
-    """What a run keeps of the options: all but whether and from where it was resumed."""
-    return {name: value for name, value in vars(opt).items() if name != "resume"}
-
-
-if __name__ == "__main__":  # for scripts: the name of the run that these options of train_student.py describe
-    print(student_run_name(parse_student_options()))
+    """The options that a run records: all but its name, and from where it is resumed."""
+    return {name: value for name, value in vars(opt).items() if name not in ("name", "resume")}

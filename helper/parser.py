@@ -117,6 +117,13 @@ def trial_name(text: str) -> str:
     return text
 
 
+def run_name(text: str) -> str:
+    """A folder's name, at most 200 bytes long."""
+    if text.startswith((".", "-")) or len(trial_name(text).encode()) > 200:
+        raise argparse.ArgumentTypeError(f"{text!r} must begin with a letter or a digit, and be at most 200 bytes long")
+    return text
+
+
 class ListMethods(argparse.Action):
     """Prints the table of methods and exits."""
 

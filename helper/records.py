@@ -1,15 +1,16 @@
 """What a run records, options.json and metrics.jsonl: written by ``helper.run``, read by all that look at runs."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import InputError
 
-# What may differ when a run is resumed: how long it goes on, where things are, what is printed. Data and
-# weights are recognised by their hashes instead of their paths.
-FREE = {
-    "epochs",
+# Options that do not change a run's result: where things are, what is printed, what is saved. Data and weights are
+# recognised by their hashes instead of their paths.
+_PLACES = {
+    "name",
     "data_dir",
     "max_bad_images",
     "clip_root",
@@ -19,16 +20,42 @@ FREE = {
     "path_t",
     "init_s",
     "print_freq",
+    "save_freq",
     "save_steps",
     "save_seconds",
     "resume",
 }
 
+# Options that may change when a run is resumed: these, and how long it goes on.
+FREE = {"epochs", *_PLACES}
+
+# The key of options.json that holds the hash of the run's record.
+HASH = "record_sha256"
+
+
+def settings(options: dict) -> dict:
+    """The options that decide a run's result, its epochs among them; 1 and 1.0 are the same value."""
+    return {name: _plain(value) for name, value in options.items() if name not in {*_PLACES, HASH}}
+
+
+def _plain(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def record_hash(options: dict, history: list[dict]) -> str:
+    """SHA-256 of a finished run's settings and of its metrics."""
+    return hash_of([settings(options), history])
+
+
+def hash_of(value: object) -> str:
+    """SHA-256 of a value as JSON, in which a tuple is a list."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
 
 def best_record(history: list[dict]) -> dict | None:
     """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc.
 
-    Where no accuracy is measured, for want of labels, the last that a test pass followed.
+    Without labels no accuracy is measured; the best is then the last epoch that was tested.
     """
     tested = [record for record in history if "test_acc" in record]
     measured = [record for record in tested if record["test_acc"] is not None]
@@ -39,16 +66,13 @@ def _score(record: dict) -> float:
     return record.get("val_acc", record["test_acc"])
 
 
-_CORRUPT = "{}: its options.json or metrics.jsonl is missing or corrupt"
-
-
 @dataclass(frozen=True)
 class StoredRun:
-    """A finished run, as options.json and metrics.jsonl in its folder tell it; its weights need not be there.
+    """A finished run, read from options.json and metrics.jsonl in its folder; its weights need not be there.
 
     Attributes:
         folder: SAVE/student_model/NAME, or a copy of it.
-        options: of options.json.
+        options: the content of options.json.
         history: the lines of metrics.jsonl.
     """
 
@@ -66,11 +90,13 @@ class StoredRun:
         return [record["epoch"] for record in measured], [record[name] for record in measured]
 
 
-def read_run(folder: str | Path) -> StoredRun:
-    """Read a finished run; where its resume.pth is still there, which has a checksum, the two files must agree with it.
+def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
+    """What options.json and metrics.jsonl hold of a finished run.
+
+    The hash in options.json is written when the run has ended, so that a run which was killed has none.
 
     Raises:
-        InputError: not the folder of a student's run, or of one that is not finished; or a file is damaged.
+        InputError: the folder holds no run, or one that is not finished; or a file is damaged.
         OSError: a file cannot be read.
     """
     folder = Path(folder)
@@ -80,30 +106,29 @@ def read_run(folder: str | Path) -> StoredRun:
         options = json.loads((folder / "options.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (ValueError, RecursionError, FileNotFoundError) as error:
-        raise InputError(_CORRUPT.format(folder)) from error
-    if not isinstance(options, dict) or "distill" not in options:
-        raise InputError(f"{folder} is not the folder of a run of train_student.py")
-    named = {"model_s", "model_t"} <= options.keys() and isinstance(options.get("epochs"), int)
-    if not named or not all(isinstance(record, dict) for record in history):
-        raise InputError(_CORRUPT.format(folder))
-    if len(history) < options["epochs"]:
+        raise _corrupt(folder) from error
+    if not isinstance(options, dict):
+        raise _corrupt(folder)
+    if HASH not in options:
         raise InputError(f"the run in {folder} is not finished: resume it, with the command that began it")
-    if [record.get("epoch") for record in history] != list(range(1, len(history) + 1)):
-        raise InputError(_CORRUPT.format(folder))
-    _compare_with_resume(folder, options, history)
-    return StoredRun(folder, options, history)
+    if options[HASH] != record_hash(options, history):
+        raise _corrupt(folder)
+    return options, history
 
 
-def _compare_with_resume(folder: Path, options: dict, history: list[dict]) -> None:
-    if not (folder / "resume.pth").exists():
-        return
-    from . import checkpoint  # here, so that a table of runs without checkpoints needs no torch
+def _corrupt(folder: Path) -> InputError:
+    return InputError(
+        f"{folder}: its options.json or metrics.jsonl is missing or corrupt: run its command again, which writes both"
+    )
 
-    saved = checkpoint.load(folder / "resume.pth")
-    kept = {name: value for name, value in saved.get("options", {}).items() if name not in FREE}
-    for found, wanted in (({name: options.get(name) for name in kept}, kept), (history, saved.get("history"))):
-        if json.dumps(found) != json.dumps(wanted):  # as JSON, in which a tuple is a list and nan equals itself
-            raise InputError(
-                f"{folder}: its options.json or metrics.jsonl does not agree with resume.pth: "
-                "delete *_last.pth there and run its command again, which writes both anew"
-            )
+
+def read_run(folder: str | Path) -> StoredRun:
+    """Read a finished run of train_student.py.
+
+    Raises:
+        InputError, OSError: see ``read_record``; or the run is of another script.
+    """
+    options, history = read_record(folder)
+    if "distill" not in options:
+        raise InputError(f"{folder} is not the folder of a run of train_student.py")
+    return StoredRun(Path(folder), options, history)

@@ -12,7 +12,7 @@ from errors import InputError
 from . import checkpoint, distributed
 from .exits import resumes, unbroken, write_at_end
 from .logger import Logger
-from .records import FREE, best_record
+from .records import FREE, HASH, best_record, read_record, record_hash
 
 
 class Run:
@@ -25,14 +25,16 @@ class Run:
 
     Attributes:
         folder: where its files are.
+        identity: as given.
         recorded: the options of the resumed run; None for a new one.
         history: a record for every finished epoch.
         state: what the last ``end_epoch`` or ``save_inside`` was given, when the run was resumed; else None.
         steps: how many of the first epoch's steps are done, when the run was resumed inside it; else 0.
 
     Args:
-        opt: the parsed options; ``save_dir``, ``resume``, ``epochs`` and ``save_seconds`` are read here, and all are
-            compared with those of the run that is resumed, but for what is still ``auto`` or ``all``.
+        opt: the parsed options; ``save_dir``, ``resume``, ``epochs`` and ``save_seconds`` are read here. All but those
+            that are still ``auto`` or ``all`` are compared with those of the run that is resumed.
+        identity: the hashes of data and weights, by name; they are compared and recorded too.
         kind: 'student_model', say: the folder in SAVE of such runs.
         tb_kind: likewise of TensorBoard's events.
         name: of the run.
@@ -44,10 +46,14 @@ class Run:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, opt, kind: str, tb_kind: str, name: str, stem: str):
+    def __init__(self, opt, identity: dict[str, str], kind: str, tb_kind: str, name: str, stem: str):
+        given = {key: value for key, value in vars(opt).items() if key not in FREE and value not in ("auto", "all")}
+        given |= identity
+        distributed.check_alike(given)  # before the folder, which they name
         self.folder = Path(opt.save_dir) / kind / name
         self.epochs, self.save_seconds = opt.epochs, opt.save_seconds
-        self.options: dict = {}
+        self.identity = identity
+        self.options: dict = dict(identity)
         self.recorded: dict | None = None
         self.history: list[dict] = []
         self.state: dict | None = None
@@ -66,7 +72,8 @@ class Run:
         distributed.in_first(self._claim)
         distributed.check_shared(self.folder)
         self._load(opt.resume)
-        self._check({name: value for name, value in vars(opt).items() if value not in ("auto", "all")})
+        hashes = {} if self.recorded is None else {key: None for key in self.recorded if key.endswith("_sha256")}
+        self._check(hashes | given)  # a file that is left out now makes another run too
         if self.steps and len(self.history) >= self.epochs and not self.finished:
             raise InputError(
                 f"{self.folder} is inside epoch {self.first_epoch}: use --epochs {self.first_epoch} or more"
@@ -78,7 +85,7 @@ class Run:
             self._tb_folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"another process is running in {self.folder}; wait or use another --trial") from None
+            raise InputError(f"another process is running in {self.folder}; wait or use another --name") from None
         except OSError as error:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
 
@@ -89,7 +96,7 @@ class Run:
         if resume not in ("auto", "none") and not path.is_file():
             raise InputError(f"--resume {resume}: no such file (auto, none, or the path of a resume.pth)")
         if self._resume.exists() and (resume == "none" or path.resolve() != self._resume.resolve()):
-            raise InputError(f"{self.folder} holds a run already; resume it, delete it, or use another --trial")
+            raise InputError(f"{self.folder} holds a run already; resume it, delete it, or use another --name")
         if not path.exists():
             return
         saved = checkpoint.load(path)
@@ -105,13 +112,13 @@ class Run:
         resumes(self.folder, f"step {steps} of epoch {epoch + 1}" if steps else f"epoch {epoch}")
 
     def record(self, **values) -> None:
-        """Note options and facts (hashes of data and weights); a resumed run, and every process, must have the same.
+        """Record the options, each ``auto`` resolved.
 
         Raises:
             InputError: one that may not change differs from the resumed run's, or from another process's.
         """
         self._check(values)
-        self.options |= values
+        self.options = values | self.options
 
     def _check(self, values: dict) -> None:
         values = {key: value for key, value in values.items() if key not in FREE}
@@ -123,7 +130,7 @@ class Run:
             if recorded != value:
                 raise InputError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
-                    "use the same options to resume it, or another --trial for a new run"
+                    "use the same options and files to resume it, or another --name for a new run"
                 )
 
     @property
@@ -137,9 +144,10 @@ class Run:
         if len(self.history) < self.epochs:
             return False
         try:
-            # That of a run which then went on to more epochs is of an earlier one.
+            read_record(self.folder)
+            # The last file of a run that was then begun to be extended is of an earlier epoch.
             return checkpoint.load(self._last).get("epoch") == self.history[-1]["epoch"]
-        except (ValueError, FileNotFoundError):  # damaged, or not there: it is written again
+        except (InputError, FileNotFoundError):  # damaged, or not there: it is written again
             return False
 
     def start(self) -> None:
@@ -225,8 +233,14 @@ class Run:
                 self._next_best.unlink()
 
     def finish(self, model: dict) -> None:
-        """Write the last model's file, which marks the run as finished."""
+        """Write the record's hash and the last model's file, which mark the run as finished.
+
+        The hash comes after the last line of metrics.jsonl, so that a run which is killed in between has no hash: it
+        is unfinished, not damaged.
+        """
         if self._writes:
+            options = self.options | {HASH: record_hash(self.options, self.history)}
+            checkpoint.write_json(options, self.folder / "options.json")
             checkpoint.save(model | self.history[-1], self._last)
 
     def print_result(self) -> None:

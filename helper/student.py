@@ -1,11 +1,15 @@
 """The student: a backbone and its head, built for a run."""
 
+from pathlib import Path
+
 import torch
 
 from distiller_zoo import Needs
+from errors import InputError
 from models import create_classifier, create_student
 from models.heads import Classifier, Student, check_image_size
 from models.library import load_into, synchronize_norms
+from models.names import parse_name
 from models.weights import read_state, sha256_of
 
 from .teacher import CnnTeacher, EncoderTeacher
@@ -43,8 +47,17 @@ def build_student(
 
 
 def student_identity(opt) -> dict[str, str]:
-    """The hash of the weights that it starts from, by name, where a file was given."""
-    return {} if opt.init_s is None else {"init_sha256": sha256_of(opt.init_s)}
+    """The hash of the file of weights that it starts from, by name, where one is given.
+
+    Raises:
+        InputError: no such file.
+    """
+    path = parse_name(opt.model_s).path if opt.init_s is None else opt.init_s
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise InputError(f"{'--model_s' if opt.init_s is None else '--init_s'} {path}: no such file of weights")
+    return {"init_sha256": sha256_of(path)}
 
 
 def model_file(

@@ -10,7 +10,7 @@ from dataset import ImageDataset
 from dataset.loader import Batch
 from distiller_zoo import Needs
 from errors import InputError
-from models import check_model_name, create_classifier, create_encoder, create_model, model_dict
+from models import check_model_name, create_classifier, create_encoder, create_model, encoder_sha256, model_dict
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, Outputs, TeacNet, check_image_size, enlarge
 from models.library import synchronize_norms
@@ -31,7 +31,6 @@ class EncoderTeacher(nn.Module):
         embed: (split, index, view) to embeddings; a bank, or a fresh encoding. One with a ``lookup_device`` is given
             index and view there.
         head: the projection and the classifier; frozen when its parameters need no gradient.
-        identity: the hashes of what it is made of, by name.
         dim: width of the encoder's embedding; needed without a head.
     """
 
@@ -39,13 +38,11 @@ class EncoderTeacher(nn.Module):
         self,
         embed: Callable[[str, Tensor, Tensor], Tensor],
         head: TeacNet | None,
-        identity: dict[str, str] | None = None,
         dim: int | None = None,
     ):
         super().__init__()
         self.embed = embed
         self.head = head
-        self.identity = identity or {}
         self.dim = dim if head is None else head.fit_dim_Net.in_features
 
     @property
@@ -73,7 +70,6 @@ class CnnTeacher(nn.Module):
         amp: see ``autocast``.
         preact: give the maps as they are before their last ReLU.
         resolution: what its input is enlarged to; None for the images' own.
-        identity: the hash of its file, by name.
     """
 
     def __init__(
@@ -83,7 +79,6 @@ class CnnTeacher(nn.Module):
         amp: str,
         preact: bool = False,
         resolution: int | None = None,
-        identity: dict[str, str] | None = None,
     ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
@@ -91,7 +86,6 @@ class CnnTeacher(nn.Module):
         self.amp = amp
         self.preact = preact
         self.resolution = resolution
-        self.identity = identity or {}
 
     @property
     def trains_head(self) -> bool:
@@ -127,6 +121,18 @@ def open_embeddings(
     return open_bank(root, dataset, encoder, teacher_views, precision, torch.device(device))
 
 
+def teacher_identity(opt) -> dict[str, str]:
+    """The hashes of the files that the teacher is made of, by name; it is not built.
+
+    Raises:
+        InputError, OSError: a file is not there, or not to be downloaded.
+    """
+    if not opt.clip_tn:
+        return {} if opt.path_t is None else {"teacher_sha256": sha256_of(opt.path_t)}
+    head = {} if opt.path_t is None else {"head_sha256": sha256_of(opt.path_t)}
+    return {"clip_sha256": encoder_sha256(opt.clip_mode, opt.clip_root)} | head
+
+
 def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> EncoderTeacher | CnnTeacher:
     """The teacher that the options describe, on the device.
 
@@ -143,20 +149,17 @@ def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> Enc
         backbone, resolution = load_cnn(opt.path_t, num_classes, needs)
         torch.manual_seed(opt.seed)
         head = TeacNet(backbone.num_features, opt.feature_dim, num_classes) if needs.joint else None
-        identity = {"teacher_sha256": sha256_of(opt.path_t)}
-        teacher = CnnTeacher(backbone, head, opt.amp, needs.preact_t, resolution, identity)
+        teacher = CnnTeacher(backbone, head, opt.amp, needs.preact_t, resolution)
         return teacher.to(opt.device, memory_format=torch.channels_last)
     encoder = load_encoder(opt.clip_mode, opt.clip_root, opt.device, opt.amp, opt.teacher_resolution)
-    identity = {"clip_sha256": encoder.sha256}
     head = None
     if opt.path_t is not None:
         head = load_head(opt.path_t, encoder, opt.feature_dim, num_classes)
-        identity["head_sha256"] = sha256_of(opt.path_t)
     elif opt.joint == "projected":
         torch.manual_seed(opt.seed)
         head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
     embed = open_embeddings(dataset, encoder, opt.teacher_views, opt.save_dir, opt.device, opt.amp)
-    return EncoderTeacher(embed, head, identity, encoder.dim).to(opt.device)
+    return EncoderTeacher(embed, head, encoder.dim).to(opt.device)
 
 
 def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:

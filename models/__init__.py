@@ -28,7 +28,14 @@ model_dict = {
     "ShuffleV2": _constructor("ShuffleNetv2", "ShuffleV2"),
 }
 
-_CREATE = ("create_classifier", "create_encoder", "create_model", "create_student", "create_text_encoder")
+_CREATE = (
+    "create_classifier",
+    "create_encoder",
+    "create_model",
+    "create_student",
+    "create_text_encoder",
+    "encoder_sha256",
+)
 
 
 def __getattr__(name: str):

@@ -9,7 +9,8 @@ from . import check_model_name, model_dict
 from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text_encoder
 from .heads import Classifier, Projection, Student, StudNet
 from .library import create_library_model
-from .names import parse_name
+from .names import check_file, parse_name
+from .weights import sha256_of
 
 
 def create_model(name: str, num_classes: int, **options) -> nn.Module:
@@ -95,6 +96,23 @@ def create_encoder(
 
         return ImageEncoder(clip_mode, clip_root, dtype, resolution)
     return LibraryEncoder(name, dtype, resolution)
+
+
+def encoder_sha256(clip_mode: str, clip_root: str) -> str:
+    """The SHA-256 of a frozen encoder's weights, see ``create_encoder``; a file is hashed, not loaded.
+
+    Raises:
+        InputError, OSError: as ``create_encoder``, but for what only shows when the network is built.
+    """
+    name = parse_name(clip_mode)
+    if name.library is None:
+        from .clip_teacher import fetch_clip  # here, so that losses and students do without clip
+
+        return fetch_clip(clip_mode, clip_root)[1]
+    if name.path is None:
+        return LibraryEncoder(name).sha256
+    check_file(name)
+    return sha256_of(name.path)
 
 
 def create_text_encoder(clip_mode: str, clip_root: str) -> TextEncoder:

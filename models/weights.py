@@ -1,5 +1,6 @@
 """Files of weights: read without running code, recognised by their content."""
 
+import functools
 import hashlib
 import io
 import os
@@ -18,7 +19,13 @@ from errors import InputError
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; a file that stays as it is, is read once."""
+    facts = os.stat(path)
+    return _sha256_of(os.path.abspath(path), facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_of(path: str, *facts: int) -> str:
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

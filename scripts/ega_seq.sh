@@ -58,21 +58,8 @@ head_args=(
 
 set_student_args "$@"
 
-# Where the head will be; a mistake in the student's options shows here, before the head is trained.
-head=$("$PYTHON" - "${head_args[@]}" -- "${STUDENT_ARGS[@]}" <<'EOF'
-import sys
-from pathlib import Path
+# A mistake in the student's options shows here, before the head is trained.
+"$PYTHON" -c 'from helper.options import parse_student_options; parse_student_options()' "${STUDENT_ARGS[@]}"
 
-from helper.names import teacher_run_name
-from helper.options import parse_student_options, parse_teacher_options
-
-sys.argv[0] = "ega_seq.sh"
-border = sys.argv.index("--")
-parse_student_options(sys.argv[border + 1 :])
-opt = parse_teacher_options(sys.argv[1:border])
-print(Path(opt.save_dir) / "models" / teacher_run_name(opt) / f"{opt.model_t}_last.pth")
-EOF
-)
-
-"$PYTHON" train_teacher.py "${head_args[@]}"
-exec "$PYTHON" train_student.py "${STUDENT_ARGS[@]}" --path_t "$head"
+run_script train_teacher.py "${head_args[@]}"
+exec "$PYTHON" train_student.py "${STUDENT_ARGS[@]}" --path_t "$RUN"/*_last.pth

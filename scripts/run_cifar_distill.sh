@@ -5,13 +5,13 @@
 set -euo pipefail
 
 # The teacher: of run_cifar_vanilla.sh, or one of RepDistiller's published files in a folder named as it names them.
-path_t=./save/models/resnet32x4_cifar100_lr_0.05_decay_0.0005_seed0_trial1/resnet32x4_last.pth
+path_t=(./save/models/resnet32x4_cifar100_seed0_trial1_*/resnet32x4_last.pth)
 model_s=resnet8x4
 trial=1
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-distil() { "$PYTHON" train_student.py --path_t "$path_t" --model_s "$model_s" --trial "$trial" "$@"; }
+distil() { "$PYTHON" train_student.py --path_t "${path_t[0]}" --model_s "$model_s" --trial "$trial" "$@"; }
 
 distil --distill kd -r 0.1 -a 0.9 -b 0 "$@"
 distil --distill hint -a 0 -b 100 "$@"            # FitNet

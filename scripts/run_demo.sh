@@ -16,17 +16,15 @@ save_dir=./save/demo
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-"$PYTHON" pretrain_clip.py --dataset shapes --epochs "$clip_epochs" --save_dir "$save_dir"
-clip_mode=$(ls -t "$save_dir"/clip/*_shapes_*/clip.pt | head -n 1)
+run_script pretrain_clip.py --dataset shapes --epochs "$clip_epochs" --save_dir "$save_dir"
+clip_mode=$RUN
 
 runs=()
 for distill in none kd ega; do
-    log=$save_dir/$distill.log
-    "$PYTHON" train_student.py --dataset shapes --distill "$distill" --clip_mode "$clip_mode" --model_s "$model_s" \
+    run_script train_student.py --dataset shapes --distill "$distill" --clip_mode "$clip_mode" --model_s "$model_s" \
         --epochs "$epochs" --batch_size "$batch_size" --lr_decay_epochs "$lr_decay_epochs" --eval_freq "$eval_freq" \
-        --save_dir "$save_dir" "$@" | tee "$log"
-    # The line with a run's accuracy ends with its folder.
-    runs+=("$(sed -n 's/.*accuracy.*, in //p' "$log" | tail -n 1)")
+        --save_dir "$save_dir" "$@"
+    runs+=("$RUN")
 done
 
 echo

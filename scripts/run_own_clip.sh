@@ -21,29 +21,31 @@ trial=1
 save_dir=./save
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-"$PYTHON" pretrain_clip.py --dataset cifar100 --vision_layers "$vision_layers" --vision_width "$vision_width" \
+run_script pretrain_clip.py --dataset cifar100 --vision_layers "$vision_layers" --vision_width "$vision_width" \
     --embed_dim "$embed_dim" --text_layers "$text_layers" --text_width "$text_width" \
     --epochs "$clip_epochs" --batch_size "$clip_batch_size" --save_dir "$save_dir"
-layers=${vision_layers//,/-}
-clip=$(ls -t "$save_dir"/clip/rn"$layers"_w"$vision_width"_*_cifar100_*/clip.pt | head -1)
+clip=$RUN
 "$PYTHON" train_teacher.py --model "$clip" --save_dir "$save_dir" "$@"
 
+runs=() banks=()
 train() {
-    "$PYTHON" train_student.py --clip_mode "$clip" --model_s "$model_s" --trial "$trial" --save_dir "$save_dir" "$@"
+    run_script train_student.py --clip_mode "$clip" --model_s "$model_s" --trial "$trial" --save_dir "$save_dir" "$@"
 }
 
 for seed in $seeds; do
     for n in $views; do
-        train --distill ega --teacher_views "$n" --trial "views$n" --seed "$seed" "$@"
+        train --distill ega --teacher_views "$n" --seed "$seed" "$@"
+        banks+=("$RUN")
     done
     for method in $methods; do
         train --distill "$method" --seed "$seed" "$@"
+        runs+=("$RUN")
     done
-    train --distill ega -node 0 --seed "$seed" "$@"    # edges alone
-    train --distill ega -edge 0 --seed "$seed" "$@"    # nodes alone
+    for term in -node -edge; do  # edges alone, nodes alone
+        train --distill ega "$term" 0 --seed "$seed" "$@"
+        runs+=("$RUN")
+    done
 done
-runs=("$save_dir"/student_model/S"$model_s"_Tnone_f256_cifar100_none_*_trial"$trial")
-runs+=("$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_*_trial"$trial")
-"$PYTHON" -m report "$save_dir"/student_model/S"$model_s"_Tclip_f256_cifar100_ega_*_trialviews*
+"$PYTHON" -m report "${banks[@]}"
 "$PYTHON" -m report "${runs[@]}"
 "$PYTHON" -m report.curves "${runs[@]}" --out "$save_dir/own_clip.png"

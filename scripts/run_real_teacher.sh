@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What EGA is worth on real images: CIFAR-100, every method, from an encoder that knows more than its student.
 # EfficientNet-Lite2 was trained with ImageNet's labels; it stands in for CLIP. The paper's protocol, shortened.
-# Runs what is missing, goes on with what was cut off, skips what is done; the two small files of each finished run are
-# kept in docs/runs/. Anything after the script's name is which part to run: bash scripts/run_real_teacher.sh methods
+# The script runs what is missing, goes on with what was cut off and skips what is done. It keeps the two small files of
+# each finished run in docs/runs/. The words after the script's name say which parts to run:
+# bash scripts/run_real_teacher.sh methods
 set -euo pipefail
 
 teacher=timm:tf_efficientnet_lite2
@@ -21,7 +22,7 @@ candidates_crd='1 0.8'
 tried=(                  # so, to find out why a method is where it is
     'none' 'ega' 'ega -b 2' 'ega -b 0.5' 'ega -b 0.25' 'ega -b 0.1' 'ega -node 0' 'ega --joint teacher'
     'nce' 'nce -b 4' 'nce -b 2' 'nce -b 0.5' 'nce --joint teacher' 'ccl' 'ccl -b 2' 'ccl -b 0.5'
-    'none --batch_size 32' 'ega --batch_size 32' 'ega -b 0.5 --batch_size 32' 'nce --batch_size 32'
+    'none --batch_size 32' 'ega --batch_size 32' 'ega --batch_size 32 -b 0.5' 'nce --batch_size 32'
 )
 tuned='ega nce ccl'      # methods that train once more with the best weight that was tried
 rivals=                  # two methods that are repeated with EGA; if empty, the best two of the first seed
@@ -36,19 +37,19 @@ encoder=$teacher=CLIP/${teacher#timm:}.pth
 common=(--teacher_resolution "$teacher_resolution" --teacher_views 1 --save_dir "$save_dir")
 select=(--holdout 0.1 --epochs "$select_epochs" --lr_decay_epochs "$select_decay")
 
-# train GROUP OPTION...: a run, unless $records has it; what is recorded of it goes into $records/GROUP/NAME.
+# train GROUP NAME OPTION...: the run GROUP_NAME, unless $records has it; its record becomes $records/GROUP/NAME.
 train() {
-    local group=$1 name run
-    shift
-    set -- --clip_mode "$encoder" "${common[@]}" --epochs "$epochs" --lr_decay_epochs "$lr_decay_epochs" \
-        --model_s "$model_s" --trial "$group" "$@"
-    name=$("$PYTHON" -m helper.options "$@")
-    run=$save_dir/student_model/$name
+    local group=$1 name=$2 run=$save_dir/student_model/$1_$2
+    shift 2
     [[ -e $records/$group/$name/metrics.jsonl ]] && { echo "$records/$group/$name: done"; return; }
-    "$PYTHON" train_student.py "$@"
+    "$PYTHON" train_student.py --name "${group}_$name" --clip_mode "$encoder" "${common[@]}" --epochs "$epochs" \
+        --lr_decay_epochs "$lr_decay_epochs" --model_s "$model_s" "$@"
     mkdir -p "$records/$group/$name"
     cp "$run"/{options.json,metrics.jsonl} "$records/$group/$name"
 }
+
+# word OPTION...: a method and its options as one word: ega -b 0.5 is ega_b0.5, ega --batch_size 32 is ega_at32.
+word() { sed -E 's/ --batch_size /_at/; s/ --?/_/g; s/ //g' <<< "$*"; }
 
 # weight METHOD: sets WEIGHT to its options, which are chosen on the hold-out set where there is a choice.
 weight() {
@@ -56,16 +57,15 @@ weight() {
     WEIGHT=()
     [[ -z ${!candidates:-} ]] && return
     for b in ${!candidates}; do
-        train select --distill "$1" -b "$b" "${select[@]}"
+        train select "$1_b$b" --distill "$1" -b "$b" "${select[@]}"
     done
-    WEIGHT=(-b "$("$PYTHON" -m report --choose beta "$records"/select/*_"$1"_*)")
+    WEIGHT=(-b "$("$PYTHON" -m report --choose beta "$records"/select/"$1"_b*)")
 }
 
+# method METHOD [SEED]
 method() {
-    local name=$1
-    shift
-    weight "$name"
-    train methods --distill "$name" "${WEIGHT[@]}" "$@"
+    weight "$1"
+    train methods "$1${2:+_seed$2}" --distill "$1" "${WEIGHT[@]}" ${2:+--seed "$2"}
 }
 
 report() { "$PYTHON" -m report --against ega "$@"; }
@@ -74,56 +74,56 @@ for part in $parts; do
     case $part in
     methods)             # table 1, one seed
         for name in $methods; do method "$name"; done
-        train methods --distill ega -edge 0
-        train methods --distill ega -node 0
+        for options in 'ega -edge 0' 'ega -node 0'; do train methods "$(word "$options")" --distill $options; done
         report "$records"/methods/*
         ;;
     why)                 # weights, terms, spaces, batches; the teacher's head trained first
-        for options in "${tried[@]}"; do train why --distill $options "${select[@]}"; done
-        if ! compgen -G "$records/why/*_trialheadfirst" > /dev/null; then
-            "$PYTHON" train_teacher.py --model "$encoder" "${common[@]}" --learning_rate 0.01 --trial why "${select[@]}"
-            head=("$save_dir"/models/*_trialwhy/*_best.pth)
-            train why --distill ega --path_t "${head[0]}" "${select[@]}" --trial headfirst
+        for options in "${tried[@]}"; do train why "$(word "$options")" --distill $options "${select[@]}"; done
+        if [[ ! -e $records/why/ega_headfirst ]]; then
+            "$PYTHON" train_teacher.py --name why_head --model "$encoder" "${common[@]}" --learning_rate 0.01 \
+                "${select[@]}"
+            train why ega_headfirst --distill ega --path_t "$save_dir"/models/why_head/*_best.pth "${select[@]}"
         fi
         "$PYTHON" -m report "$records"/why/*
         ;;
     tuned)               # table 1's first methods once more, with the weight that is best on the hold-out
         for name in $tuned; do
-            found=("$records"/why/*_f256_*"_${name}_r1_a0_b"*_node0.8_edge0.24_batchsize64_*_trialwhy)
-            train methods --distill "$name" -b "$("$PYTHON" -m report --choose beta "${found[@]}")"
+            found=("$records/why/$name" "$records/why/$name"_b*)
+            b=$(printf %g "$("$PYTHON" -m report --choose beta "${found[@]}")")
+            [[ $b == 1 ]] || train methods "${name}_b$b" --distill "$name" -b "$b"
         done
         report "$records"/methods/*
         ;;
     large)               # a larger student
         for name in none kd ega; do
-            train large --distill "$name" --model_s resnet8x4 --epochs "$large_epochs" --lr_decay_epochs "$large_decay"
+            train large "$name" --distill "$name" --model_s resnet8x4 --epochs "$large_epochs" --lr_decay_epochs "$large_decay"
         done
         report "$records"/large/*
         ;;
     seeds)               # table 1, three seeds of what matters
         [[ -n $rivals ]] || rivals=$("$PYTHON" -m report --best 2 --except "none kd ega" "$records"/methods/*)
         for seed in $seeds; do
-            for name in none kd ega $rivals; do method "$name" --seed "$seed"; done
+            for name in none kd ega $rivals; do method "$name" "$seed"; done
         done
         report "$records"/methods/*
         ;;
     views)               # does a bank of few views cost accuracy?
-        for n in 2 4 8; do train views --distill ega --teacher_views "$n" --trial "views$n"; done
-        for n in 1 8; do
-            train views --distill ega --teacher_views "$n" --views shared --trial "shared$n"
-        done
+        for n in 2 4 8; do train views "views$n" --distill ega --teacher_views "$n"; done
+        for n in 1 8; do train views "shared$n" --distill ega --teacher_views "$n" --views shared; done
         method ega           # one view, as in table 1
-        report "$records"/methods/*_ega_r1_a0_b1_node0.8_edge0.24_batchsize64_seed0_trialmethods "$records"/views/*
+        report "$records"/methods/ega "$records"/views/*
         ;;
     labels)              # few labels; all images are distilled
         for share in 0.01 0.1 1; do
             for name in none kd ega; do
-                train labels --distill "$name" --labels "$share" --epochs 20 --lr_decay_epochs 13,15,18
+                train labels "${name}_labels$share" --distill "$name" --labels "$share" --epochs 20 \
+                    --lr_decay_epochs 13,15,18
             done
         done
         # Without a teacher an epoch of few labels has few steps: ten times as many besides.
-        train labels --distill none --labels 0.01 --epochs 200 --lr_decay_epochs 130,150,180 --eval_freq 10 --trial long
-        report "$records"/labels/*_cifar100_{none,kd,ega}_* "$records"/labels/*_labels0.1_* "$records"/labels/*_labels0.01_*
+        train labels none_labels0.01_long --distill none --labels 0.01 --epochs 200 --lr_decay_epochs 130,150,180 \
+            --eval_freq 10
+        report "$records"/labels/{none,kd,ega}_labels1 "$records"/labels/*_labels0.1 "$records"/labels/*_labels0.01*
         ;;
     *)
         echo "no such part: $part (methods why tuned large seeds views labels)" >&2

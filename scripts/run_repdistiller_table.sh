@@ -17,25 +17,28 @@ trial=1
 save_dir=./save
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-train() { "$PYTHON" train_student.py --model_s "$model_s" --trial "$trial" --save_dir "$save_dir" "$@"; }
+train() { run_script train_student.py --model_s "$model_s" --trial "$trial" --save_dir "$save_dir" "$@"; }
 
-"$PYTHON" train_teacher.py --model "$model_t" --save_dir "$save_dir" "$@"
-path_t=$(ls -t "$save_dir"/models/"$model_t"_cifar100_*/"$model_t"_last.pth | head -1)
+run_script train_teacher.py --model "$model_t" --save_dir "$save_dir" "$@"
+path_t=$RUN/${model_t}_last.pth
 
 b=
 choose_ega_weight() {
     [[ -n $b ]] && return
+    local tried=()
     for weight in $ega_weights; do
         train --distill ega --path_t "$path_t" -b "$weight" --holdout 0.1 --trial select \
             --epochs "$select_epochs" --lr_decay_epochs "$select_decay" "$@"
+        tried+=("$RUN")
     done
-    b=$("$PYTHON" -m report --choose beta \
-        "$save_dir"/student_model/S"$model_s"_T"$model_t"_*_ega_*_trialselect)
+    b=$("$PYTHON" -m report --choose beta "${tried[@]}")
     echo "EGA's weight, chosen on the hold-out set: $b"
 }
 
+runs=()
 for seed in $seeds; do
     train --distill none --clip_tn 0 --seed "$seed" "$@"
+    runs+=("$RUN")
     for method in $methods; do
         weights=()
         if [[ $method == ega ]]; then
@@ -43,9 +46,9 @@ for seed in $seeds; do
             weights=(-b "$b")
         fi
         train --distill "$method" --path_t "$path_t" --seed "$seed" "${weights[@]}" "$@"
+        runs+=("$RUN")
     done
-    "$PYTHON" -m report "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_trial"$trial"
+    [[ -n ${first:-} ]] || first=("${runs[@]}")
+    "$PYTHON" -m report "${runs[@]}"
 done
-first=${seeds%% *}
-"$PYTHON" -m report.curves --out "$save_dir/repdistiller_table.png" \
-    "$save_dir"/student_model/S"$model_s"_{Tnone_cifar100_none_cnn,T"$model_t"}_*_seed"$first"_trial"$trial"
+"$PYTHON" -m report.curves --out "$save_dir/repdistiller_table.png" "${first[@]}"

@@ -120,3 +120,13 @@ set_student_args() {
         --data_dir "$data_dir" --clip_root "$clip_root" --save_dir "$save_dir" "$@"
     )
 }
+
+# run_script SCRIPT OPTION...: runs a script and sets RUN to what its line with the accuracy ends with: the run's folder,
+# or the CLIP's file.
+run_script() {
+    local log
+    log=$(mktemp)
+    PYTHONUNBUFFERED=1 "$PYTHON" "$@" | tee "$log"
+    RUN=$(sed -n 's/.*accuracy.*, in //p' "$log" | tail -n 1)
+    rm "$log"
+}

@@ -67,13 +67,13 @@ def test_it_trains_as_a_cpu_does(both, options, cuda, free, captures):
 
 def test_a_run_resumes_between_epochs_and_inside_one(train_on_gpu, tmp_path):
     options = ["--distill", "crd", "--nce_k", 20, "--feat_dim", 8, "--learning_rate", 0.001, "--compile", "on"]
-    train_on_gpu(*options, "--epochs", 3, "--trial", "whole")
-    options += ["--trial", "cut"]
+    train_on_gpu(*options, "--epochs", 3, "--name", "whole")
+    options += ["--name", "cut"]
     train_on_gpu(*options, "--epochs", 1)
     with pytest.raises(AssertionError, match="stopped after step 2"):
         train_on_gpu(*options, "--epochs", 3, "--save_steps", 2, stop=True)
     train_on_gpu(*options, "--epochs", 3)
-    whole, cut = (next((tmp_path / "gpu" / "student_model").glob(f"*_trial{trial}")) for trial in ("whole", "cut"))
+    whole, cut = (tmp_path / "gpu" / "student_model" / name for name in ("whole", "cut"))
     for a, b in zip(read_metrics(whole), read_metrics(cut), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
 

@@ -183,9 +183,9 @@ def test_a_single_image_for_batch_norm_is_refused(tiny_dataset, tmp_path, capsys
 
 
 def test_other_options_do_not_resume(tiny_dataset, tmp_path, capsys):
-    train(tmp_path, *VIT, "--epochs", 1)
+    train(tmp_path, *VIT, "--epochs", 1, "--name", "run")
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path, *VIT, "--epochs", 2, "--learning_rate", 1)
+        train(tmp_path, *VIT, "--epochs", 2, "--learning_rate", 1, "--name", "run")
     assert stop.value.code == 2
     assert "learning_rate" in capsys.readouterr().err
 

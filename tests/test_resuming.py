@@ -173,8 +173,8 @@ def test_photographs_have_views_without_end(train, tmp_path, monkeypatch, capsys
 
 def test_saving_inside_an_epoch_changes_nothing_and_may_begin_later(train, tmp_path):
     plain = train("--epochs", 2)
-    train("--epochs", 1, save_dir=tmp_path / "saved")
-    saved = train("--epochs", 2, "--save_steps", 1, save_dir=tmp_path / "saved")
+    train("--epochs", 1, "--name", "saved")
+    saved = train("--epochs", 2, "--save_steps", 1, "--name", "saved")
     assert read_metrics(plain) == read_metrics(saved)
     assert_equal_tensors(load(plain / "resnet8_last.pth")["model"], load(saved / "resnet8_last.pth")["model"])
 
@@ -200,9 +200,16 @@ def test_a_finished_run_prints_its_result_and_trains_no_more(train, capsys):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_more_epochs_continue_a_finished_run(train, tmp_path):
-    longer = train("--epochs", 3, save_dir=tmp_path / "at_once")
-    train("--epochs", 1)
-    continued = train("--epochs", 3)
-    assert read_metrics(longer) == read_metrics(continued)
-    assert_equal_tensors(load(longer / "resnet8_last.pth")["model"], load(continued / "resnet8_last.pth")["model"])
+def test_more_epochs_continue_a_finished_run(train):
+    longer = train("--epochs", 3)
+    short = train("--epochs", 1)
+    assert short != longer
+    before = read_metrics(short)
+    copied = train("--epochs", 3, "--seed", 0, "--resume", short / "resume.pth", save_dir=short.parents[1] / "copied")
+    assert copied.name == longer.name
+    assert read_metrics(short) == before
+    continued = train("--epochs", 3, "--name", short.name)
+    assert continued == short
+    for other in (copied, continued):
+        assert read_metrics(longer) == read_metrics(other)
+        assert_equal_tensors(load(longer / "resnet8_last.pth")["model"], load(other / "resnet8_last.pth")["model"])

@@ -1,6 +1,8 @@
 """train_student.py as its users run it, on a tiny CLIP and a tiny data set."""
 
+import gc
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,15 @@ from runs import assert_equal_tensors, assert_refused, load, read_events, read_m
 
 import train_student
 import train_teacher
+from conftest import snapshot
 from dataset.loader import Loader
 from distiller_zoo import EGA, DistillKL
 from helper import bank as bank_module
 from helper.bank import encode_view
-from models import create_student
+from models import create_model, create_student
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
+from models.weights import sha256_of
 from report.curves import plot_runs
 
 
@@ -26,7 +30,7 @@ def test_ega_writes_what_the_readme_says(train):
     assert {"options.json", "metrics.jsonl", "resnet8_best.pth", "resnet8_last.pth", "resume.pth"} <= {
         path.name for path in folder.iterdir()
     }
-    assert folder.name == ("Sresnet8_Ttiny_clip_f8_tiny_ega_r1_a0_b1_node0.8_edge0.24_batchsize16_seed0_trial1")
+    assert folder.name[:-6] == "resnet8_tiny_clip_tiny_ega_seed0_trial1_"
     records = read_metrics(folder, timed=True)
     assert [record["epoch"] for record in records] == [1, 2]
     named = {"epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "test_acc_top5", "teacher_acc"}
@@ -162,7 +166,7 @@ def test_a_folder_of_images_teaches_a_student(train, tmp_path, capsys):
     root = write_photos(tmp_path / "my photos", *(f"train/{name}" for name in classes), "test/x", "unlabelled/deep")
     options = ["--dataset", "folder", "--data_dir", root, "--image_size", 32, "--epochs", 2]
     folder = train(*options)
-    assert "_folder-my-photos@32px_" in folder.name
+    assert "_folder-my-photos_" in folder.name
     recorded = json.loads((folder / "options.json").read_text())
     assert recorded["image_size"] == 32 and len(recorded["dataset_sha256"]) == 64
     assert [record["loss_cls"] > 0 and "test_acc" in record for record in read_metrics(folder)] == [True, True]
@@ -172,11 +176,12 @@ def test_a_folder_of_images_teaches_a_student(train, tmp_path, capsys):
     moved.parent.mkdir()
     root.rename(moved)
     options[3] = moved
-    assert train(*options, "--epochs", 3) == folder
+    assert train(*options, "--epochs", 3, "--name", folder.name) == folder
     Image.new("RGB", (9, 9)).save(moved / "train" / "x" / "more.jpg")
     with pytest.raises(SystemExit):  # and not change
-        train(*options, "--epochs", 4)
+        train(*options, "--epochs", 4, "--name", folder.name)
     assert_refused(capsys, 2, "dataset_sha256")
+    assert train(*options) != folder
 
 
 def test_a_folder_without_test_images_is_tested_on_what_is_held_out(train, tmp_path, capsys):
@@ -239,17 +244,17 @@ def test_a_save_folder_that_cannot_be_written_is_refused(train, capsys, tmp_path
 
 @pytest.mark.parametrize("change", [["--weight_decay", "0.1"], ["--teacher_views", "2"], ["--kd_T", "2"]])
 def test_a_run_with_other_options_is_not_resumed(train, capsys, change):
-    folder = train("--epochs", 1)
+    folder = train("--epochs", 1, "--name", "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(SystemExit) as exit_:
-        train("--epochs", 2, *change)
+        train("--epochs", 2, *change, "--name", "run")
     assert exit_.value.code == 2
     assert_refused(capsys, 2, change[0].lstrip("-"))
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_corrupt_resume_file_is_refused_and_kept(train, capsys):
-    resume = train("--epochs", 1) / "resume.pth"
+    resume = train("--epochs", 2) / "resume.pth"
     resume.write_bytes(resume.read_bytes()[:1000])
     with pytest.raises(SystemExit) as exit_:
         train("--epochs", 2)
@@ -259,7 +264,7 @@ def test_a_corrupt_resume_file_is_refused_and_kept(train, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_with_code_3(train, capsys):
-    folder = train("--epochs", 1)
+    folder = train("--epochs", 1, "--name", "run")
     good = (folder / "resume.pth").read_bytes()
     state = load(folder / "resume.pth")
     state["state"]["student"]["head.fit_dim_Net.weight"].fill_(float("inf"))
@@ -267,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_with_code_3(train, capsys):
     broken = (folder / "resume.pth").read_bytes()
     best = (folder / "resnet8_best.pth").read_bytes()
     with pytest.raises(SystemExit) as exit_:
-        train("--epochs", 2)
+        train("--epochs", 2, "--name", "run")
     assert exit_.value.code == 3
     assert_refused(capsys, 3, "cls", "step 1")
     assert (folder / "resume.pth").read_bytes() == broken != good
@@ -306,8 +311,8 @@ def test_a_head_of_another_shape_or_clip_is_refused(train, capsys, tmp_path):
 
 def test_train_teacher_resumes(train, tmp_path):
     whole = train("--epochs", 3, script=train_teacher, save_dir=tmp_path / "whole")
-    train("--epochs", 1, script=train_teacher)
-    resumed = train("--epochs", 3, script=train_teacher)
+    train("--epochs", 1, "--name", "run", script=train_teacher)
+    resumed = train("--epochs", 3, "--name", "run", script=train_teacher)
     assert read_metrics(whole) == read_metrics(resumed)
     assert_equal_tensors(load(whole / "tiny_clip_last.pth")["model"], load(resumed / "tiny_clip_last.pth")["model"])
 
@@ -322,3 +327,53 @@ def test_runs_share_one_bank(train, tiny_clip, tmp_path, monkeypatch):
     train("--epochs", 1, script=train_teacher)
     train("--epochs", 1, "--clip_mode", renamed)
     assert not encoded
+
+
+def test_a_finished_run_is_not_handed_out_for_other_files(train, tiny_clip, tmp_path, capsys):
+    """Each finished run is printed for the files that it was trained with, and for no others."""
+    options = ["--epochs", 1, "--max_steps", 1]
+    files = {}
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        torch.save(create_model("resnet8", 0).state_dict(), tmp_path / f"{name}.pth")
+        files[name] = ["--init_s", tmp_path / f"{name}.pth"]
+    runs = [train(*options, *words) for words in ([], files["a"], files["b"])]
+    assert len(set(runs)) == 3
+    moved = (tmp_path / "a.pth").rename(tmp_path / "moved.pth")
+    before = snapshot(tmp_path / "save")
+    assert train(*options, "--init_s", moved) in runs  # a file is known by its content
+    assert snapshot(tmp_path / "save") == before
+    for words in (["--init_s", "/nonexistent.pth"], ["--clip_mode", "timm:resnet10t=/nonexistent.pth"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train(*options, *words)
+        assert_refused(capsys, 2, "/nonexistent.pth", "no such file")
+    # Under a name of one's own the files are compared.
+    train(*options, *files["b"], "--name", "run")
+    for words in ([], ["--init_s", moved]):
+        capsys.readouterr()
+        gc.collect()  # a refused run, which holds its folder's lock
+        with pytest.raises(SystemExit):
+            train(*options, *words, "--name", "run")
+        assert_refused(capsys, 2, "init_sha256", "another --name")
+
+
+def test_a_finished_run_is_not_handed_out_for_another_encoder_of_the_same_name(train, clip_archives, tmp_path):
+    options = ["--epochs", 1, "--max_steps", 1, "--clip_mode", tmp_path / "clip.pt"]
+    runs = []
+    for path in clip_archives.values():
+        shutil.copy(path, tmp_path / "clip.pt")
+        runs.append(train(*options))
+    assert runs[0] != runs[1]
+    hashes = [json.loads((run / "options.json").read_text())["clip_sha256"] for run in runs]
+    assert hashes == [sha256_of(path) for path in clip_archives.values()]
+
+
+def test_a_finished_run_is_not_handed_out_for_another_folder_of_the_same_name(train, tmp_path):
+    runs = []
+    for number, place in enumerate(("one", "other")):
+        root = write_photos(tmp_path / place / "photos", "train/x", "train/y", "test/x")
+        Image.new("RGB", (40, 40), (99 * number, 0, 0)).save(root / "train" / "x" / "more.png")
+        runs.append(train("--dataset", "folder", "--data_dir", root, "--image_size", 32, "--epochs", 1))
+    assert runs[0] != runs[1]
+    assert runs[0].name[:-6] == runs[1].name[:-6]

@@ -93,7 +93,7 @@ def test_the_bank_of_all_is_that_of_one(job, runs, tiny_clip, tmp_path, monkeypa
 
 
 def test_a_resumed_run_ends_bit_identical(job, runs, tiny_clip, tmp_path):
-    argv = ["--clip_mode", str(tiny_clip), "--teacher_views", "2", "--save_dir", str(tmp_path)]
+    argv = ["--clip_mode", str(tiny_clip), "--teacher_views", "2", "--save_dir", str(tmp_path), "--name", "run"]
     assert set(job(distil, *argv, "--epochs", "1")) == {0}
     assert set(job(distil, *argv, "--epochs", "2")) == {0}
     assert records(tmp_path) == records(runs)
@@ -218,7 +218,7 @@ def test_pretraining_by_all_resumes_and_gives_the_clip_of_one(job, tmp_path):
         for name in ("epoch", "lr", "train_loss", "logit_scale"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
     # Another number of processes is another run.
-    assert pretrain("--epochs", "3", "--save_dir", other) == 2
+    assert pretrain("--epochs", "3", "--save_dir", other, "--name", folders[2].name) == 2
 
 
 def test_a_single_image_for_batch_norm_is_refused(job, tmp_path):

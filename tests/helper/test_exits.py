@@ -405,9 +405,9 @@ def fails_for(monkeypatch, name: str, error: int) -> None:
 def test_what_cannot_be_written_ends_with_code_4_and_can_be_resumed(
     train, tmp_path, monkeypatch, capsys, name, error, advice
 ):
-    options = ["--epochs", 2, "--distill", "none"]
+    options = ["--epochs", 2, "--distill", "none", "--name", "run"]
     whole = train(*options, save_dir=tmp_path / "whole")
-    before = train("--epochs", 1, "--distill", "none")
+    before = train("--epochs", 1, "--distill", "none", "--name", "run")
     kept = snapshot(before)
     capsys.readouterr()
     with monkeypatch.context() as patch:

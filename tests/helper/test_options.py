@@ -10,7 +10,6 @@ from dataset import DATASETS
 from dataset.views import CIFAR_VIEWS, CropViews, ResizedCropViews
 from distiller_zoo import METHODS
 from helper import options, runtime
-from helper.names import student_run_name, teacher_run_name
 from helper.options import parse_student_options, parse_teacher_options
 from helper.runtime import resolve
 from models import model_dict
@@ -203,7 +202,6 @@ def test_repdistillers_defaults_are_kept():
     teacher = parse_teacher_options(["--model", "wrn_40_2", "-t", "3"])
     assert (teacher.learning_rate, teacher.trial) == (0.05, "3")
     assert parse_teacher_options(["--model", "ShuffleV2"]).learning_rate == 0.01
-    assert teacher_run_name(teacher) == "wrn_40_2_cifar100_lr_0.05_decay_0.0005_seed0_trial3"
 
 
 @pytest.mark.parametrize("argv", ["--batch 32", "--learn 0.1", "--teacher 4", "--dist kd", "--see 3", "--node 1"])
@@ -244,23 +242,6 @@ def test_help_shows_groups_and_every_default(capsys):
         assert f"(default: {action.default})" in said[start:], action.option_strings
     for group in ("method", "student", "teacher", "data", "optimisation", "run", "speed"):
         assert f"{group}:" in said
-
-
-def test_the_name_of_a_run_carries_what_tells_runs_apart():
-    opt = parse_student_options(["--clip_mode", "some/dir/my.clip.pt", "--trial", "b", "--seed", "7", "-a", "0.5"])
-    name = student_run_name(opt)
-    assert name == ("Sresnet8x4_Tmy.clip_f256_cifar100_ega_r1_a0.5_b1_node0.8_edge0.24_batchsize64_seed7_trialb")
-    assert student_run_name(parse_student_options([])).startswith("Sresnet8x4_Tvit32_f256_cifar100_ega_r1_a0_b1_")
-    assert student_run_name(parse_student_options(["--distill", "none"])).startswith("Sresnet8x4_Tnone_")
-    assert teacher_run_name(parse_teacher_options(["--model", "RN50"])) == "RN50_f256_cifar100_lr_0.01_seed0_trial1"
-    for clip in PUBLISHED:
-        assert not set(student_run_name(parse_student_options(["--clip_mode", clip]))) & set("/:\\ ")
-
-
-def test_the_name_of_a_run_on_a_folder_tells_which():
-    argv = ["--dataset", "folder", "--data_dir", "some/where/my pets", "--image_size", "96"]
-    assert "_folder-my-pets@96px_ega_" in student_run_name(parse_student_options(argv))
-    assert "_folder-my-pets@96px_labels0.5_" in teacher_run_name(parse_teacher_options([*argv, "--labels", "0.5"]))
 
 
 @pytest.fixture
@@ -396,14 +377,3 @@ def test_a_cosine_under_way_keeps_its_end(machine):
     opt = parse_student_options(["--schedule", "cosine", "--epochs", "9"])
     with pytest.raises(ValueError, match="cosine of 10 epochs cannot go on with --epochs 9"):
         resolve(opt, vars(opt) | {"epochs": 10, "compile": "off", "device": "cpu", "amp": "off"}, images=100)
-
-
-def test_the_name_of_a_run_tells_few_labels_and_the_teachers_own_space():
-    opt = parse_student_options(["--labels", "0.1", "--joint", "teacher"])
-    assert student_run_name(opt).startswith("Sresnet8x4_Tvit32_jointteacher_cifar100_labels0.1_ega_r1_a0_b1_node")
-    assert teacher_run_name(parse_teacher_options(["--labels", "0.25"])).startswith(
-        "vit32_f256_cifar100_labels0.25_lr_"
-    )
-    cnn = parse_teacher_options(["--model", "resnet8", "--labels", "0.25"])
-    assert teacher_run_name(cnn).startswith("resnet8_cifar100_labels0.25_lr_")
-    assert "labels" not in student_run_name(parse_student_options(["--labels", "1"]))

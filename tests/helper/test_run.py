@@ -9,9 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import snapshot
-from errors import NonFiniteLoss
+from errors import InputError, NonFiniteLoss
 from helper import checkpoint
 from helper.exits import exits
+from helper.records import HASH, read_record, record_hash
 from helper.run import Run
 
 OPTIONS = {"learning_rate": 0.05, "seed": 0, "epochs": 3, "data_dir": "data", "print_freq": 100, "device": "cpu"}
@@ -22,11 +23,17 @@ class Killed(BaseException):
 
 
 def start(
-    root: Path, resume: str = "auto", epochs: int = 3, name: str = "run", save_seconds: float = 0, **changed
+    root: Path,
+    resume: str = "auto",
+    epochs: int = 3,
+    name: str = "run",
+    save_seconds: float = 0,
+    hashes: dict | None = None,
+    **changed,
 ) -> Run:
     """A run as the scripts begin it."""
     opt = Namespace(save_dir=str(root), resume=resume, epochs=epochs, save_seconds=save_seconds)
-    run = Run(opt, "kind", "tb", name, "net")
+    run = Run(opt, hashes or {}, "kind", "tb", name, "net")
     try:
         run.record(**(OPTIONS | {"epochs": epochs, "resume": resume} | changed))
         if not run.finished:
@@ -172,7 +179,7 @@ def test_none_does_not_overwrite_a_run(tmp_path):
     train(run, 1)
     close(run)
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="holds a run already.*--trial"):
+    with pytest.raises(ValueError, match="holds a run already.*--name"):
         start(tmp_path, resume="none")
     assert snapshot(tmp_path) == before
 
@@ -229,7 +236,7 @@ def test_other_options_are_refused_with_both_values(tmp_path, changed):
     close(run)
     before = snapshot(tmp_path)
     ((key, value),) = changed.items()
-    with pytest.raises(ValueError, match=f"{key} {OPTIONS.get(key)}, not {value}.*--trial"):
+    with pytest.raises(ValueError, match=f"{key} {OPTIONS.get(key)}, not {value}.*--name"):
         start(tmp_path, **changed)
     assert snapshot(tmp_path) == before
 
@@ -240,7 +247,7 @@ def test_a_word_is_not_compared_before_it_has_become_a_number(tmp_path, word):
     train(run, 1)
     close(run)
     opt = Namespace(save_dir=str(tmp_path), resume="auto", epochs=3, save_seconds=0, teacher_views=word)
-    again = Run(opt, "kind", "tb", "run", "net")
+    again = Run(opt, {}, "kind", "tb", "run", "net")
     again.record(teacher_views=162)
     with pytest.raises(ValueError, match="teacher_views 162, not 16"):
         again.record(teacher_views=16)
@@ -258,6 +265,67 @@ def test_epochs_paths_and_printing_may_change(tmp_path):
         "epochs": 9,
         "resume": "auto",
     }
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({}, {"init_sha256": "b"}), ({"init_sha256": "a"}, {"init_sha256": "b"}), ({"init_sha256": "a"}, {})],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_files_are_refused_by_their_hashes(tmp_path, first, second, finished):
+    run = start(tmp_path, hashes=first)
+    train(run, 3)
+    if finished:
+        run.finish(weights(3))
+    close(run)
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=f"init_sha256 {first.get('init_sha256')}, not {second.get('init_sha256')}"):
+        start(tmp_path, hashes=second)
+    assert snapshot(tmp_path) == before
+    gc.collect()  # the refused run, which holds its folder's lock
+    assert start(tmp_path, hashes=first).finished == finished
+
+
+def test_killed_while_it_ends_a_run_is_unfinished_and_not_damaged(tmp_path, monkeypatch):
+    def killed(*args):
+        raise Killed
+
+    for moment in ("write_json", "save"):  # before the hash, and between it and the last file
+        run = start(tmp_path / moment)
+        train(run, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, moment, killed)
+            with pytest.raises(Killed):
+                run.finish(weights(3))
+        close(run)
+        if moment == "write_json":
+            with pytest.raises(InputError, match="not finished: resume it"):
+                read_record(run.folder)
+        again = start(tmp_path / moment)
+        assert not again.finished
+        again.finish(weights(3))
+        assert again.finished
+        assert read_record(again.folder) == (
+            again.options | {HASH: record_hash(again.options, again.history)},
+            lines(tmp_path / moment),
+        )
+        close(again)
+
+
+@pytest.mark.parametrize("name", ["options.json", "metrics.jsonl"])
+def test_a_finished_run_with_a_damaged_record_writes_it_anew(tmp_path, name):
+    run = start(tmp_path)
+    train(run, 3)
+    run.finish(weights(3))
+    close(run)
+    kept = {path: (run.folder / path).read_bytes() for path in ("options.json", "metrics.jsonl")}
+    (run.folder / name).write_bytes(kept[name].replace(b"0.05", b"0.04"))
+    with pytest.raises(InputError, match="corrupt: run its command again"):
+        read_record(run.folder)
+    again = start(tmp_path)
+    assert not again.finished
+    again.finish(weights(3))
+    assert {path: (run.folder / path).read_bytes() for path in kept} == kept
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import train_student
 import train_teacher
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
 from evaluation import load_student
-from helper.records import StoredRun, read_run
+from helper.records import HASH, StoredRun, read_run
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder
 from models.heads import TeacNet
@@ -203,30 +203,21 @@ def test_bad_input(finished, tiny_dataset, tmp_path, capsys):
 
     broken = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(finished["ega"], broken)
-    first, second = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (broken / "metrics.jsonl").write_text(first)
-    assert_refused(capsys, "not finished", broken, "--out", out)
-    (broken / "metrics.jsonl").write_text(first + second[:20])
-    assert_refused(capsys, "corrupt", broken, "--out", out)
-
-    (broken / "options.json").write_text("{")
-    assert_refused(capsys, "corrupt", broken, "--out", out)
-
-    shutil.rmtree(broken)
-    shutil.copytree(finished["ega"], broken)
     metrics, options = (broken / "metrics.jsonl").read_text(), (broken / "options.json").read_text()
-    (broken / "metrics.jsonl").write_text(metrics.replace('"test_loss": ', '"test_loss": 1', 1))
-    assert_refused(capsys, "does not agree with resume.pth", broken, "--out", out)
-    (broken / "metrics.jsonl").write_text(metrics)
-    (broken / "options.json").write_text(options.replace('"batch_size": ', '"batch_size": 3', 1))
-    assert_refused(capsys, "does not agree with resume.pth", broken, "--out", out)
-    (broken / "resume.pth").unlink()
-    for word in ("model_s", "model_t", "epochs"):
-        (broken / "options.json").write_text(options.replace(f'"{word}"', '"model_x"', 1))
+    first, second = metrics.splitlines(keepends=True)
+    damaged = [(metrics.replace('"test_loss": ', '"test_loss": 1', 1), options), (first, options), (metrics, "{")]
+    damaged += [(first + second[:20], options), (metrics, options.replace('"batch_size": ', '"batch_size": 3', 1))]
+    damaged += [(metrics, options.replace(f'"{word}"', '"model_x"', 1)) for word in ("model_s", "model_t", "epochs")]
+    for written in damaged:
+        for name, text in zip(("metrics.jsonl", "options.json"), written, strict=True):
+            (broken / name).write_text(text)
         assert_refused(capsys, "corrupt", broken, "--out", out)
-    (broken / "options.json").write_text(options)
-    (broken / "metrics.jsonl").write_text(metrics.replace('"epoch": 1', '"epoch": 3', 1))
-    assert_refused(capsys, "corrupt", broken, "--out", out)
+    moved = options.replace('"data_dir": "./data"', '"data_dir": "elsewhere"')
+    (broken / "metrics.jsonl").write_text(metrics)
+    (broken / "options.json").write_text(moved)
+    assert options != moved and read_run(broken).options["data_dir"] == "elsewhere"
+    (broken / "options.json").write_text(options.replace(HASH, "another"))
+    assert_refused(capsys, "not finished", broken, "--out", out)
 
     assert_refused(capsys, "no teacher", finished["none"], "--graph_of", finished["none"], "--out", out)
     assert_refused(capsys, "compares runs with a student alone", "--per_class", finished["ega"], "--out", out)
