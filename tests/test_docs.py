@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
-from distiller_zoo import method_table
+import distiller_zoo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,7 +89,7 @@ def test_the_front_pages_are_short():
 
 def test_the_table_of_methods_is_what_list_prints():
     page = (ROOT / "docs" / "methods.md").read_text()
-    assert f"\n\n{method_table().strip()}\n\n" in page, "python train_student.py --list prints the table"
+    assert f"\n\n{distiller_zoo.method_table().strip()}\n\n" in page, "python train_student.py --list prints the table"
 
 
 @each_page
@@ -112,6 +113,19 @@ def test_a_command_line_that_does_not_exist_is_found():
     text = "Once `python gone.py --any`.\n```bash\npython train_student.py --gone 3 -b 1   # --comment\n"
     text += "for x in a b; do python -m report --gone=3 RUN; done\n```\n"
     assert mistakes(text) == ["--gone", "--gone=3", "gone.py"]
+
+
+def test_the_readmes_method_is_a_loss_that_a_row_can_name():
+    section = (ROOT / "README.md").read_text().partition("## Add a method")[2].partition("\n## ")[0]
+    module, row = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    known = vars(distiller_zoo).copy()
+    exec(module, known)
+    (method,) = eval(f"{{{row}}}", known).values()
+    assert set(method.feeds) <= {name for other in distiller_zoo.METHODS.values() for name in other.feeds}
+    student, teacher = torch.randn(2, 4, 8)
+    loss = method.build(None, None)
+    torch.testing.assert_close(loss(student, student), torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert loss(student, teacher) > 0.1
 
 
 @each_page
