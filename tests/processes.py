@@ -36,7 +36,7 @@ class Job:
     def __init__(self, count: int):
         self.count = count
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
         self.pipes, self.processes = [], []
         for rank in range(count):
             ours, theirs = context.Pipe()

@@ -1,12 +1,12 @@
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from models.encoders import FrozenEncoder
 
 CPU = torch.device("cpu")
 NUM_VIEWS, TEST_VIEW = 162, 80
+FORK = multiprocessing.get_context("fork")
 FILES = ["embeddings.fp16", "crc32.u32", "bank.json"]
 
 
@@ -211,50 +212,41 @@ def test_an_interrupted_build_is_finished_bit_for_bit(tmp_path, dataset, die_aft
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-SLOW_BUILD = """
-    import sys, time
-    from pathlib import Path
+class SlowEncoder(Encoder):
+    """Waits before each chunk, and adds a byte for it to a file, whoever encodes it."""
 
-    sys.path[:0] = ["tests", "tests/helper"]
-    import torch
-    from conftest import noise_dataset
-    from test_bank import Encoder, build
+    def __init__(self, count: Path, pause: float):
+        super().__init__()
+        self.count, self.pause = count, pause
 
-    torch.set_num_threads(1)
-
-    class Slow(Encoder):
-        def forward(self, image):
-            with open(sys.argv[2], "ab") as file:
-                file.write(b".")  # one byte for each chunk encoded, whoever encodes it
-            time.sleep(float(sys.argv[3]))
-            return super().forward(image)
-
-    dataset = noise_dataset()
-    Path(sys.argv[2] + ".ready." + sys.argv[4]).touch()
-    while not Path(sys.argv[2] + ".go").exists():
-        time.sleep(0.01)
-    build(Path(sys.argv[1]), dataset, Slow(), 2)
-"""
+    def forward(self, image: Tensor) -> Tensor:
+        with self.count.open("ab") as file:
+            file.write(b".")
+        time.sleep(self.pause)
+        return super().forward(image)
 
 
-def start_slow_build(root: Path, count: Path, pause: float, name: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", textwrap.dedent(SLOW_BUILD), str(root), str(count), str(pause), name]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def slow_build(root: Path, dataset: ImageDataset, count: Path, pause: float, start: Barrier, said: Path) -> None:
+    """What a process of its own does."""
+    with said.open("w") as file, contextlib.redirect_stdout(file):
+        start.wait()
+        build(root, dataset, SlowEncoder(count, pause), 2)
 
 
-def wait_until(true, process: subprocess.Popen) -> None:
-    while not true():
-        assert process.poll() is None, "it ended early"
-        time.sleep(0.01)
+def start_slow_build(*args) -> BaseProcess:
+    process = FORK.Process(target=slow_build, args=args)
+    process.start()
+    return process
 
 
 def test_a_killed_build_is_finished_bit_for_bit(tmp_path, dataset):
     count = tmp_path / "count"
-    (tmp_path / "count.go").touch()
-    process = start_slow_build(tmp_path / "killed", count, 0.3, "a")
-    wait_until(lambda: count.exists() and count.stat().st_size >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = start_slow_build(tmp_path / "killed", dataset, count, 0.3, FORK.Barrier(1), tmp_path / "said")
+    while not (count.exists() and count.stat().st_size >= 3):
+        assert process.is_alive(), "it ended early"
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     rest = Encoder()
     build(tmp_path / "killed", dataset, rest, 2)
     assert 0 < len(rest.sizes) <= 5
@@ -263,15 +255,13 @@ def test_a_killed_build_is_finished_bit_for_bit(tmp_path, dataset):
 
 
 def test_two_processes_build_it_once(tmp_path, dataset):
-    count, root = tmp_path / "count", tmp_path / "bank"
-    processes = [start_slow_build(root, count, 0.1, name) for name in "ab"]
-    for name, process in zip("ab", processes, strict=True):
-        wait_until((tmp_path / f"count.ready.{name}").exists, process)
-    (tmp_path / "count.go").touch()
-    said = [process.communicate(timeout=60)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    count, root, start = tmp_path / "count", tmp_path / "bank", FORK.Barrier(2)
+    processes = [start_slow_build(root, dataset, count, 0.1, start, tmp_path / name) for name in "ab"]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert count.stat().st_size == 7  # chunks: each encoded once
-    assert sum("waiting for it" in text for text in said) == 1
+    assert sum("waiting for it" in (tmp_path / name).read_text() for name in "ab") == 1
     again = Encoder()
     build(root, dataset, again, 2)
     assert again.sizes == []

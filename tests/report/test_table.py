@@ -124,15 +124,18 @@ def test_the_hold_out_chooses(tmp_path):
         choose("beta", [StoredRun(tmp_path, {"beta": 1}, [{"epoch": 1, "test_acc": 1.0}])])
 
 
-def test_runs_that_began_before_an_option_have_what_it_then_stood_for(tmp_path):
-    """An old run, and new ones that say what it had, or that have few labels."""
+def test_what_differs_is_no_repeat_and_is_told_unless_it_changes_no_result(tmp_path):
 
     def run(accuracy, **options):
         base = {"distill": "ega", "model_s": "resnet8", "model_t": "vit32", "holdout": None}
         return StoredRun(tmp_path, base | options, [{"epoch": 1, "test_acc": accuracy}])
 
     said = {"labels": 1.0, "joint": "projected", "save_steps": None, "schedule": "step", "teacher_resolution": None}
-    runs = [run(10.0, seed=0), run(12.0, seed=1, **said), run(20.0, seed=2, **said | {"labels": 0.1, "save_steps": 5})]
+    runs = [
+        run(10.0, seed=0, **said),
+        run(12.0, seed=1, **said),
+        run(20.0, seed=2, **said | {"labels": 0.1, "save_steps": 5}),
+    ]
     assert [len(group) for group in repeats(runs)] == [2, 1]
     assert cells(run_table(runs))[1:] == [
         ["resnet8: EGA, labels 1", "11.00 ± 1.41 (2)", "11.00 ± 1.41 (2)"],
