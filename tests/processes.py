@@ -3,12 +3,23 @@
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 from helper import launch
+
+# What is imported here need not be imported again.
+FORK = multiprocessing.get_context("fork")
 
 
 def free_port() -> int:
@@ -36,12 +47,11 @@ class Job:
     def __init__(self, count: int):
         self.count = count
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-        context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
         self.pipes, self.processes = [], []
         for rank in range(count):
-            ours, theirs = context.Pipe()
+            ours, theirs = FORK.Pipe()
             variables = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=serve, args=(theirs, variables), daemon=True)
+            process = FORK.Process(target=serve, args=(theirs, variables), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -59,3 +69,38 @@ class Job:
             pipe.send(None)
         for process in self.processes:
             process.join(30)
+
+
+def forked(function: Callable, *args, **kwargs) -> int:
+    """Call a function in a process of its own; its exit code, negative where a signal ended it."""
+    process = FORK.Process(target=function, args=args, kwargs=kwargs)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def children(parent: int) -> list[int]:
+    said = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True)
+    return [int(word) for word in said.stdout.split()]
+
+
+def run_agent(options: list[str], function: Callable, args: tuple, folder: Path) -> None:
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    config, _, _ = config_from_args(parse_args([*options, "script.py"]))
+    elastic_launch(replace(config, start_method="fork"), function)(*args)
+
+
+def torchrun(count: int, max_restarts: int, function: Callable, args: tuple, folder: Path) -> BaseProcess:
+    """A job under torchrun's agent: a function of a test's file in the script's place, processes forked, not executed.
+
+    Args:
+        folder: gets the files stdout and stderr, of the agent and all processes.
+    """
+    options = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", uuid.uuid4().hex]
+    options += ["--nproc_per_node", str(count), "--max_restarts", str(max_restarts)]
+    process = FORK.Process(target=run_agent, args=(options, function, args, folder))
+    process.start()
+    return process

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import children, torchrun
 
+import dataset
 import pretrain_clip
+import train_student
 import train_teacher
-from conftest import snapshot
+from conftest import make_dataset, snapshot
 from errors import InputError, NonFiniteLoss, WriteError
-from helper import bank, checkpoint, contrastive, launch, step
+from helper import bank, checkpoint, contrastive, distributed, launch, step
 from helper.exits import exit_on_bad_input, exits, save_asked, unbroken
 from helper.logger import Logger
 
@@ -301,67 +303,41 @@ def test_sigusr1_saves_inside_the_epoch_and_training_goes_on(train, tmp_path, mo
     assert read_metrics(whole) == read_metrics(resumed)
 
 
-LAUNCH = """
-import os, signal, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-from conftest import make_dataset
-import dataset, train_student
-from helper import launch, step
+def asked_in_step_15(*argv: str) -> None:
+    """Run train_student.py; the second of two processes is asked to save in step 15."""
+    torch.set_num_threads(1)
+    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
+    call, calls = step.Step.__call__, []
 
-torch.set_num_threads(1)
-dataset.DATASETS["tiny"] = lambda data_dir: make_dataset(num_train=2000)
-call, calls = step.Step.__call__, []
+    def counted(*args):
+        calls.append(None)
+        if len(calls) == 15 and distributed.rank() == 1:
+            send(signal.SIGUSR1)
+        if len(calls) == 22:
+            print("at step 22", flush=True)
+        return call(*args)
 
-def counted(*args):
-    calls.append(None)
-    if len(calls) == 15 and launch.rank() == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    if len(calls) == 22:
-        print("at step 22", flush=True)
-    return call(*args)
-
-step.Step.__call__ = counted
-with launch.processes():
-    train_student.main(sys.argv[1:])
-"""
-
-
-def children(parent: int) -> list[int]:
-    said = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True)
-    return [int(word) for word in said.stdout.split()]
+    step.Step.__call__ = counted
+    with launch.processes():
+        train_student.main(argv)
 
 
 def test_all_processes_of_a_job_end_and_it_goes_on_inside_the_epoch(tmp_path):
     """One of two is asked to save in step 15, both do in step 20."""
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH.replace("{root!r}", repr(str(ROOT))).replace("{tests!r}", repr(str(ROOT / "tests"))))
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    argv += [
-        "--distill",
-        "none",
-        "--dataset",
-        "tiny",
-        "--model_s",
-        "resnet8",
-        "--epochs",
-        "100",
-        "--batch_size",
-        "8",
-        "--device",
-        "cpu",
-    ]
-    argv += ["--save_dir", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(argv, cwd=ROOT, env=environment, **pipes) as process:
-        next(line for line in process.stdout if line.startswith("at step 22"))
-        workers = children(process.pid)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1].splitlines()
+    argv = ["--distill", "none", "--dataset", "tiny", "--model_s", "resnet8", "--epochs", "100", "--batch_size", "8"]
+    argv += ["--device", "cpu", "--amp", "off", "--compile", "off", "--save_dir", str(tmp_path)]
+    job = torchrun(2, 0, asked_in_step_15, argv, tmp_path)
+    while not ((tmp_path / "stdout").exists() and "at step 22\n" in (tmp_path / "stdout").read_text()):
+        assert job.is_alive(), (tmp_path / "stderr").read_text()
+        time.sleep(0.01)
+    workers = children(job.pid)
+    job.terminate()
+    job.join(60)
+    said = (tmp_path / "stderr").read_text().splitlines()
     (line,) = [line for line in said if line.startswith("train_student.py:")]
     assert line.startswith("train_student.py: stopped by SIGTERM")
     assert line.endswith("after step 20 of epoch 1")
+    assert len(workers) == 2
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
