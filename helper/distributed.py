@@ -214,24 +214,17 @@ def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None, alike: bool =
     return _Gather.apply(x, shares, alike)
 
 
-class _LogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        highest = x.amax(dim=0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        result = total((x - highest).exp().sum(dim=0)).log() + highest
-        ctx.save_for_backward(x, result)
-        return result
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        x, result = ctx.saved_tensors
-        return (x - result).exp() * (grad * count())
-
-
 def logsumexp(x: Tensor) -> Tensor:
-    """Over the rows of all processes, (K,) of this one's (share, K); there is a row somewhere.
+    """The logarithm of each column's sum of exponentials over the rows of all processes, (K,) of (share, K).
 
-    The gradient is that of the sum of the losses that the processes compute of the result, each the same.
+    The gradient is that of the sum of the processes' losses, each the same.
+
+    Args:
+        x: this process's rows; not every process's share may be empty.
     """
-    return torch.logsumexp(x, dim=0) if count() == 1 else _LogSumExp.apply(x)
+    if count() == 1:
+        return torch.logsumexp(x, dim=0)
+    highest = x.detach().amax(dim=0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    sums = (x - highest).exp().sum(dim=0, keepdim=True)
+    return gather(sums, [1] * count()).sum(dim=0).log() + highest

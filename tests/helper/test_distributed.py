@@ -96,6 +96,27 @@ def test_gathering_gives_every_process_all_rows_and_its_own_the_gradient(job, ba
     torch.testing.assert_close(torch.cat([values[3] for values in found]), 2 * x * weight)
 
 
+def logsumexp_of_shares(x: Tensor, weight: Tensor, shares: tuple[int, ...]) -> list[Tensor]:
+    mine = distributed.own(x, shares).clone().requires_grad_()
+    value = distributed.logsumexp(mine)
+    (value * weight).sum().backward()
+    return [value.detach(), mine.grad / len(shares)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_logsumexp_over_all_rows_keeps_float32s_digits_in_its_gradient(job, batch):
+    """Logits of a hundred, as at a high scale; with one row some processes have none."""
+    generator = torch.Generator().manual_seed(batch)
+    x, weight = 100 * torch.rand(batch, 50, generator=generator), torch.rand(50, generator=generator)
+    exact = x.double().requires_grad_()
+    value = torch.logsumexp(exact, dim=0)
+    (value * weight).sum().backward()
+    found = job(logsumexp_of_shares, x, weight, deal(batch, job.count))
+    for mine, _ in found:
+        assert is_close(mine, value.detach(), 1e-7)
+    assert is_close(torch.cat([gradient for _, gradient in found]), exact.grad, 5e-7)
+
+
 # The contrastive loss
 
 
