@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def correlation_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
-    """How the student's error on a sample goes with that on the next, in RepDistiller's form of the method.
+    """The product of the student's errors on neighbouring samples, in RepDistiller's form of the method.
 
     With ``delta = |f_s - f_t|`` it is the inner product of ``delta`` of neighbours in the batch, averaged over
     the B - 1 pairs of neighbours. A batch of one has no pair and no loss.

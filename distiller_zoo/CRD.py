@@ -19,12 +19,12 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def contrast_scores(v: Tensor, memory: Tensor, contrast_idx: Tensor) -> Tensor:
-    """Products of each row of v with those rows of a memory that it is contrasted with.
+    """Multiply each row of v with the rows of a memory that it is contrasted with.
 
     Args:
         v: (B, D).
-        memory: (n_data, D), may change before the backward pass; gets no gradient.
-        contrast_idx: which rows of it, (B, K + 1).
+        memory: (n_data, D); it may change before the backward pass, and gets no gradient.
+        contrast_idx: the rows of the memory for each row of v, (B, K + 1).
 
     Returns:
         (B, K + 1).
@@ -46,7 +46,7 @@ def contrast_loss(log_p: Tensor, n_data: int) -> Tensor:
     """
     K = log_p.shape[1] - 1
     noise = K / n_data
-    # The sigmoid of it is the probability that a pair is the positive one, p / (p + noise + eps).
+    # Its sigmoid is the probability that a pair is the positive one, p / (p + noise + eps).
     logit = log_p - math.log(noise + _EPS)
     right = F.logsigmoid(logit[:, 0]).sum() + F.logsigmoid(-logit[:, 1:]).sum()
     # RepDistiller has noise / (p + noise + eps) for a negative, which does not add up to 1 with the positive's.
@@ -123,7 +123,7 @@ class ContrastLoss(nn.Module):
 class CRDLoss(nn.Module):
     """Contrast of the student with the teacher's memory plus contrast of the teacher with the student's.
 
-    Its embeddings are trained with the student; all else that it keeps is in its state dict.
+    The embeddings are trained with the student; the state dict also holds everything else that the loss keeps.
 
     Args:
         opt: s_dim and t_dim, the features' dimensions; feat_dim, the embeddings'; n_data, the number of training
@@ -193,7 +193,7 @@ def count_negatives(targets: Tensor) -> tuple[int, int]:
 def sample_contrast(
     index: Tensor, targets: Tensor, k: int, mode: str = "exact", counted: tuple[int, int] | None = None
 ) -> Tensor:
-    """Draw whom each sample of a batch is contrasted with: a positive, then k negatives.
+    """Draw the rows that each sample of a batch is contrasted with: a positive, then k negatives.
 
     Negatives come from all rows of other classes, uniformly, without replacement if there are k of them, else with.
 

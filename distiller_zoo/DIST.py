@@ -22,7 +22,7 @@ def _centre(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _Distance(torch.autograd.Function):
     """One minus the mean Pearson correlation of the rows of both; a constant row correlates with nothing.
 
-    Its own backward has half the passes of autograd's over rows that are short.
+    This backward makes half as many passes over the short rows as autograd would.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ def dist_terms(logit_s: Tensor, logit_t: Tensor, T: float = 1.0) -> tuple[Tensor
     """The inter-class and the intra-class loss, times T squared, not weighted.
 
     The first correlates student and teacher over the classes of each sample, the second over the samples of each
-    class. A batch of one has no second: it is T squared, without gradient.
+    class. In a batch of one nothing varies within a class: the second loss is T squared, without a gradient.
 
     Args:
         logit_s: the student's logits, (B, C).

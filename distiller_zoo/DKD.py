@@ -9,7 +9,7 @@ def _split(logits: Tensor, target: Tensor, T: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (target class, all others together), (B, 2), and of the others among them, (B, C)."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / T
     target = target[:, None]
-    # So low, and finite, that its probability is zero and the difference of two of them too.
+    # Low enough that its probability is zero, and finite, so that the difference of two of them is zero too.
     others = z.scatter(1, target, torch.finfo(z.dtype).min / 2)
     rest = others.logsumexp(dim=1, keepdim=True)
     binary = torch.cat([z.gather(1, target), rest], dim=1)
@@ -20,7 +20,7 @@ def dkd_terms(logit_s: Tensor, logit_t: Tensor, target: Tensor, T: float = 4.0) 
     """The two parts of the distillation loss, times T squared, not weighted.
 
     The first compares how likely the target class is against all others, the second how the others share what it
-    leaves. Nothing but log-probabilities is computed with, so that certain teachers and students are no exception.
+    leaves. All is computed from log-probabilities, so that teachers and students that are certain are no exception.
 
     Args:
         logit_s: the student's logits, (B, C).

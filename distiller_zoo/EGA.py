@@ -17,13 +17,13 @@ _FEW = 8
 def standardize(x: Tensor) -> Tensor:
     """Centre each row of (B, D) and scale it to unit norm, so that products of rows are Pearson correlations.
 
-    A constant row becomes zero. Without a gradient.
+    A constant row becomes zero. No gradient flows through the result.
     """
     return _standardize(x.detach())[0]
 
 
 def _standardize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``standardize``, and what each centred row was multiplied by, (B, 1)."""
+    """Return ``standardize`` of x, and the factor that each centred row was multiplied by, (B, 1)."""
     z = x - x.mean(dim=1, keepdim=True)
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     varies = norm > _CONSTANT * torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -32,7 +32,7 @@ def _standardize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standardize_backward(grad: Tensor, z: Tensor, scale: Tensor) -> Tensor:
-    """The gradient with respect to what was standardised to ``z``, in the place of that with respect to ``z``."""
+    """Turn the gradient at the standardised ``z``, in place, into the gradient at what was standardised."""
     grad.sub_(grad.mean(dim=1, keepdim=True))
     return grad.addcmul_(z, (grad * z).sum(dim=1, keepdim=True), value=-1).mul_(scale)
 
@@ -52,12 +52,15 @@ class _Terms(torch.autograd.Function):
 
     With the standardised rows ``z_s`` and ``z_t`` and ``delta = z_s - z_t``, the node matrix is ``z_t z_s^T - I`` and
     the edge matrix ``E_s - E_t = delta z_t^T + z_s delta^T``: a sum that loses no digits where the student is near the
-    teacher, as the difference would. Up to D samples both are computed as they stand. Beyond, their norms and
-    gradients follow from the D x D matrices ``G = z_t^T z_t``, ``M = z_t^T delta`` and ``K = delta^T delta``, whose
-    cost is linear in B.
+    teacher, as the difference would. Up to D samples both matrices are computed as they stand. Beyond D, their norms
+    and gradients follow from the D x D matrices ``G = z_t^T z_t``, ``M = z_t^T delta`` and ``K = delta^T delta``; the
+    cost is then linear in B.
 
-    Of the samples of many processes, each has its ``shares``: up to D in all they are gathered, beyond them the
-    D x D matrices are added up, whose size depends on neither B nor the number of processes.
+    ``shares`` says how many samples each process has. Up to D samples in all, every process gathers the rows. Beyond
+    D, the processes add up the D x D matrices; their size depends on neither B nor the number of processes.
+
+    Autograd over the same formulas gives the same values, but takes more time and memory, and a second exchange
+    between processes in the backward pass.
     """
 
     @staticmethod
@@ -98,8 +101,8 @@ class _Terms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_node: Tensor, grad_edge: Tensor) -> tuple[Tensor | None, ...]:
         z_s, delta, scale_s, scale_t, node, edge, *matrices = ctx.saved_tensors
-        # A norm that is zero has no gradient. Every process has the same loss of all samples: for the sum of their
-        # losses, of which DDP's mean over processes makes one again, each counts as often as there are processes.
+        # A norm that is zero has no gradient. Every process has the same loss of all samples, and the gradient is that
+        # of the sum of these losses: it counts once per process. DDP's mean over processes makes one loss of it again.
         a = torch.where(node > 0, ctx.processes * grad_node / node, 0)
         b = torch.where(edge > 0, 2 * ctx.processes * grad_edge / edge, 0)
         teacher, own = ctx.needs_input_grad[1], ctx.own
@@ -135,9 +138,9 @@ def ega_terms(f_s: Tensor, f_t: Tensor, shares: Sequence[int] | None = None) -> 
         f_s: the student's embeddings, (B, D).
         f_t: the teacher's, (B, D). Gradients flow to both, once.
         shares: how many samples of the batch each process of torch.distributed's default group has, in order of
-            rank, where it is spread over them; B is then this process's own, which may be 0. Every process calls
-            this, and gets the loss of the whole batch and its own samples' gradient of the sum of all processes'
-            losses: N times that of the loss, of which DistributedDataParallel takes the mean over N processes.
+            rank; None where one process has them all. B is then this process's own share, which may be 0. Every
+            process calls this and gets the loss of the whole batch. The gradient at its own samples is that of the
+            sum of all processes' losses, N times the loss's; DistributedDataParallel takes the mean over N processes.
 
     Returns:
         (L_node, L_edge), scalars in float32 or better; a term that is zero has zero gradient.

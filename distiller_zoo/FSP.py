@@ -30,7 +30,8 @@ def fsp_loss(g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
 
     Args:
         g_s: the student's maps, (B, C, H, W) each.
-        g_t: the teacher's, as many, each of its student's B and C; H and W may differ. Gradients flow to both.
+        g_t: the teacher's, as many, each with the B and C of the student's; H and W may differ. Gradients flow to
+            both.
 
     Returns:
         Scalars, one fewer than layers.

@@ -9,15 +9,15 @@ _MIN_SQUARED = 1e-12
 
 
 def _float(x: Tensor) -> Tensor:
-    """In float32 at least: sums of squares of a whole map overflow half precision."""
+    """Convert to float32 at least: sums of squares of a whole map overflow half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _edges(x: Tensor) -> Tensor:
     """Squared distances between the samples of (B, ...), divided by the largest, (B, B)."""
     x = _float(x).flatten(1)
-    # Seen from one of its own samples, none is farther away than the largest distance, and nor is rounding's share,
-    # however much all of them have in common.
+    # Seen from the first sample, no other is farther away than the largest distance. The rounding error then stays as
+    # small as that, however much all samples have in common.
     x = x - x[:1].detach()
     products = x @ x.T
     squares = products.diagonal()
@@ -56,8 +56,8 @@ def irg_edge_loss(x_s: Tensor, x_t: Tensor) -> Tensor:
     """Mean squared error between the graphs' edges, relative squared distances among a batch's samples.
 
     Args:
-        x_s: embeddings or maps of the student, (B, ...).
-        x_t: of the teacher, (B, ...), of any other shape.
+        x_s: the student's embeddings or maps, (B, ...).
+        x_t: the teacher's, (B, ...), of any other shape.
     """
     if min(x_s.dim(), x_t.dim()) < 2 or len(x_s) != len(x_t):
         raise ValueError(f"IRG's edges need tensors of one batch, got {tuple(x_s.shape)} and {tuple(x_t.shape)}")

@@ -30,9 +30,9 @@ def _decompose(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _student_vectors(maps: Tensor, v_t: Tensor) -> Tensor:
-    """For each of the teacher's k vectors (B, C, k) the student's that is closest, turned to its side.
+    """Find the student's closest vector to each of the teacher's k vectors (B, C, k), turned to its side.
 
-    Chosen among the first k + 3 singular vectors of ``maps`` (B, C, N).
+    The candidates are the first k + 3 singular vectors of ``maps`` (B, C, N).
     """
     with torch.no_grad():
         values, rounding, vectors = _decompose(maps)
@@ -42,9 +42,9 @@ def _student_vectors(maps: Tensor, v_t: Tensor) -> Tensor:
         value = values.gather(1, best[:, 0])
         within = _inverse(value[:, None] - values[:, :, None], rounding[:, None])
         beyond = _inverse(value, rounding)[:, None]
-    # The derivative of an eigenvector v of the Gram matrix G, as one would write it by hand: dG v, divided by the
-    # eigenvalue's distance from those of the other vectors, or from zero, that of all that they leave out. Autograd's
-    # own has no answer to repeated singular values; this one leaves out the directions in which v is not determined.
+    # This is the derivative of an eigenvector v of the Gram matrix G as written by hand: the part of dG v along each
+    # other vector is divided by the distance of the two eigenvalues, and the rest by the eigenvalue itself. Autograd's
+    # derivative fails at repeated singular values; this one leaves out the directions in which v is not determined.
     product = maps @ (v.mT @ maps).mT
     change = product - product.detach()
     return v + beyond * change + vectors @ ((within - beyond) * (vectors.mT @ change))
@@ -54,9 +54,9 @@ def singular_vectors(f_s: Tensor, f_t: Tensor, k: int = 1) -> tuple[Tensor, Tens
     """The teacher's k main directions in the space of channels, and the student's that match them.
 
     A sample's maps are a matrix of pixels by channels. The teacher's directions are its first k right singular
-    vectors; for each of them the student's is the one of its own first k + 3 with the largest absolute cosine, its
-    sign such that the cosine is positive. Both are scaled by the teacher's k singular values, which are scaled to
-    unit norm. Maps of zeros have zeros.
+    vectors. The student's match for each is the one of its own first k + 3 with the largest absolute cosine, with the
+    sign that makes the cosine positive. Both are scaled by the teacher's k singular values, which are scaled to unit
+    norm. Maps of zeros give directions of zeros.
 
     Args:
         f_s: the student's maps, (B, C, H, W). A direction that its maps do not determine, since the singular value
@@ -77,8 +77,8 @@ def singular_vectors(f_s: Tensor, f_t: Tensor, k: int = 1) -> tuple[Tensor, Tens
     with torch.autocast(f_s.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(f_s.dtype, f_t.dtype), torch.float32)
         with torch.no_grad():
-            # The loss depends on the signs of the teacher's vectors, and they on how they are computed: from a Gram
-            # matrix, as the student's are, or from the transposed maps, the loss would not be RepDistiller's.
+            # The loss depends on the signs of the teacher's vectors, and these on how they are computed. A Gram matrix,
+            # as for the student's, or the transposed maps would not give RepDistiller's loss.
             _, scale, rows = torch.linalg.svd(f_t.to(dtype).flatten(2).mT, full_matrices=False)
             scale, v_t = F.normalize(scale[:, :k])[:, None], rows[:, :k].mT
         v_s = _student_vectors(f_s.to(dtype).flatten(2), v_t)

@@ -24,7 +24,7 @@ def ofd_margin(bn: nn.BatchNorm2d) -> Tensor:
     z = mean / std
     negative = torch.special.ndtr(-z)
     density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    # A weight of zero makes z infinite or NaN; the branch that is then taken holds the limit.
+    # A weight of zero makes z infinite or NaN; torch.where then takes the branch that holds the limit.
     return torch.where(negative > 0.001, mean - std * density / negative, -3 * std).to(bn.weight.dtype)
 
 
@@ -36,8 +36,8 @@ def ofd_loss(f_s: Tensor, f_t: Tensor, margin: float | Tensor) -> Tensor:
 
     Args:
         f_s: the student's map with the teacher's channels (``models.util.ConnectorV2``), (B, C, H, W).
-        f_t: the teacher's, (B, C, H', W'). Of two sizes, the larger is average-pooled to the smaller.
-        margin: of all channels, or one per channel, (C,).
+        f_t: the teacher's, (B, C, H', W'). Where sizes differ, the larger map is average-pooled to the smaller.
+        margin: one for all channels, or one per channel, (C,).
 
     Returns:
         Scalar: the sum over channels and positions, the mean over the batch.

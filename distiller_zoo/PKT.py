@@ -15,7 +15,7 @@ def _neighbours(f: Tensor, eps: float) -> Tensor:
 
 
 def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
-    """KL divergence between who is whose neighbour to the teacher and to the student.
+    """KL divergence between the teacher's and the student's probabilities of being neighbours.
 
     Args:
         f_s: the student's embeddings, (B, D).

@@ -43,8 +43,8 @@ class AngleLoss(torch.autograd.Function):
     """Mean Huber loss between the cosines of all B x B x B angles of two sets of samples.
 
     ``AngleLoss.apply(d_s, d_t)`` takes their distances, (B, B), which determine the angles by the law of cosines: no
-    vector of D features per pair is needed. Anchors come in chunks, each of which leaves nothing but its share of the
-    value and of the gradient with respect to d_s.
+    vector of D features per pair is needed. Anchors come in chunks; a chunk leaves only its share of the value and of
+    the gradient at d_s.
     """
 
     @staticmethod

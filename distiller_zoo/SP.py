@@ -10,7 +10,7 @@ def _similarities(f: Tensor) -> Tensor:
     f = f.flatten(1)
     products = f @ f.T
     norm = torch.linalg.vector_norm(products, dim=1, keepdim=True)
-    # The row of a sample of zeros is zero whatever it is divided by: infinity gives it no gradient, 1e-12 a huge one.
+    # A sample of zeros has a row of zeros, whatever divides it: infinity gives no gradient, 1e-12 a huge one.
     return products / norm.clamp_min(1e-12).masked_fill(norm == 0, torch.inf)
 
 

@@ -51,7 +51,7 @@ class VIDLoss(nn.Module):
             nn.ReLU(),
             nn.Conv2d(num_mid_channel, num_target_channels, 1, bias=False),
         )
-        # The softplus of it is the variance.
+        # Its softplus, plus eps, is the variance.
         self.log_scale = nn.Parameter(torch.full((num_target_channels,), math.log(math.expm1(init_pred_var - eps))))
         self.eps = eps
 
@@ -61,7 +61,7 @@ class VIDLoss(nn.Module):
         The larger map is average-pooled to the size of the smaller.
 
         Raises:
-            ValueError: for maps that still differ in shape then, the student's as predicted.
+            ValueError: the predicted map and the teacher's still differ in shape.
         """
         input, target = input.to(self.log_scale.dtype), target.to(self.log_scale.dtype)
         if input.shape[2] > target.shape[2]:

@@ -1,6 +1,6 @@
 """Losses together with the layers that make the student's features comparable with the teacher's.
 
-Part of the table of methods: what RepDistiller's train_student.py puts together for a method by hand.
+These belong to the table of methods; RepDistiller's train_student.py puts them together by hand for each method.
 """
 
 import torch
@@ -23,9 +23,9 @@ class Hint(nn.Module):
     """FitNet's regressor from the student's features at one layer to the teacher's, and the hint loss on them.
 
     Args:
-        shape_s: of the student's features at that layer, (N, C, H, W), or (N, D) for pooled ones.
-        shape_t: of the teacher's.
-        layer: which features.
+        shape_s: shape of the student's features at that layer, (N, C, H, W), or (N, D) for pooled ones.
+        shape_t: shape of the teacher's.
+        layer: the layer's number.
     """
 
     def __init__(self, shape_s: tuple[int, ...], shape_t: tuple[int, ...], layer: int):
@@ -109,7 +109,7 @@ class TwoStage(nn.Module):
     """A method whose loss, or a part of it, is trained in a stage of its own before the student is."""
 
     def init_modules(self, student: nn.Module) -> nn.ModuleList:
-        """What the first stage trains, of this and of the student's backbone."""
+        """The modules of this method and of the student's backbone that the first stage trains."""
         raise NotImplementedError
 
     def init_loss(self, feat_s: list[Tensor], feat_t: list[Tensor]) -> Tensor:
@@ -170,7 +170,7 @@ class Factor(TwoStage):
         return nn.functional.mse_loss(reconstructed, feat_t[-2])
 
     def init_learning_rate(self, model_s: str, learning_rate: float) -> float:
-        # As RepDistiller does; with the other students' 0.05 its paraphraser need not converge.
+        # RepDistiller does so too; at the other students' 0.05 the paraphraser may not converge.
         return 0.01 if model_s.startswith(("resnet", "wrn")) else learning_rate
 
     def forward(self, feat_s: list[Tensor], feat_t: list[Tensor]) -> Tensor:

@@ -101,8 +101,7 @@ def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
 def tokenize(texts: list[str]) -> Tensor:
     """Byte pairs of texts, (N, length) int, cut after the longest text's last token.
 
-    CLIP's text encoder is causal and reads its result at the end-of-text token, so that the padding which is cut
-    away here never counted.
+    CLIP's text encoder is causal and reads its result at the end-of-text token; the padding behind it never counts.
 
     Raises:
         InputError: a text is too long for CLIP.
@@ -121,7 +120,7 @@ def load_text_encoder(clip_mode: str, root: str) -> TextEncoder:
 
 
 class ImageEncoder(FrozenEncoder):
-    """A CLIP's image encoder in OpenAI's format, whose views are bicubic as OpenAI's own transform makes them."""
+    """A CLIP's image encoder in OpenAI's format; its views are bicubic, as in OpenAI's own transform."""
 
     published = True
     normalization = (tuple(_NORMALIZE.mean), tuple(_NORMALIZE.std))
@@ -132,8 +131,8 @@ class ImageEncoder(FrozenEncoder):
         Args:
             clip_mode: a published name or a path.
             root: the folder of the published weights.
-            dtype: of the weights that the published files hold in fp16; the others stay float32.
-            resolution: its own, or None.
+            dtype: the type of the weights that the published files hold in fp16; the others stay float32.
+            resolution: the encoder's own, or None.
 
         Raises:
             InputError: another resolution than its own.

@@ -12,16 +12,16 @@ from .library import check_library_model, import_library, library_network, torch
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state, sha256_of, sha256_of_state
 
-# Images at a time for a convolutional network on a CPU: maps of many more fall out of its caches.
+# Images at a time for a convolutional network on a CPU: the maps of more do not fit into its caches.
 CPU_BATCH = 16
 
 
 class FrozenEncoder(nn.Module):
-    """A frozen encoder: normalised pixels to embeddings, and what has to be known of it.
+    """A frozen encoder: a function from normalised pixels to embeddings, and the facts about it.
 
     Attributes:
-        name: as in names of runs.
-        sha256: of its weights.
+        name: its name in the names of runs.
+        sha256: the SHA-256 of its weights.
         resolution: input height and width in pixels.
         normalization: (mean, std) per channel of pixels in [0, 1].
         interpolation: how pictures are brought to that resolution: 'bicubic', 'bilinear', ...
@@ -46,7 +46,7 @@ class FrozenEncoder(nn.Module):
 
     @property
     def facts(self) -> dict:
-        """All that its embeddings of an image depend on, but for the precision."""
+        """Everything but the precision that the embedding of an image depends on."""
         return {
             "clip_sha256": self.sha256,
             "resolution": self.resolution,
@@ -104,7 +104,7 @@ class LibraryEncoder(FrozenEncoder):
         self.normalization = (tuple(mean), tuple(std))
         self.net.eval().requires_grad_(False)
         self.sha256 = sha256_of_state(self.net.state_dict()) if name.path is None else sha256_of(name.path)
-        # More than the one that cuts a picture into a transformer's patches.
+        # A transformer has one convolution, which cuts the picture into patches.
         self.channels_last = sum(isinstance(module, nn.Conv2d) for module in self.net.modules()) > 1
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)

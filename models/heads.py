@@ -13,9 +13,9 @@ class Outputs(NamedTuple):
     """What a student or a teacher makes of a batch.
 
     embedding: (B, D), projected to the joint space; the pooled features where nothing projects them.
-    logits: (B, classes); None of a frozen encoder without a head.
-    features: the backbone's maps and pooled features, in order; of a frozen encoder its embedding alone.
-    head_logits: (B, classes) of a teacher's head, which they train; of a frozen encoder they are ``logits``.
+    logits: (B, classes); None where a frozen encoder has no head.
+    features: the backbone's maps and pooled features, in order; a frozen encoder gives its embedding alone.
+    head_logits: (B, classes), what a teacher's head gives and is trained by; a frozen encoder's are its ``logits``.
     """
 
     embedding: Tensor
@@ -27,7 +27,7 @@ class Outputs(NamedTuple):
 class Linear(nn.Linear):
     """A linear layer that computes in its weights' precision, under autocast too.
 
-    In bf16 many of a sample's logits would be equal, and its class a matter of their order.
+    In bf16 many of a sample's logits would be equal, and their order would decide its class.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def check_image_size(model: nn.Module, name: str, image_size: int, flag: str) ->
 
     Args:
         model: a ``Student`` or a ``Classifier``.
-        name: of its backbone.
-        image_size: height and width in pixels of the data set's images.
+        name: the backbone's name.
+        image_size: height and width of the data set's images, in pixels.
         flag: the option that enlarges them.
 
     Raises:
@@ -138,7 +138,7 @@ class Classifier(nn.Module):
 
     Args:
         backbone: with a classifier of its own.
-        head: what a loss alone sees of the pooled features; by default the features themselves.
+        head: applied to the pooled features for a loss alone; by default the loss sees the features themselves.
         preact: give the maps as they are before their last ReLU.
         resolution: what images are enlarged to; None for their own.
     """

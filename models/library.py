@@ -14,7 +14,7 @@ from .maps import Graph, Intermediates, take_maps
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state
 
-# A size in pixels that a network which is built for one knows to refuse, if it is not its own.
+# A size in pixels that a network refuses where it is built for another one.
 _ANY_SIZE = 256
 
 
@@ -62,7 +62,8 @@ def library_network(name: Name, resolution: int | None = None, pretrained: bool 
 
     Args:
         name: of timm or torchvision; its ``path`` is a file of weights, which are then loaded.
-        resolution: of its input in pixels, for networks that are built for one size; None for the library's own.
+        resolution: the input's height and width in pixels, for networks that are built for one size; None for the
+            library's own.
         pretrained: load the library's published weights.
 
     Raises:
@@ -93,7 +94,7 @@ def _timm(name: Name, resolution: int | None, pretrained: bool) -> Network:
 
 
 def library_options(name: Name, resolution: int | None, weighted: bool = False) -> dict:
-    """What a library has to be told to build a network as it is built here, besides its name and number of classes.
+    """The options with which a library builds a network as here, besides its name and number of classes.
 
     Args:
         name: of timm or torchvision.
@@ -112,7 +113,7 @@ def library_options(name: Name, resolution: int | None, weighted: bool = False) 
 
 
 def _is_sized(timm: ModuleType, name: str) -> bool:
-    """Whether a network of timm is built for one size of its input: transformers, not those of convolutions."""
+    """Whether a network of timm is built for one size of its input, as transformers are and convolutional ones not."""
     try:
         with torch.device("meta"):
             timm.create_model(name, img_size=_ANY_SIZE)
@@ -203,14 +204,14 @@ class LibraryModel(nn.Module):
         return nn.ModuleList([self.net])
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The batch norms that end the stages, the stem's not.
+        """The batch norms that end the stages, without the stem's.
 
         Raises:
             InputError: the network was not built with ``preact``, or a stage ends in none.
         """
         norms = self.taps.norms[1:] if isinstance(self.taps, Graph) else [None]
         if any(norm is None for norm in norms):
-            raise InputError(f"{self.label} has a stage that ends in no batch norm, of which OFD needs the margins")
+            raise InputError(f"{self.label} has a stage that ends in no batch norm; OFD needs one for its margin")
         return [self.net.get_submodule(norm) for norm in norms]
 
     def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False):
@@ -227,7 +228,7 @@ class LibraryModel(nn.Module):
 
 @torch.no_grad()
 def _width(label: str, network: Network) -> int:
-    """Of the pooled features."""
+    """The width of the pooled features."""
     mode = network.net.training
     pooled = network.net.eval()(torch.zeros(1, 3, network.size, network.size))
     network.net.train(mode)
@@ -253,7 +254,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
         state: its weights; a library's network takes them in the library's naming too.
 
     Returns:
-        The names that were left out: a classifier of another number of classes, and what the backbone does not have.
+        The names that were left out: a classifier for another number of classes, and what the backbone does not have.
 
     Raises:
         InputError: a tensor of the backbone is missing or has another shape.

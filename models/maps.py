@@ -1,4 +1,4 @@
-"""The maps of a library's network: of each resolution the last, before or after the activation that ends its stage."""
+"""The maps of a library's network: the last one at each resolution, before or after the activation that ends it."""
 
 import copy
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ _ACTIVATION_FUNCTIONS = (F.relu, F.relu6, torch.relu, F.leaky_relu, F.hardswish,
 
 
 def take_maps(label: str, net: nn.Module, preact: bool) -> "Intermediates | Graph":
-    """What gives a network's maps and its pooled features in one forward pass.
+    """Make what gives a network's maps and its pooled features in one forward pass.
 
     Args:
-        label: its name, for messages.
-        net: of timm or torchvision, without its classifier.
+        label: the network's name, for messages.
+        net: a network of timm or torchvision, without its classifier.
         preact: give the maps as they are before their last activation, where a stage ends in one.
 
     Raises:
@@ -37,7 +37,7 @@ def _is_timm(net: nn.Module) -> bool:
 
 
 class Intermediates:
-    """timm's own maps: one per resolution, or of a transformer five blocks' evenly spaced, of which one is the stem."""
+    """timm's own maps: one per resolution; a transformer gives those of five evenly spaced blocks, the stem first."""
 
     def __init__(self, net: nn.Module):
         stages = getattr(net, "feature_info", [])
@@ -56,10 +56,10 @@ class _InseparableError(Exception):
 
 
 class Graph:
-    """Maps by torch.fx: of each resolution the last, where wanted before the activation that ends it.
+    """Maps by torch.fx: the last one at each resolution, before the activation that ends it where that is wanted.
 
-    The graphs, of training and of evaluation, name the network's modules and hold none of them: the network can be
-    moved, copied, and given other norms.
+    Training and evaluation have a graph each. The graphs name the network's modules and hold none of them, so the
+    network can be moved, copied, and given other norms.
 
     Attributes:
         norms: names of the batch norms that end the maps' stages, or None.
@@ -119,7 +119,7 @@ def _trace(net: nn.Module, stages: list[str], preact: bool) -> tuple[list[str | 
 
 
 def _tracing(net: nn.Module) -> dict:
-    """What torch.fx must not look into, where a library says so."""
+    """The modules and functions that torch.fx must not look into, where a library names them."""
     if not _is_timm(net):
         return {}
     from timm.models._features_fx import get_notrace_functions, get_notrace_modules
@@ -131,7 +131,7 @@ def _tracing(net: nn.Module) -> dict:
 def _stages(net: nn.Module) -> list[str]:
     """Names of the modules that give the last map of each stage, which halves the resolution; highest first.
 
-    Those are looked at that are reached from the network through containers alone: blocks and stages, not their parts.
+    The search goes down through containers alone: it looks at blocks and stages, not at their parts.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 

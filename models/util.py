@@ -56,7 +56,7 @@ class Embed(LinearEmbed):
 class ConvReg(nn.Module):
     """A convolution and batch norm from the student's map to the teacher's shape (FitNets, Romero et al., ICLR 2015).
 
-    A map is halved, doubled, or narrowed by any number of pixels by a convolution without padding.
+    The convolution halves or doubles the map, or, without padding, narrows it by any number of pixels.
 
     Args:
         s_shape: the student's.
@@ -182,7 +182,7 @@ class Paraphraser(nn.Module):
         )
 
     def forward(self, f_s: Tensor, is_factor: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The factor, or unless ``is_factor`` (factor, the map made of it again).
+        """Return the factor with ``is_factor``, otherwise (factor, the map decoded from it).
 
         Args:
             f_s: the teacher's map; the name is RepDistiller's.
@@ -192,12 +192,12 @@ class Paraphraser(nn.Module):
 
 
 class Translator(nn.Module):
-    """From the student's map to a factor of the teacher's shape (Factor Transfer, Kim et al., NeurIPS 2018).
+    """Map the student's map to a factor of the teacher's shape (Factor Transfer, Kim et al., NeurIPS 2018).
 
     Args:
         s_shape: the student's.
         t_shape: the teacher's.
-        k: as of the ``Paraphraser``.
+        k: the factor's channels as a share of the teacher's, as for ``Paraphraser``.
         use_bn: put batch norm after each convolution.
     """
 
@@ -214,10 +214,10 @@ class ABF(nn.Module):
     """ReviewKD's attention-based fusion of a stage with what the deeper stages pass on.
 
     Args:
-        channels_in: of the student's map.
-        channels_mid: of what is passed on.
-        channels_out: of the teacher's map.
-        fuse: False for the deepest stage, to which nothing is passed.
+        channels_in: channels of the student's map.
+        channels_mid: channels of what is passed on.
+        channels_out: channels of the teacher's map.
+        fuse: False for the deepest stage: nothing is passed to it.
     """
 
     def __init__(self, channels_in: int, channels_mid: int, channels_out: int, fuse: bool):
@@ -248,8 +248,8 @@ class ReviewFusion(nn.Module):
     """A student's stages, fused from the last to the first, in the teacher's shapes (ReviewKD, Chen et al., CVPR 2021).
 
     Args:
-        s_shapes: of the student's maps, first stage first, and at the end of its pooled features, (N, C), where these
-            are compared too, as the paper does.
+        s_shapes: shapes of the student's maps, first stage first; the last one may be that of its pooled features,
+            (N, C), which the paper compares too.
         t_shapes: the teacher's, as many.
 
     Raises:

@@ -49,8 +49,8 @@ _BLOCK = 1 << 20
 def check_archive(path: str | os.PathLike) -> None:
     """Raise an InputError where an archive of torch.save's or TorchScript's is damaged, or would take more memory.
 
-    torch looks at no checksum in it, and unpacks what is compressed to whatever size it says. TorchScript's code, which
-    is not read, may be compressed.
+    torch checks no checksum of the archive, and unpacks compressed data to whatever size the archive claims.
+    TorchScript's code may be compressed: it is not read.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as old torch's files are
@@ -71,7 +71,7 @@ def load_plain(path: str | os.PathLike) -> object:
     """Tensors, numbers, strings and containers of them, from a file of torch.save's, onto the CPU.
 
     Raises:
-        Exception: of whatever kind, where it is damaged or holds anything else; torch raises what it stumbles over.
+        Exception: the file is damaged or holds anything else; torch raises whatever kind it stumbles over.
         OSError: it cannot be read.
     """
     check_archive(path)
@@ -83,7 +83,7 @@ def load_plain(path: str | os.PathLike) -> object:
 
 
 def _check_sizes(value: object) -> None:
-    """Raise an InputError where a tensor pretends to be larger than what is stored of it, by strides of zero."""
+    """Raise an InputError where a tensor, by strides of zero, claims to be larger than its storage."""
     seen, left = set(), [value]
     while left:
         value = left.pop()
@@ -97,7 +97,7 @@ def _check_sizes(value: object) -> None:
 def load_torchscript(path: str | os.PathLike) -> dict[str, Tensor]:
     """Parameters, buffers and other tensors of a TorchScript archive by their dotted names, onto the CPU.
 
-    Nothing of its code is compiled or run: torch.jit.load would run ``__setstate__``, which can open files.
+    None of its code is compiled or run: torch.jit.load would run ``__setstate__``, which can open files.
 
     Raises:
         Exception: as ``load_plain``.
@@ -111,7 +111,7 @@ def load_torchscript(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def is_torchscript(path: str | os.PathLike) -> bool:
-    """Whether a file is an archive of TorchScript's."""
+    """Whether a file is a TorchScript archive."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -160,7 +160,7 @@ class _TorchScript(pickle.Unpickler):
         _, dtype, key, _, count = identity
         content = bytearray(self.archive.read(f"{self.root}/data/{key}"))
         if len(content) != count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"{key} is not of {count} numbers")
+            raise pickle.UnpicklingError(f"{key} does not hold {count} numbers")
         return torch.frombuffer(content, dtype=dtype)
 
 
@@ -183,7 +183,7 @@ _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Named tensors from a .safetensors file or one of torch.save's; of a training checkpoint, its model's.
+    """Named tensors from a .safetensors file or one of torch.save's; a training checkpoint gives its model's.
 
     Raises:
         InputError: corrupt, or it holds anything but plain data.
