@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import common, data, ega_loss, encoders, growth, pipeline
+from benchmarks import common, data, ega_loss, encoders, growth, pipeline, startup
 from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
 from dataset.views import CLIP_NORMALIZATION, crop_flip, crop_resize_flip, normalize
 from distiller_zoo import EGA
@@ -195,3 +195,26 @@ def test_data_prints_its_tables(capsys, tmp_path):
     (rows,) = tables(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["16", "100"] and all(row[-1].endswith("%") for row in rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_startup_measures_a_command_alone(tmp_path):
+    """A process this large must not count as the command's own memory."""
+    (tmp_path / "large.py").write_text("x = bytearray(200 << 20)\n")
+    (tmp_path / "small.py").write_text("")
+    (_, large), (seconds, small) = (startup.measure([name], tmp_path) for name in ("large.py", "small.py"))
+    assert 0 < small < 100
+    assert 200 < large < 300
+    assert seconds > 0
+
+
+def test_startup_gives_ratios_first(tmp_path):
+    folders = [tmp_path / name for name in ("now", "before")]
+    for folder, size in zip(folders, (0, 200 << 20), strict=True):
+        folder.mkdir()
+        (folder / "allocate.py").write_text(f"x = bytearray({size})\n")
+    name, _, ratio, *_, memory, memory_now = startup.row(
+        startup.Start("it", ["allocate.py"], ["allocate.py"]), *folders, 1
+    )
+    assert name == "it"
+    assert float(ratio) == pytest.approx(float(memory) / float(memory_now), rel=0.02)
+    assert float(memory) > 200 > float(memory_now)

@@ -1,0 +1,104 @@
+"""What a start costs, against an earlier revision: ``python -m benchmarks.startup``.
+
+Seconds are those that processors spend on a command and its children, so that they do not depend on what else the
+machine does. Both revisions take turns.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.common import machine, print_table, three_digits
+from helper.exits import exit_on_bad_input
+from helper.parser import positive_int
+
+ROOT = Path(__file__).parents[1]
+
+# The last revision in which a command line imported torch.
+BEFORE = "2501572"
+
+# A process counts the memory of the one that started it as its own, so a small one has to start it.
+_LAUNCH = """
+import json, os, sys
+pid = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[1:]], os.environ)
+_, _, used = os.wait4(pid, 0)
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
+"""
+
+
+class Start(NamedTuple):
+    """A command, as Python's arguments.
+
+    name: what the table calls it.
+    now: in this revision.
+    before: in the earlier one.
+    """
+
+    name: str
+    now: list[str]
+    before: list[str]
+
+
+def starts() -> list[Start]:
+    """What is measured: a row each."""
+    told = [(f"{script}.py", word) for script in ("train_student", "train_teacher") for word in ("--help", "--epoks")]
+    told += [(f"{script}.py", word) for script in ("pretrain_clip", "evaluate", "export") for word in ("--help", "--x")]
+    told.insert(1, ("train_student.py", "--list"))
+    rows = [Start(" ".join(argv), [*argv], [*argv]) for argv in told]
+    use = "from {} import load_student"
+    rows.append(Start("import load_student", ["-c", use.format("evaluation")], ["-c", use.format("helper.student")]))
+    # What the function imports in turn when it is called for the first time.
+    rows.append(Start("all that it needs", ["-c", "import evaluation.student"], ["-c", "import helper.student"]))
+    return rows
+
+
+def measure(argv: list[str], folder: Path) -> tuple[float, float]:
+    """Processor seconds and peak memory in MiB of a command of Python's that runs in a folder."""
+    command = [sys.executable, "-c", _LAUNCH, *argv]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    seconds, memory = json.loads(said.stdout.splitlines()[-1])
+    return seconds, memory
+
+
+def row(start: Start, now: Path, before: Path, repeats: int) -> list[str]:
+    """One row: ratios, and the medians that they come from."""
+    sides = ((start.before, before), (start.now, now))
+    for side in sides:  # this does not count: files come into the system's cache
+        measure(*side)
+    turns = [[measure(*side) for side in sides] for _ in range(repeats)]
+    (seconds, memory), (seconds_now, memory_now) = (
+        tuple(map(statistics.median, zip(*results, strict=True))) for results in zip(*turns, strict=True)
+    )
+    ratios = (seconds / seconds_now, memory / memory_now)
+    values = (*ratios, seconds, seconds_now, memory, memory_now)
+    return [start.name, *map(three_digits, values)]
+
+
+def check_out(revision: str, folder: Path) -> None:
+    """Put the files of a revision into a folder."""
+    packed = subprocess.run(["git", "archive", revision], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    subprocess.run(["tar", "-x"], cwd=folder, input=packed.stdout, check=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split(":")[0] + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--revision", default=BEFORE, help="what is compared with")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each command, of which the median")
+    args = parser.parse_args(argv)
+    with exit_on_bad_input("benchmarks.startup"), tempfile.TemporaryDirectory() as folder:
+        check_out(args.revision, Path(folder))
+        print(f"{machine()}; before: {args.revision}\n", flush=True)
+        header = ("command", "CPU, times less", "memory, times less", "CPU before, s", "now, s")
+        header += ("memory before, MiB", "now, MiB")
+        print_table(header, (row(start, ROOT, Path(folder), args.repeats) for start in starts()))
+
+
+if __name__ == "__main__":
+    main()
