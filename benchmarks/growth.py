@@ -89,7 +89,8 @@ def bank_row(dataset: ImageDataset, args: argparse.Namespace, views: int, encodi
 
 def start(args: argparse.Namespace, batch_size: int, what: str, processes: int = 1) -> list[float]:
     """Measure in so many fresh processes, which share the cores: what has run before leaves its memory behind."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else [])]
     names = ("model_s", "dim", "dataset", "data_dir", "device", "amp", "compile", "steps", "seconds")
     words = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
     command += ["-m", "benchmarks.growth", "--worker", str(batch_size), "--measure", what, *words]

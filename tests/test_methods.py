@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dataset
 import train_student
 import train_teacher
+from conftest import make_dataset
+from dataset import ImageDataset
 from dataset.loader import Loader
 from dataset.views import CIFAR100_NORMALIZATION
 from distiller_zoo import EGA, METHODS, Attention, DistillKL
@@ -29,12 +32,22 @@ def save_dir(tmp_path) -> Path:
     return tmp_path / "save"
 
 
-@pytest.fixture
-def cnn(tiny_dataset, tmp_path) -> Path:
+@pytest.fixture(scope="module", autouse=True)
+def data():
+    """--dataset tiny, for the whole module."""
+    made = make_dataset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dataset.DATASETS, "tiny", lambda data_dir: made)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cnn(data, tmp_path_factory) -> Path:
     """The checkpoint of a resnet14 that train_teacher.py trained for two steps."""
-    train_teacher.main([*BASE, "--model", "resnet14", "--epochs", "1", "--save_dir", str(tmp_path / "teacher")])
-    (folder,) = (tmp_path / "teacher" / "models").iterdir()
-    return folder / "resnet14_last.pth"
+    folder = tmp_path_factory.mktemp("teacher")
+    train_teacher.main([*BASE, "--model", "resnet14", "--epochs", "1", "--save_dir", str(folder)])
+    (path,) = folder.glob("models/*/resnet14_last.pth")
+    return path
 
 
 def distil(save_dir: Path, *options) -> Path:
@@ -80,11 +93,18 @@ def check_learned(folder: Path, name: str, alone: Path) -> None:
     assert not torch.equal(weights(folder), weights(alone))
 
 
+@pytest.fixture(scope="module")
+def alone(data, tiny_clip, tmp_path_factory) -> dict[str, Path]:
+    """The runs of students that learn alone, in the place of those that a CNN and a CLIP teach."""
+    folder = tmp_path_factory.mktemp("alone")
+    options = {"cnn": ("--clip_tn", 0), "clip": ("--clip_mode", tiny_clip)}
+    return {teacher: distil(folder / teacher, "--distill", "none", *given) for teacher, given in options.items()}
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
-def test_it_distils_a_cnn(name, cnn, save_dir):
-    alone = distil(save_dir, "--distill", "none", "--clip_tn", 0)
+def test_it_distils_a_cnn(name, cnn, alone, save_dir):
     folder = distil(save_dir, "--distill", name, "--path_t", cnn)
-    check_learned(folder, name, alone)
+    check_learned(folder, name, alone["cnn"])
     assert (folder / "init" / "metrics.jsonl").exists() == (name in TWO_STAGE)
     options = json.loads((folder / "options.json").read_text())
     assert (options["clip_tn"], options["model_t"]) == (0, "resnet14")
@@ -92,17 +112,16 @@ def test_it_distils_a_cnn(name, cnn, save_dir):
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_CLIP if name != "none"])
-def test_it_distils_a_clip(name, tiny_dataset, tiny_clip, save_dir):
-    alone = distil(save_dir, "--distill", "none", "--clip_mode", tiny_clip)
+def test_it_distils_a_clip(name, alone, tiny_clip, save_dir):
     folder = distil(save_dir, "--distill", name, "--clip_mode", tiny_clip)
-    check_learned(folder, name, alone)
+    check_learned(folder, name, alone["clip"])
     options = json.loads((folder / "options.json").read_text())
     expected = (0.1, 0.9, 0) if name == "kd" else (1, 0, 1)
     assert (options["gamma"], options["alpha"], options["beta"]) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in WITH_CLIP])
-def test_a_method_that_needs_maps_is_refused_with_a_clip(name, tiny_dataset, tiny_clip, save_dir, capsys):
+def test_a_method_that_needs_maps_is_refused_with_a_clip(name, tiny_clip, save_dir, capsys):
     with pytest.raises(SystemExit) as stopped:
         distil(save_dir, "--distill", name, "--clip_mode", tiny_clip)
     assert stopped.value.code == 2
@@ -113,7 +132,7 @@ def test_a_method_that_needs_maps_is_refused_with_a_clip(name, tiny_dataset, tin
     assert not save_dir.exists()
 
 
-def reference_epoch(tiny_dataset, cnn: Path, name: str) -> tuple[dict, dict]:
+def reference_epoch(data: ImageDataset, cnn: Path, name: str) -> tuple[dict, dict]:
     """One epoch from a CNN written down step by step, with plain SGD, from the same start."""
     torch.manual_seed(0)
     head = TeacNet(64, 8, 5) if name == "ega" else nn.Linear(1, 1)
@@ -128,9 +147,7 @@ def reference_epoch(tiny_dataset, cnn: Path, name: str) -> tuple[dict, dict]:
     settings = {"momentum": 0.9, "weight_decay": 5e-4}
     optimizer = torch.optim.SGD([*student.parameters(), *projection.parameters()], 0.02, **settings)
     optimizer_t = torch.optim.SGD(head.parameters(), 0.01, **settings)
-    loader = Loader(
-        tiny_dataset.train, "train", 16, torch.device("cpu"), training=True, normalization=CIFAR100_NORMALIZATION
-    )
+    loader = Loader(data.train, "train", 16, torch.device("cpu"), training=True, normalization=CIFAR100_NORMALIZATION)
     for batch in loader.epoch(1):
         feat_s, logit_s = student(batch.image, is_feat=True)
         with torch.no_grad():
@@ -153,10 +170,10 @@ def reference_epoch(tiny_dataset, cnn: Path, name: str) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("name", ["kd", "attention", "ega"])
-def test_an_epoch_equals_repdistillers_steps_written_out(name, cnn, tiny_dataset, save_dir):
+def test_an_epoch_equals_repdistillers_steps_written_out(name, cnn, data, save_dir):
     options = ["--distill", name, "--path_t", cnn, "--learning_rate", 0.02, "--epochs", 1, "--max_steps", 9]
     last = load(distil(save_dir, *options) / "resnet8_last.pth")
-    student, projection = reference_epoch(tiny_dataset, cnn, name)
+    student, projection = reference_epoch(data, cnn, name)
     for key, value in student.items():
         torch.testing.assert_close(last["model"][key], value, rtol=1e-3, atol=2e-4)
     for key, value in last["layer"].items():
@@ -195,7 +212,7 @@ def test_a_resumed_run_is_bit_identical(name, cnn, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["exact", "relax"])
-def test_crd_takes_both_samplings(mode, tiny_dataset, tiny_clip, save_dir):
+def test_crd_takes_both_samplings(mode, tiny_clip, save_dir):
     folder = distil(save_dir, "--distill", "crd", "--clip_mode", tiny_clip, "--mode", mode, "--nce_k", 100)
     assert read_metrics(folder)[-1]["loss_distill"] > 0
 
@@ -250,13 +267,13 @@ def repdistillers(folder: Path, name: str, **more) -> Path:
 
 
 @pytest.mark.parametrize("name", ["resnet14", "resnet8x4", "wrn_16_1", "vgg8", "ShuffleV2", "MobileNetV2"])
-def test_repdistillers_checkpoints_teach(name, tiny_dataset, save_dir, tmp_path):
+def test_repdistillers_checkpoints_teach(name, save_dir, tmp_path):
     path = repdistillers(tmp_path / f"{name}_vanilla", name)
     folder = distil(save_dir, "--distill", "kd", "--path_t", path, "-r", 0.1, "-a", 0.9, "-b", 0, "--epochs", 1)
     assert json.loads((folder / "options.json").read_text())["model_t"] == name
 
 
-def test_its_options_namespace_and_its_old_format_are_read(tiny_dataset, save_dir, tmp_path):
+def test_its_options_namespace_and_its_old_format_are_read(save_dir, tmp_path):
     opt = argparse.Namespace(model="wrn_16_1", lr_decay_epochs=[150], momentum=0.9)
     path = repdistillers(tmp_path / "wrn_16_1_vanilla", "wrn_16_1", opt=opt)
     folder = distil(save_dir, "--distill", "attention", "--path_t", path, "-a", 0, "-b", 1000, "--epochs", 1)
@@ -287,9 +304,7 @@ def test_its_own_commands_are_taken_and_its_weights_are_the_defaults(command, tm
     ("folder", "words"),
     [("mystery", "which CNN it holds"), ("resnet8_vanilla", "another shape"), ("wrn_vanilla", "which CNN it holds")],
 )
-def test_a_checkpoint_that_does_not_tell_its_architecture_is_refused(
-    folder, words, tiny_dataset, save_dir, tmp_path, capsys
-):
+def test_a_checkpoint_that_does_not_tell_its_architecture_is_refused(folder, words, save_dir, tmp_path, capsys):
     path = repdistillers(tmp_path / folder, "resnet14")
     with pytest.raises(SystemExit) as stopped:
         distil(save_dir, "--distill", "kd", "--path_t", path)
@@ -307,7 +322,7 @@ def test_a_cnn_student_teaches_in_its_turn_but_one_of_a_clip_does_not(cnn, tiny_
     assert "no classifier of its own" in capsys.readouterr().err
 
 
-def test_the_head_of_a_clip_is_no_cnn(tiny_dataset, tiny_clip, save_dir, tmp_path, capsys):
+def test_the_head_of_a_clip_is_no_cnn(tiny_clip, save_dir, tmp_path, capsys):
     teacher_dir = str(tmp_path / "teacher")
     train_teacher.main([*BASE, "--model", str(tiny_clip), "--epochs", "1", "--save_dir", teacher_dir])
     (path,) = Path(teacher_dir).glob("models/*/tiny_clip_last.pth")
@@ -316,7 +331,7 @@ def test_the_head_of_a_clip_is_no_cnn(tiny_dataset, tiny_clip, save_dir, tmp_pat
     assert "is the head of a CLIP" in capsys.readouterr().err
 
 
-def test_a_cnn_teacher_trains_resumes_and_learns(tiny_dataset, tmp_path):
+def test_a_cnn_teacher_trains_resumes_and_learns(tmp_path):
     def train(save_dir: str, epochs: int, *named: str) -> Path:
         base = [
             "--dataset",
@@ -347,7 +362,7 @@ def test_a_cnn_teacher_trains_resumes_and_learns(tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("name", model_dict)
-def test_every_backbone_is_a_student(name, tiny_dataset, tiny_clip, save_dir):
+def test_every_backbone_is_a_student(name, tiny_clip, save_dir):
     options = ["--distill", "ega", "--clip_mode", tiny_clip, "--model_s", name, "--epochs", 1, "--batch_size", 4]
     folder = distil(save_dir, *options, "--max_steps", 1, "--holdout", 0.1)
     state = load(folder / f"{name}_last.pth")

@@ -2,21 +2,20 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import forked
 
 import pretrain_clip
 from dataset import DATASETS, Split
 from dataset.views import CLIP_NORMALIZATION, normalize
-from helper.contrastive import caption_tokens
+from helper.contrastive import ContrastiveStep, caption_tokens
+from helper.logger import Logger
 from models.clip_teacher import ImageEncoder, load_clip
 
-ROOT = Path(__file__).parent.parent
 VIT = ["--vision_layers", "1", "--vision_width", "64", "--vision_patch", "16"]
 RESNET = ["--vision_layers", "1,1,1,1", "--vision_width", "8"]
 TINY = ["--text_layers", "1", "--embed_dim", "16", "--dataset", "tiny", "--batch_size", "16"]
@@ -68,45 +67,30 @@ def test_the_result_loads_like_any_clip(tiny_dataset, tmp_path, vision):
         assert accuracy == pytest.approx(metrics[-1]["zero_shot_acc"], abs=5.1)  # fp16 may move one of 20 images
 
 
-_CHILD = """
-import os, signal, sys
-import dataset, helper.contrastive, helper.logger, pretrain_clip
-from tests.conftest import make_dataset
+def train_and_die(owner: type, name: str, left: int, save_dir: Path, arguments: list[str]) -> None:
+    """Train in a process that kills itself once it has called a method so often."""
+    original, calls = getattr(owner, name), []
 
-dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
-module, name, left = sys.argv[1:4]
-owner = {"step": helper.contrastive.ContrastiveStep, "log": helper.logger.Logger}[module]
-original, left = getattr(owner, name), int(left)
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) > left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
 
-def counted(*args, **kwargs):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(owner, name, counted)
-pretrain_clip.main(sys.argv[4:])
-"""
-
-
-def killed(save_dir: Path, where: list[str], arguments: list[str]) -> int:
-    """Run pretrain_clip.py in a process that kills itself; its return code."""
-    command = [sys.executable, "-c", _CHILD, *where, *TINY, *CPU, "--save_dir", str(save_dir), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=120).returncode
+    setattr(owner, name, counted)
+    train(save_dir, *arguments)
 
 
 @pytest.mark.parametrize(
     ("options", "where", "steps"),
     # Five steps an epoch: in the middle of the second one, two of them saved; and with it saved but not yet logged.
-    [([*VIT, "--save_steps", "2"], ["step", "_backward", "8"], 2), (RESNET, ["log", "append", "1"], 0)],
+    [([*VIT, "--save_steps", "2"], (ContrastiveStep, "_backward", 8), 2), (RESNET, (Logger, "append", 1), 0)],
     ids=["in a step", "before the log"],
 )
 def test_killed_and_resumed_ends_bit_identical(tiny_dataset, tmp_path, options, where, steps):
     arguments = [*options, "--epochs", "3", "--seed", "4"]
     whole = train(tmp_path / "whole", *arguments)
-    assert killed(tmp_path / "killed", where, arguments) == -signal.SIGKILL
+    assert forked(train_and_die, *where, tmp_path / "killed", arguments) == -signal.SIGKILL
     (folder,) = (tmp_path / "killed" / "clip").iterdir()
     assert torch.load(folder / "resume.pth").get("steps", 0) == steps
     resumed = train(tmp_path / "killed", *arguments)

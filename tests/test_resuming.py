@@ -3,8 +3,6 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,47 +10,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import FORK, forked
 from runs import assert_equal_tensors, load, read_events, read_metrics
 
 import dataset
 import train_teacher
 from dataset import ImageDataset, Split
 from dataset.views import ResizedCropViews
+from helper import checkpoint
 from helper.run import Run
 
-ROOT = Path(__file__).parent.parent
 
-CHILD = """
-import sys
-sys.path.insert(0, {root!r})
-from tests.conftest import make_dataset
-import dataset, train_student
-dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
-train_student.main(sys.argv[1:])
-"""
-
-
-def start_child(arguments: list[str], code: str = CHILD, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", "-c", code.replace("{root!r}", repr(str(ROOT))), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **kwargs)
-
-
-def test_killed_and_resumed_ends_bit_identical(train, tiny_clip, tmp_path):
+def test_killed_and_resumed_ends_bit_identical(train, tmp_path):
     whole = train("--epochs", 4, "--teacher_views", 2, save_dir=tmp_path / "whole")
 
     save_dir = tmp_path / "killed"
-    arguments = f"--dataset tiny --save_dir {save_dir} --device cpu --amp off --batch_size 16 --feature_dim 8".split()
-    arguments += f"--clip_mode {tiny_clip} --model_s resnet8 --epochs 4 --teacher_views 2".split()
-    child = start_child(arguments)
+    child = FORK.Process(target=train, args=("--epochs", 4, "--teacher_views", 2), kwargs={"save_dir": save_dir})
+    child.start()
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and child.poll() is None:
+    while time.monotonic() < deadline and child.is_alive():
         lines = [path.read_text().count("\n") for path in save_dir.glob("student_model/*/metrics.jsonl")]
         if lines and lines[0] >= 1:
-            child.send_signal(signal.SIGKILL)
+            child.kill()
             break
         time.sleep(0.005)
-    assert child.wait() == -signal.SIGKILL
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     (killed,) = (save_dir / "student_model").iterdir()
     assert 1 <= len(read_metrics(killed)) < 4
 
@@ -68,20 +51,19 @@ def test_killed_and_resumed_ends_bit_identical(train, tiny_clip, tmp_path):
     assert not list(killed.glob("*.tmp"))
 
 
-DIES = CHILD.replace(
-    "train_student.main",
-    """
-import os, signal
-from helper import checkpoint
-save, saves = checkpoint.save, []
-def save_and_die(state, path):
-    save(state, path)
-    saves.append(path) if path.name == "resume.pth" else None
-    if len(saves) == {saves}:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save = save_and_die
-train_student.main""",
-)
+def train_and_die(train: Callable[..., Path], saves: int, *options, save_dir: Path) -> None:
+    """Train in a process that kills itself once it has written so many checkpoints."""
+    save, paths = checkpoint.save, []
+
+    def save_and_die(state: dict, path: Path) -> None:
+        save(state, path)
+        if path.name == "resume.pth":
+            paths.append(path)
+        if len(paths) == saves:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save = save_and_die
+    train(*options, save_dir=save_dir)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +73,13 @@ train_student.main""",
         (["--labels", "0.2", "--holdout", "0.2", "--optimizer", "adamw"], 2, 2, 2),
     ],
 )
-def test_killed_inside_an_epoch_and_resumed_ends_bit_identical(
-    train, tiny_clip, tmp_path, capsys, options, saves, epoch, steps
-):
+def test_killed_inside_an_epoch_and_resumed_ends_bit_identical(train, tmp_path, capsys, options, saves, epoch, steps):
     """Saved after every second of five or four steps, but for the last; the first epoch's end is too soon after."""
     options = [*options, "--epochs", "2", "--teacher_views", "2", "--save_steps", "2"]
     whole = train(*options, save_dir=tmp_path / "whole")
 
     save_dir = tmp_path / "killed"
-    arguments = f"--dataset tiny --save_dir {save_dir} --device cpu --amp off --batch_size 16 --feature_dim 8".split()
-    arguments += [f"--clip_mode={tiny_clip}", "--model_s", "resnet8", *options]
-    assert start_child(arguments, DIES.replace("{saves}", str(saves))).wait() == -signal.SIGKILL
+    assert forked(train_and_die, train, saves, *options, save_dir=save_dir) == -signal.SIGKILL
     capsys.readouterr()
     killed = train(*options, save_dir=save_dir)
     assert f"resuming {killed} after step {steps} of epoch {epoch}\n" in capsys.readouterr().out

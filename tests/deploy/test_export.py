@@ -60,10 +60,15 @@ def onnx(run):
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """Without ONNX, which other formats are timed by alone."""
-    monkeypatch.setattr("deploy.export.save_onnx", lambda network, example, path, outputs: path.touch())
+    """Nothing is timed, and no teacher is exported for that."""
     monkeypatch.setattr("deploy.costs.save_onnx", lambda network, example, path, outputs: path.touch())
     monkeypatch.setattr("deploy.costs.milliseconds", lambda *_: 1.0)
+
+
+@pytest.fixture
+def without_onnx(untimed, monkeypatch):
+    """Without ONNX, which other formats are timed by alone."""
+    monkeypatch.setattr("deploy.export.save_onnx", lambda network, example, path, outputs: path.touch())
 
 
 def check_beside(folder, classes, accuracy):
@@ -137,7 +142,7 @@ def test_predictions_and_the_card_s_own_lines_need_its_folder_alone(onnx, data, 
     assert card_prints(folder, monkeypatch, capsys) == shares[0][0]
 
 
-def test_8_bit_pixels_go_into_an_8_bit_network(run, data, tmp_path):
+def test_8_bit_pixels_go_into_an_8_bit_network(run, untimed, data, tmp_path):
     folder = tmp_path / "out"
     printed = export_to(folder, run, "--with_preprocess", "--quantize", "int8")
     told = r"^model.onnx(.*): largest difference .* accuracy (\S+), the student's (\S+)$"
@@ -163,7 +168,7 @@ def test_8_bit_pixels_go_into_an_8_bit_network(run, data, tmp_path):
     assert sizes[1] < sizes[0] / 1.5
 
 
-def test_a_program_of_torch_export(run, onnx, untimed, data, tmp_path):
+def test_a_program_of_torch_export(run, onnx, without_onnx, data, tmp_path):
     folder = tmp_path / "out"
     export_to(folder, run, "--format", "exported")
     net, _, classes = load_student(run)
@@ -174,7 +179,7 @@ def test_a_program_of_torch_export(run, onnx, untimed, data, tmp_path):
         torch.testing.assert_close(program(image[:3]), (net(image[:3]), net.embed(image[:3])))
 
 
-def test_weights_load_into_repdistiller_s_network(run, untimed, data, tmp_path):
+def test_weights_load_into_repdistiller_s_network(run, without_onnx, data, tmp_path):
     """Its head, two linear maps, is then one: the network's own classifier."""
     folder = tmp_path / "out"
     export.main([str(run), "--format", "safetensors", "--out", str(folder)])
@@ -188,7 +193,7 @@ def test_weights_load_into_repdistiller_s_network(run, untimed, data, tmp_path):
 
 
 @pytest.mark.parametrize("network", ["timm:test_vit", "torchvision:shufflenet_v2_x0_5"])
-def test_weights_load_into_the_library_s_own_network(data, untimed, tmp_path, network, monkeypatch, capsys):
+def test_weights_load_into_the_library_s_own_network(data, without_onnx, tmp_path, network, monkeypatch, capsys):
     base = ["--dataset", "tiny", "--save_dir", str(tmp_path), "--device", "cpu", "--amp", "off", "--max_steps", "1"]
     options = ["--distill", "none", "--model_s", network, "--student_resolution", "64", "--epochs", "1"]
     train_student.main([*base, *options])
@@ -263,7 +268,7 @@ def test_bad_input(run, onnx, data, tmp_path, capsys):
     assert (tmp_path / "one" / "labels.txt").read_text() == "mine"
 
 
-def test_a_file_that_differs_from_its_student_is_not_written(run, untimed, tmp_path, capsys, monkeypatch):
+def test_a_file_that_differs_from_its_student_is_not_written(run, without_onnx, tmp_path, capsys, monkeypatch):
     def library_state(opened):
         state = real(opened)
         return state | {"fc.weight": 1.001 * state["fc.weight"]}
@@ -274,7 +279,7 @@ def test_a_file_that_differs_from_its_student_is_not_written(run, untimed, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_force_overwrites_and_leaves_other_files(run, untimed, tmp_path):
+def test_force_overwrites_and_leaves_other_files(run, without_onnx, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "labels.txt").write_text("old")
@@ -284,7 +289,7 @@ def test_force_overwrites_and_leaves_other_files(run, untimed, tmp_path):
     assert (out / "mine.txt").read_text() == "mine"
 
 
-def test_a_student_without_labels_is_exported_for_its_embeddings(run, untimed, tmp_path, capsys):
+def test_a_student_without_labels_is_exported_for_its_embeddings(run, without_onnx, tmp_path, capsys):
     run = shutil.copytree(run, tmp_path / "save" / "student_model" / "run")
     state = checkpoint.load(run / "resnet8_best.pth")
     checkpoint.save(state | {"test_acc": None}, run / "resnet8_best.pth")

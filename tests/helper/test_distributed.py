@@ -1,5 +1,6 @@
 """Two and three processes on gloo: what they compute together is what one computes alone."""
 
+import functools
 from argparse import Namespace
 from pathlib import Path
 
@@ -175,10 +176,13 @@ def pretrain_epoch(micro_batch: int | None, batch_size: int, num_train: int) -> 
     return record, steps, accuracy
 
 
+pretrain_epoch_alone = functools.cache(pretrain_epoch)
+
+
 @pytest.mark.parametrize("micro_batch", [None, 1, 2, 3])
 def test_contrastive_training_is_that_of_one_process(job, micro_batch):
     """Batches of 8, 8 and 1: shares that differ, and empty ones; of these all or a part in one pass."""
-    expected, gradients, accuracy = pretrain_epoch(None, 8, 17)
+    expected, gradients, accuracy = pretrain_epoch_alone(None, 8, 17)
     for record, found, found_accuracy in job(pretrain_epoch, micro_batch, 8, 17):
         assert record == pytest.approx(expected, rel=1e-5)
         assert found_accuracy == accuracy
@@ -214,13 +218,16 @@ def train(name: str, clip: bool, batch_size: int, num_train: int, labels: float 
     return record, gradients
 
 
+train_alone = functools.cache(train)
+
+
 @pytest.mark.parametrize(("name", "clip"), WITH_EITHER, ids=str)
 def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
     """Batches of 8, 8 and 1: shares that differ, and empty ones."""
     # DIST correlates probabilities that an untrained network hardly varies: in one process alone, float32's gradients
     # differ from float64's by up to 2.6e-5 on some processors, where the other methods' differ by 1e-6.
     tolerance = 5e-5 if name == "dist" else 1e-5
-    expected, gradients = train(name, clip, 8, 17)
+    expected, gradients = train_alone(name, clip, 8, 17)
     for record, found in job(train, name, clip, 8, 17):
         assert record == pytest.approx(expected, rel=1e-5)
         assert len(found) == len(gradients) == 3
@@ -235,7 +242,7 @@ def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
 @pytest.mark.parametrize(("name", "clip"), [("ega", True), ("kd", True), ("ega", False), ("attention", False)])
 def test_few_labels_give_the_gradient_of_one_process(job, name, clip):
     """Five labels in batches of 6, 6, 6 and 3: shares without one, and more of them on one process than on another."""
-    expected, gradients = train(name, clip, 6, 21, 0.25)
+    expected, gradients = train_alone(name, clip, 6, 21, 0.25)
     assert {"loss_cls", "train_acc"} <= expected.keys()
     for record, found in job(train, name, clip, 6, 21, 0.25):
         assert record == pytest.approx(expected, rel=1e-5)
@@ -248,7 +255,7 @@ def test_few_labels_give_the_gradient_of_one_process(job, name, clip):
 
 def test_ega_beyond_its_dimension_is_that_of_one_process(job):
     """Batches of 20 samples and one of 5, in 8 dimensions."""
-    expected, gradients = train("ega", True, 20, 25)
+    expected, gradients = train_alone("ega", True, 20, 25)
     for record, found in job(train, "ega", True, 20, 25):
         assert record == pytest.approx(expected, rel=1e-5)
         for mine, theirs in zip(found, gradients, strict=True):
