@@ -5,17 +5,17 @@ import statistics
 from pathlib import Path
 
 from distiller_zoo import METHODS
-from helper.records import StoredRun
+from helper.records import HASH, StoredRun
 
-# Options that say nothing about how two runs of one method differ. Compiled or not, a run is the same but for rounding;
-# `auto` settles it by the length of the run and the processor, so that seeds of one table may differ in it.
+# Options that say nothing about how two runs of one method differ. Compiled or not, captured in a graph or not, a run
+# is the same but for rounding; `auto` decides by its length and the processor, so seeds of one table may differ.
 SAME = {"save_dir", "data_dir", "clip_root", "print_freq", "save_freq", "save_steps", "save_seconds"}
-SAME |= {"device", "teacher_acc", "compile", "max_bad_images"}
+SAME |= {"device", "compile", "graph", "max_bad_images", HASH}
 SAME |= {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}
 
 
 def title(method: str) -> str:
-    """What its paper calls a method."""
+    """The name that its paper gives a method."""
     return METHODS[method].citation.split(":")[0] if method in METHODS else method
 
 
@@ -25,21 +25,23 @@ def told(value: object) -> str:
 
 
 def _shortly(name: str, value: object) -> str:
-    """An option and its value, as ``told``; of many names their number alone, of a file its name."""
+    """An option and its value; a list of names is their number, a file its name, a hash its first six characters."""
     if isinstance(value, list) and isinstance(value[0], str):
         value = f"{len(value)} names"
     elif name in ("path_t", "init_s") and value is not None:
         value = Path(value).name
+    elif name.endswith("_sha256") and value is not None:
+        value = value[:6]
     return f"{name} {told(value)}"
 
 
 def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[str]:
     """A short name for each run: its method, and where methods are equal, the options that differ.
 
-    What more than half of a method's runs have is not told.
+    A label leaves out a value that more than half of the method's runs have.
 
     Args:
-        leave_out: options that are not told.
+        leave_out: options to leave out.
     """
     labels = []
     for run in runs:
@@ -59,29 +61,32 @@ def run_labels(runs: list[StoredRun], leave_out: tuple[str, ...] = ()) -> list[s
     ]
 
 
-# What tells runs apart of which a mean is taken.
+# Options in which repeats of one run differ.
 REPEATS = ("seed", "trial")
 
 
 def repeats(runs: list[StoredRun]) -> list[list[StoredRun]]:
-    """The runs, in order, those together that differ in seed and trial alone, each seed once."""
-    groups: dict[str, dict[int, StoredRun]] = {}
+    """The runs in groups, in order; the runs of a group differ in seed or trial alone.
+
+    Runs with equal seed and trial are copies of one run, which counts once.
+    """
+    groups: dict[str, dict[tuple, StoredRun]] = {}
     for run in runs:
         names = run.options.keys() - SAME - set(REPEATS)
         options = {name: told(run.option(name)) for name in names if run.option(name) is not None}
-        groups.setdefault(json.dumps(options, sort_keys=True), {})[run.options.get("seed")] = run
+        groups.setdefault(json.dumps(options, sort_keys=True), {})[run.option("seed"), run.option("trial")] = run
     return [list(group.values()) for group in groups.values()]
 
 
 def mean_and_deviation(values: list[float], digits: int = 2) -> str:
-    """The mean, with the sample standard deviation and the number of values where there are several."""
+    """The mean; of several values also the sample standard deviation and how many they are."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({len(values)})"
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table, its first row the headings; the first column to the left, the others to the right."""
+    """A Markdown table. The first row holds the headings; the first column is aligned left, the others right."""
     widths = [max(6, *map(len, column)) for column in zip(*rows, strict=True)]
     first, *others = widths
     lines = [

@@ -164,7 +164,7 @@ def accuracy_figure(runs: list[StoredRun]) -> Figure:
     if not groups:
         raise InputError("--accuracies: none of these runs measured one, for want of labels")
     labels = run_labels([group[0] for group in groups], REPEATS)
-    shown = [([*accuracies(group).values()], label, group[0]) for group, label in zip(groups, labels, strict=True)]
+    shown = [(accuracies(group), label, group[0]) for group, label in zip(groups, labels, strict=True)]
     shown.sort(key=lambda row: sum(row[0]) / len(row[0]))
     figure = Figure(figsize=(7, 1.1 + 0.3 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)

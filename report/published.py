@@ -1,4 +1,4 @@
-"""What papers report: accuracies on CIFAR-100, to stand beside one's own."""
+"""Published accuracies on CIFAR-100, which stand beside one's own."""
 
 # Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's are means of five runs' last epochs (Tian et al.,
 # ICLR 2020), the paper's the best epochs of one run each (Ma et al., BMVC 2022), "about" where read off its curves.
@@ -30,11 +30,11 @@ _PAPER_CURVES = {"alone": "about 72.1", "edge": "about 75.0", "node": "about 74.
 
 
 def published(options: dict) -> str:
-    """What a paper reports for such a run's accuracy, and in which epoch; empty where none does."""
+    """The accuracy that a paper reports for a run with these options, and its epoch; empty where no paper does."""
     method, pair = options["distill"], (options["model_t"], options["model_s"])
-    if options.get("dataset") != "cifar100":
+    if options["dataset"] != "cifar100":
         return ""
-    if not options.get("clip_tn", 1):
+    if not options["clip_tn"]:
         if method == "none":  # a student alone has no teacher to look it up by
             found = {table["none"] for (_, student), table in _REPDISTILLER.items() if student == pair[1]}
             value = found.pop() if len(found) == 1 else None
