@@ -8,6 +8,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from dataset import open_dataset
 from helper import launch
 from helper.clip_options import parse_clip_options
 from helper.exits import exit_on_bad_input, exits
@@ -29,7 +30,6 @@ def train(opt: argparse.Namespace) -> None:
     from helper.clip_data import build_clip_data
     from helper.clip_model import build_clip, check_batch_norm, published_state
     from helper.contrastive import train_clip, zero_shot_accuracy
-    from helper.data import open_dataset
     from helper.meters import print_record
     from helper.run import Run
     from helper.runtime import resolve

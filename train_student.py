@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from dataset import open_dataset
 from distiller_zoo import METHODS
 from helper import launch
 from helper.exits import exit_on_bad_input, exits
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(opt: argparse.Namespace) -> None:
     # Here, so that neither --help nor an option that is refused waits for torch.
     from helper import first_stage, training
-    from helper.data import build_loaders, open_dataset
+    from helper.data import build_loaders
     from helper.meters import print_record
     from helper.objective import build_objective
     from helper.run import Run

@@ -3,6 +3,7 @@
 import argparse
 import time
 
+from dataset import open_dataset
 from helper import launch
 from helper.exits import exit_on_bad_input, exits
 from helper.names import teacher_run_name
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(opt: argparse.Namespace) -> None:
     # Here, so that neither --help nor an option that is refused waits for torch.
     from helper import training
-    from helper.data import build_loaders, open_dataset
+    from helper.data import build_loaders
     from helper.meters import print_record
     from helper.run import Run
     from helper.runtime import resolve

@@ -23,13 +23,12 @@ from benchmarks.common import cores, machine, now, print_table, three_digits
 from benchmarks.random_clip import SIZES, write_archive
 from benchmarks.release_recipe import release_loader, release_steps
 from dataset import DATASETS, ImageDataset, Split, load_dataset
-from dataset.loader import Loader
+from dataset.loader import Loader, eval_batch_size
 from distiller_zoo import EGA, METHODS
 from errors import InputError
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
 from helper.capture import step_capture
-from helper.data import eval_batch_size
 from helper.exits import exit_on_bad_input
 from helper.objective import Objective
 from helper.optim import sgd

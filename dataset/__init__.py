@@ -56,6 +56,20 @@ def folder_name(data_dir: str, image_size: int) -> str:
     return f"folder-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in own)}@{image_size}px"
 
 
+def open_dataset(options: dict) -> ImageDataset:
+    """The data set that a run's options name, without the classes that they leave out.
+
+    Args:
+        options: of the command line, or those that a run recorded.
+
+    Raises:
+        InputError, OSError: see ``load_dataset`` and ``ImageDataset.without``.
+    """
+    known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
+    dataset = load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
+    return dataset.without(options["leave_out"]) if options.get("leave_out") else dataset
+
+
 def load_dataset(
     name: str,
     data_dir: str,

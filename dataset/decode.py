@@ -38,7 +38,7 @@ def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
     Raises:
         BadImage, OSError: see ``read_rgb``.
     """
-    return read_rgb(path, lambda image: np.asarray(_square(image, side)))
+    return read_rgb(path, lambda image: np.asarray(square(image, side)))
 
 
 def read_rgb(path: str | os.PathLike, use: Callable[[Image.Image], Any] = Image.Image.copy) -> Any:
@@ -97,7 +97,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
+def square(image: Image.Image, side: int) -> Image.Image:
     short, long = sorted(image.size)
     resized = int(side * long / short)
     if side * resized > Image.MAX_IMAGE_PIXELS:

@@ -19,6 +19,9 @@ from .images import Split
 from .rows import Rows, channels_last, gather
 from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
 
+# Samples of 32 pixels per batch of a test pass, by device: any number gives the same result, a large one is fast.
+_EVAL_BATCH_SIZE = {"cpu": 500, "cuda": 2500}
+
 # Batches that are read before they are asked for.
 _AHEAD = 2
 
@@ -57,6 +60,11 @@ def read(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
     np.take(images.numpy(), index.numpy(), axis=0, out=stored.numpy(), mode="clip")
     stored = stored.permute(0, 3, 1, 2) if last else stored
     return stored.to(device, non_blocking=True)
+
+
+def eval_batch_size(device: str, image_size: int) -> int:
+    """Samples per batch of a test pass; batches of all sizes of images take about the same memory."""
+    return max(1, _EVAL_BATCH_SIZE[device] * 32**2 // image_size**2)
 
 
 class Batch(NamedTuple):

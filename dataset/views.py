@@ -22,6 +22,11 @@ CIFAR100_NORMALIZATION = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _CPU = torch.device("cpu")
 
 
+def normalization_of(clip: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of a student's images: CLIP's under the paper's protocol, RepDistiller's under its own."""
+    return CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION
+
+
 # Of splitmix64 (Steele et al., OOPSLA 2014), as signed numbers.
 _GAMMA, _MIX_1, _MIX_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dataset import ImageDataset, Split
-from dataset.loader import take
+from dataset.loader import eval_batch_size, take
 from dataset.views import normalize
 from errors import InputError
 from evaluation.student import TrainedStudent
-from helper.data import eval_batch_size
 from helper.util import accuracy
 from models import create_model
 from models.heads import Student
@@ -27,7 +26,7 @@ from models.library import LibraryModel
 from .predict import open_file
 
 FILES = {"onnx": "model.onnx", "exported": "model.pt2", "safetensors": "model.safetensors"}
-BESIDE = ("labels.txt", "README.md", "config.json")
+BESIDE = ("labels.txt", "preprocess.py", "README.md", "config.json")
 
 # How far an exported file may be from its student; in proportion to the outputs where these are larger than 1.
 TOLERANCE = 1e-4

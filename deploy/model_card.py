@@ -1,7 +1,9 @@
 """What lies beside an exported student: its labels, config.json for programs, a model card for people."""
 
+import shutil
 from pathlib import Path
 
+from dataset import decode
 from distiller_zoo import METHODS
 from evaluation.student import TrainedStudent
 from helper import checkpoint
@@ -24,7 +26,7 @@ def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: boo
     name, resolution = parse_name(opened.run.options["model_s"]), opened.network.resolution
     options = {}
     if name.library is not None:
-        weighted = name.path is not None or bool(opened.run.option("pretrained_s"))
+        weighted = name.path is not None or opened.run.options["pretrained_s"]
         options = library_options(name, resolution, weighted)
     mean, std = map(list, opened.normalization)
     trained = {key: opened.run.option(key) for key in _TRAINING if opened.run.option(key) is not None}
@@ -41,14 +43,14 @@ def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: boo
             "name": "pixels" if takes_pixels else "image",
             "dtype": "uint8" if takes_pixels else "float32",
             "size": opened.image_size,
-            "stored_size": opened.stored_size or opened.image_size,
+            "stored_size": opened.stored_size,
             "mean": mean,
             "std": std,
         },
         "training": trained | {"epoch": opened.state["epoch"]},
     }
     if name.library == "timm":  # so that timm's own local-dir:FOLDER finds what it needs
-        size, share = resolution or opened.image_size, opened.image_size / (opened.stored_size or opened.image_size)
+        size, share = resolution or opened.image_size, opened.image_size / opened.stored_size
         seen = {"input_size": [3, size, size], "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": share}
         config |= {"model_args": options, "pretrained_cfg": seen | {"num_classes": len(opened.classes)}}
     return config
@@ -57,18 +59,15 @@ def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: boo
 def usage(config: dict) -> str:
     """Lines of Python that classify a picture with an exported file, from within its folder."""
     facts, size = config["input"], config["input"]["size"]
-    mean, std = (f"np.array({values}).reshape(3, 1, 1)" for values in (facts["mean"], facts["std"]))
-    lines = ["import numpy as np", "from PIL import Image, ImageOps"]
     stored, border = facts["stored_size"], (facts["stored_size"] - size) // 2
-    first = [
-        'picture = Image.open("picture.png").convert("RGB")',
-        f"picture = ImageOps.fit(picture, ({stored}, {stored}), Image.BICUBIC)",
-        "pixels = np.asarray(picture).transpose(2, 0, 1)[None]",
-    ]
-    if border:
-        first[1] += f".crop({(border, border, border + size, border + size)})"
-    if facts["dtype"] == "float32":
-        first += [f"mean, std = {mean}, {std}", "image = ((pixels / 255 - mean) / std).astype(np.float32)"]
+    centre = f"[{border}:{border + size}, {border}:{border + size}]" if border else ""
+    read = f'read_square("picture.png", {stored}){centre}.transpose(2, 0, 1)[None]'
+    lines = ["import numpy as np", "from preprocess import read_square"]
+    if facts["dtype"] == "uint8":
+        first = [f"pixels = np.array({read})"]
+    else:
+        mean, std = (f"np.float32({values}).reshape(3, 1, 1)" for values in (facts["mean"], facts["std"]))
+        first = [f"mean, std = {mean}, {std}", f"image = (np.float32({read}) / 255 - mean) / std"]
     given = facts["name"]
     if config["format"] == "onnx":
         lines += ["import onnxruntime"]
@@ -116,7 +115,7 @@ def card(config: dict, table: str) -> str:
 
     Args:
         config: the content of config.json.
-        table: see ``costs.table``.
+        table: see ``costs.cost_table``.
     """
     trained, facts = config["training"], config["input"]
     source = "" if config["library"] == "RepDistiller" else f" of {config['library']}"
@@ -152,7 +151,8 @@ A {config["architecture"]}{source} for {config["num_classes"]} classes (`labels.
 
 
 def write_beside(folder: Path, config: dict, classes: list[str], table: str) -> None:
-    """Write labels.txt, README.md and config.json."""
+    """Write labels.txt, preprocess.py, README.md and config.json."""
+    shutil.copyfile(decode.__file__, folder / "preprocess.py")
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     (folder / "README.md").write_text(card(config, table), encoding="utf-8")
     checkpoint.write_json(config, folder / "config.json")

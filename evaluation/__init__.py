@@ -6,23 +6,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchvision.transforms import Compose
+    from collections.abc import Callable
+
+    from PIL import Image
+    from torch import Tensor
 
     from helper.records import StoredRun
 
     from .student import Predictor
 
 
-def load_student(run: StoredRun | str | Path, which: str = "best") -> tuple[Predictor, Compose, list[str]]:
+def load_student(
+    run: StoredRun | str | Path, which: str = "best"
+) -> tuple[Predictor, Callable[[Image.Image], Tensor], list[str]]:
     """A finished run's student, ready to use; the run's data set need not be there.
 
     Args:
         run: its folder, SAVE/student_model/NAME.
-        which: 'best' or 'last' epoch, or the path of another file of it.
+        which: the 'best' or the 'last' epoch, or the path of another file of the student.
 
     Returns:
         The network in evaluation mode, images (B, 3, H, W) to logits (B, classes), with ``embed`` for embeddings; the
-        transform from a PIL image to its input; and the classes' names in the order of the logits.
+        transform from a PIL image to its input (3, H, W); and the classes' names in the order of the logits.
 
     Raises:
         InputError, OSError: see ``open_student``.

@@ -131,7 +131,7 @@ class Corruptions:
         names = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
         if subject.dataset.name not in names:
             raise InputError(f"--corruptions: there are files for {' and '.join(names)}, not {subject.dataset.name}")
-        root = self.data_dir or subject.run.options.get("data_dir", "./data")
+        root = self.data_dir or subject.run.options["data_dir"]
         folder = Path(root) / names[subject.dataset.name]
         if not (folder / "labels.npy").is_file() or len(list(folder.glob("*.npy"))) < 2:
             raise InputError(f"--corruptions: {folder} has no labels.npy and NAME.npy; unpack {folder.name}.tar there")

@@ -156,7 +156,7 @@ class Transfer:
             results["student"] = self._ask(subject, subject.trained.network, loaders)
         if subject.has_teacher:
             # A CNN sees what the student sees.
-            seen = subject.trained.image_size if not options["clip_tn"] else options.get("teacher_resolution")
+            seen = subject.trained.image_size if not options["clip_tn"] else options["teacher_resolution"]
             key = (options.get("clip_sha256"), options.get("teacher_sha256"), seen)
             if key not in self._teachers:
                 teacher = subject.teacher(self.dataset, encode_once=True)

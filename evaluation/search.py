@@ -3,14 +3,16 @@
 import csv
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torchvision.transforms import Compose
 
+from dataset.decode import BadImage, read_rgb
+from dataset.files import is_image
 from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun, read_run
@@ -98,19 +100,17 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"--images {folder} is not a folder")
-    endings = Image.registered_extensions()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if is_image(path.name) and path.is_file())
     if not files:
         raise InputError(f"--images {folder} holds no images")
     return files
 
 
 def read_image(path: Path) -> Image.Image | None:
-    """An image, upright, in RGB; None for a file that Pillow cannot read."""
+    """An image, see ``upright_rgb``; None for a file that cannot be read as one."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow raises on damaged files
+        return read_rgb(path)
+    except (BadImage, OSError):
         return None
 
 
@@ -120,7 +120,9 @@ def _embed(net: Predictor, images: list[Tensor], device: str) -> Tensor:
     return F.normalize(net.embed(torch.stack(images).to(device)).float(), dim=1).cpu()
 
 
-def embed_files(net: Predictor, transform: Compose, files: list[Path], device: str) -> tuple[list[Path], Tensor]:
+def embed_files(
+    net: Predictor, transform: Callable[[Image.Image], Tensor], files: list[Path], device: str
+) -> tuple[list[Path], Tensor]:
     """Those of the files that are images, and their embeddings (N, D) of unit norm; one line names the others."""
     found, unreadable, embeddings, batch = [], [], [], []
     for path in files:

@@ -1,16 +1,20 @@
 """A finished run's student, opened."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, PILToTensor, Resize, ToTensor
 
-from dataset import ImageDataset
-from dataset.decode import upright_rgb
+from dataset import ImageDataset, open_dataset
+from dataset.decode import square, upright_rgb
+from dataset.views import normalize
 from errors import InputError
 from helper import checkpoint
-from helper.data import normalization_of, open_dataset
 from helper.names import sized_name
 from helper.records import StoredRun, read_run
 from models import create_classifier, create_student
@@ -21,34 +25,34 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
     """The student of a run, with the weights of one of its files, on the CPU, in evaluation mode.
 
     Args:
-        options: of the run's options.json; older ones lack some.
-        state: what ``model_file`` gave.
+        options: the run's: ``model_s``, ``student_resolution``, ``clip_tn`` and ``pretrained_s``.
+        state: the content of the file.
         num_classes: number of classes.
 
     Raises:
         KeyError, RuntimeError, InputError: the file does not fit the options.
     """
-    sized = {"resolution": options.get("student_resolution")}
+    sized = {"resolution": options["student_resolution"]}
     # The weights know the joint space's width, which is the teacher's own or what the options say.
     dim = len(state["layer"]["fit_dim_Net.weight"]) if state["layer"] else None
     name, began_from_file, _ = options["model_s"].partition("=")  # that file need not be there any more
-    if options.get("clip_tn", 1):
+    if options["clip_tn"]:
         student = create_student(name, dim, num_classes, **sized)
     else:
         student = create_classifier(name, num_classes, dim, **sized)
     net = getattr(student.backbone, "net", None)
     if hasattr(net, "transform_input"):  # torchvision's Inceptions normalise otherwise from published weights
-        net.transform_input = bool(began_from_file or options.get("pretrained_s"))
+        net.transform_input = bool(began_from_file or options["pretrained_s"])
     student.backbone.load_state_dict(state["model"])
     student.head.load_state_dict(state["layer"])
     return student.eval()
 
 
 def model_path(run: StoredRun, which: str = "best") -> Path:
-    """The file of a run's student: of its best epoch, of its last, or any other that is named by its path."""
+    """The file of a run's student after its ``best`` or its ``last`` epoch; any other word is the path of a file."""
     if which not in ("best", "last"):
         return Path(which)
-    stem = sized_name(run.options["model_s"], run.options.get("student_resolution"))
+    stem = sized_name(run.options["model_s"], run.options["student_resolution"])
     return run.folder / f"{stem}_{which}.pth"
 
 
@@ -58,15 +62,14 @@ class TrainedStudent:
 
     Attributes:
         run: its options and metrics.
-        path: the file that its weights are from.
-        state: that file's content: beside the student's weights, the teacher's head where there is one, and the
-            epoch's record.
+        path: the file that holds its weights.
+        state: the file's content: the student's weights, the teacher's head where there is one, the epoch's record.
         network: on the CPU, in evaluation mode.
         classes: their names, in the order of the logits.
-        image_size: height and width in pixels of the images that it takes; it enlarges them itself where it was
-            trained to.
+        image_size: height and width in pixels of the images that it takes; a student that was trained on enlarged
+            images enlarges them itself.
         normalization: mean and std of each channel.
-        stored_size: what pictures are resized to before their centre of ``image_size`` is cut out; None for that.
+        stored_size: pictures are resized to this many pixels, before their centre of ``image_size`` is cut out.
     """
 
     run: StoredRun
@@ -76,11 +79,11 @@ class TrainedStudent:
     classes: list[str]
     image_size: int
     normalization: tuple[tuple[float, ...], tuple[float, ...]]
-    stored_size: int | None = None
+    stored_size: int
 
 
 def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStudent:
-    """The student of a finished run. The data set has to be there only for runs older than the facts in their files.
+    """The student of a finished run; the data set need not be there.
 
     Args:
         run: its folder, or what ``read_run`` made of it.
@@ -88,7 +91,7 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
 
     Raises:
         InputError: not a finished run, or a file that is missing, corrupt or of another student.
-        OSError: a file cannot be read; or an old run's data set is not there.
+        OSError: a file cannot be read.
     """
     run = run if isinstance(run, StoredRun) else read_run(run)
     path = model_path(run, which)
@@ -96,31 +99,22 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
         told = "" if which in ("best", "last") else " (best, last, or the path of a student's file)"
         raise InputError(f"{run.folder} holds no weights: {path} is missing{told}")
     state = checkpoint.load(path)
-    other = f"{path} is not a file of the student in {run.folder}"
-    if not {"model", "layer"} <= state.keys():
-        raise InputError(other)
-    if "classes" in state:
-        classes, size, normalization = state["classes"], state["image_size"], state["normalization"]
-        stored_size = state.get("stored_size")
-    else:
-        dataset = open_dataset(run.options)
-        classes, size, stored_size = dataset.classes, dataset.views.size, dataset.test.images.shape[-1]
-        normalization = normalization_of(run.options)
     try:
-        network = restore_student(run.options, state, len(classes))
+        facts = {name: state[name] for name in ("classes", "image_size", "normalization", "stored_size")}
+        network = restore_student(run.options, state, len(facts["classes"]))
     except (KeyError, RuntimeError) as error:
-        raise InputError(other) from error
-    return TrainedStudent(run, path, state, network, classes, size, normalization, stored_size)
+        raise InputError(f"{path} is not a file of the student in {run.folder}") from error
+    return TrainedStudent(run, path, state, network, **facts)
 
 
 def open_run_dataset(run: StoredRun, data_dir: str | None = None) -> ImageDataset:
     """The data set of a run.
 
     Args:
-        data_dir: where it is, if not where the run had it.
+        data_dir: where it is now, if not where the run had it.
 
     Raises:
-        InputError: it is another by now.
+        InputError: the data set has changed since.
         OSError: it is not there.
     """
     where = {"save_dir": str(run.folder.absolute().parents[1])} | ({} if data_dir is None else {"data_dir": data_dir})
@@ -147,17 +141,26 @@ class Predictor(nn.Module):
         return self.student(image).embedding
 
 
+def _prepare(
+    picture: Image.Image, size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None, stored_size: int
+) -> Tensor:
+    border = (stored_size - size) // 2
+    pixels = torch.from_numpy(np.array(square(upright_rgb(picture), stored_size))).permute(2, 0, 1)
+    pixels = pixels[:, border : border + size, border : border + size]
+    return pixels if normalization is None else normalize(pixels[None], normalization)[0]
+
+
 def image_transform(
-    size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None, stored_size: int | None = None
-) -> Compose:
-    """From a PIL image to the tensor (3, size, size) that a student takes: what its run's test pass sees.
+    size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None, stored_size: int
+) -> Callable[[Image.Image], Tensor]:
+    """From a PIL image of any size and mode to the tensor (3, size, size) that the run's test pass sees.
+
+    It raises a ``BadImage`` where ``upright_rgb`` does.
 
     Args:
         size: height and width in pixels.
         normalization: mean and std of each channel; None for 8-bit pixels.
         stored_size: see ``TrainedStudent``.
     """
-    resize = [upright_rgb, Resize(stored_size or size, InterpolationMode.BICUBIC), CenterCrop(size)]
-    if normalization is None:
-        return Compose([*resize, PILToTensor()])
-    return Compose([*resize, ToTensor(), Normalize(*normalization)])
+    # A function of the module, so that data loaders' processes can be given it.
+    return functools.partial(_prepare, size=size, normalization=normalization, stored_size=stored_size)

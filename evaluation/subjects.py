@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset, Split
-from dataset.loader import Loader
+from dataset import ImageDataset, Split, open_dataset
+from dataset.loader import Loader, eval_batch_size
 from dataset.resize import resize
-from dataset.views import Views
+from dataset.views import Views, normalization_of
 from distiller_zoo import Needs
 from errors import InputError
 from helper import checkpoint
-from helper.data import eval_batch_size, normalization_of, open_dataset
 from helper.records import StoredRun
 from helper.runtime import autocast
 from helper.teacher import CnnTeacher, EncoderTeacher, architecture, load_cnn
@@ -23,6 +22,10 @@ from models.heads import Classifier, Student
 
 from .student import TrainedStudent, open_student, restore_student
 from .teacher import check_same, open_teacher
+
+# What the options in a file of weights may lack: other projects' files have none.
+_UNSAID = {"clip_tn": 1, "student_resolution": None, "pretrained_s": False, "joint": "projected"}
+_UNSAID |= {"device": None, "dataset_sha256": None, "data_dir": "./data"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Subject:
     def predict(self, network: Student | Classifier | EncoderTeacher | CnnTeacher, loader: Loader) -> Predictions:
         """What one of its networks makes of a loader's images."""
         options = self.run.options
-        amp = options["amp"] if options.get("device") == self.device else "off"
+        amp = options["amp"] if options["device"] == self.device else "off"
         return predict(network, loader, amp)
 
 
@@ -177,7 +180,7 @@ def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict, str]
         trained = open_student(path, opt.checkpoint)
         dataset = dataset_of(trained.run.options, save_dir(trained.run))
         has_teacher = trained.run.options["distill"] != "none" and not opt.no_teacher
-    own = trained.run.options.get("dataset_sha256") == dataset.fingerprint()
+    own = trained.run.options["dataset_sha256"] == dataset.fingerprint()
     if trained.run.history and opt.dataset is None:
         check_same(trained.run, "dataset_sha256", dataset.fingerprint())
     if trained.network is not None:
@@ -188,8 +191,8 @@ def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict, str]
 def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> tuple[TrainedStudent, ImageDataset]:
     """What a file holds, of ours, the release's or RepDistiller's: a student, a CNN, or a frozen encoder's head."""
     state = checkpoint.load(path)
-    options = state["options"] if isinstance(state.get("options"), dict) else {}
-    dataset = dataset_of(options, "./save")
+    own = state["options"] if isinstance(state.get("options"), dict) else {}
+    dataset, options = dataset_of(own, "./save"), _UNSAID | own
     classes = state.get("classes", dataset.classes)
     size = state.get("image_size", dataset.views.size)
     network = None
@@ -197,18 +200,19 @@ def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> t
         if "clip_sha256" in state:
             options, state = options | {"model_s": options["model_t"]}, {"teacher_layer": state["model"]}
         elif isinstance(state.get("layer"), dict):
-            options = {"model_s": architecture(str(path)), "clip_tn": 1} | options
+            options = {"model_s": architecture(str(path))} | options
             network = restore_student(options, state, len(classes))
         else:
             options = options | {"model_s": architecture(str(path)), "clip_tn": 0}
             backbone, resolution = load_cnn(str(path), len(classes), Needs())
             network = Classifier(backbone, resolution=resolution).eval()
-    except ValueError as error:
+    except InputError as error:
         raise InputError(str(error).replace("--path_t ", "")) from error
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path} does not hold a student of the data set's {len(classes)} classes") from error
     run = StoredRun(path.absolute().parent, options | {"distill": path.name, "file": str(path)}, [])
-    return TrainedStudent(run, path, state, network, classes, size, normalization_of(options)), dataset
+    stored_size, normalization = state.get("stored_size", size), normalization_of(options["clip_tn"])
+    return TrainedStudent(run, path, state, network, classes, size, normalization, stored_size), dataset
 
 
 def class_numbers(subject: Subject) -> Tensor:

@@ -65,9 +65,7 @@ def open_teacher_network(
     if options["distill"] == "none":
         raise InputError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
     if options["clip_tn"]:
-        network = load_encoder(
-            options["clip_mode"], options["clip_root"], device, amp, options.get("teacher_resolution")
-        )
+        network = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options["teacher_resolution"])
         check_same(run, "clip_sha256", network.sha256)
         return network, _restore_head(run, state, network.dim)
     backbone, resolution = load_cnn(options["path_t"], num_classes, Needs())

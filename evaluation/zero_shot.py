@@ -23,7 +23,7 @@ from .teacher import check_same
 
 def check_understands_text(run: StoredRun) -> None:
     """Raise an InputError unless a run's student lives in the space of a CLIP that has a text encoder."""
-    if run.options.get("joint") != "teacher":
+    if run.options["joint"] != "teacher":
         raise InputError(
             f"the student in {run.folder} does not understand texts: one that does is trained from a CLIP with "
             "--joint teacher"

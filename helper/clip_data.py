@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from dataset import ImageDataset, Split
-from dataset.loader import Loader
+from dataset.loader import Loader, eval_batch_size
 
 from . import distributed
 from .contrastive import Images, caption_tokens
-from .data import eval_batch_size
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset, load_dataset
-from dataset.loader import Loader
+from dataset import ImageDataset
+from dataset.loader import Loader, eval_batch_size
 from dataset.splits import holdout_rows, keep_labels
-from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION
+from dataset.views import normalization_of
 from errors import InputError
 
 from . import distributed
 from .options import check_labels
-
-# Samples of 32 pixels per batch of the test pass, by device: any number gives the same result, a large one is fast.
-_EVAL_BATCH_SIZE = {"cpu": 500, "cuda": 2500}
-
-
-def eval_batch_size(device: str, image_size: int) -> int:
-    """Samples per batch of the test pass, which all take about the same memory."""
-    return max(1, _EVAL_BATCH_SIZE[device] * 32**2 // image_size**2)
 
 
 @dataclass(frozen=True)
@@ -54,24 +46,6 @@ class Loaders:
         return {"classes": self.classes, "normalization": self.test.normalization} | sizes
 
 
-def open_dataset(options: dict) -> ImageDataset:
-    """The data set that a run's options name: those of the command line, or those that a run recorded.
-
-    Without the classes that they leave out.
-
-    Raises:
-        InputError, OSError: see ``dataset.load_dataset`` and ``ImageDataset.without``.
-    """
-    known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
-    dataset = load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
-    return dataset.without(options["leave_out"]) if options.get("leave_out") else dataset
-
-
-def normalization_of(options: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that a run's student sees its images normalised by: CLIP's, or with a CNN teacher RepDistiller's."""
-    return CLIP_NORMALIZATION if options.get("clip_tn", 1) else CIFAR100_NORMALIZATION
-
-
 def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     """The loaders that the options describe; of many processes, each gets its share.
 
@@ -89,7 +63,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
         "views": dataset.views,
-        "normalization": normalization_of(vars(opt)),
+        "normalization": normalization_of(clip),
         "images": images,
         "rank": distributed.rank(),
         "processes": distributed.count(),

@@ -10,13 +10,12 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from dataset import ImageDataset
-from dataset.loader import Loader
+from dataset.loader import Loader, eval_batch_size
 from errors import InputError
 from evaluation.student import TrainedStudent, open_run_dataset, open_student
 from evaluation.subjects import predict
 from evaluation.tables import run_labels
 from evaluation.teacher import open_teacher
-from helper.data import eval_batch_size
 from helper.records import StoredRun
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the marker changes once they are used up, which a

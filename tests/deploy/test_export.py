@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime
@@ -12,15 +15,17 @@ import pytest
 import timm
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import dataset
 import deploy.export
+import deploy.predict
 import export
 import train_student
 from conftest import make_dataset, snapshot
 from dataset.views import normalize
+from deploy.model_card import card
 from evaluation import load_student
 from evaluation.student import open_student
 from helper import checkpoint
@@ -76,7 +81,8 @@ def check_beside(folder, classes, accuracy):
     config = json.loads((folder / "config.json").read_text())
     assert (folder / config["file"]).is_file()
     assert config["accuracy"] == pytest.approx(accuracy)
-    assert {path.name for path in folder.iterdir()} == {"labels.txt", "config.json", "README.md", config["file"]}
+    beside = {"labels.txt", "preprocess.py", "config.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == beside | {config["file"]}
     return config
 
 
@@ -107,10 +113,17 @@ def test_onnx_gives_the_student_s_logits_and_embeddings_for_any_batch(run, onnx,
     assert table[3].split("|")[2].strip() == f"{parameters:,}"
 
 
+def card_code(folder) -> str:
+    """The lines of Python in a model card."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
 def card_prints(folder, monkeypatch, capsys) -> str:
     """What the lines of Python in a model card print, which are run in its folder."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    code = card_code(folder)
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})
     return capsys.readouterr().out.strip()
@@ -140,6 +153,60 @@ def test_predictions_and_the_card_s_own_lines_need_its_folder_alone(onnx, data, 
     assert [name for name, _ in shares] == [data.classes[place] for place in wanted.indices]
     assert [float(share) for _, share in shares] == pytest.approx(wanted.values.tolist(), abs=0.051)
     assert card_prints(folder, monkeypatch, capsys) == shares[0][0]
+
+
+def odd_pictures(folder) -> list[str]:
+    """Names of pictures of each kind that plain code turns, clips, blackens or squeezes."""
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (60, 44, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    rgb.save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(rng.integers(0, 65536, (50, 50), dtype=np.uint16)).save(folder / "grey16.png")
+    rgb.putalpha(Image.fromarray(rng.integers(0, 2, (60, 44), dtype=np.uint8) * 255))
+    rgb.save(folder / "transparent.png")
+    Image.fromarray(rng.integers(0, 256, (40, 120, 3), dtype=np.uint8)).save(folder / "wide.png")
+    return ["turned.jpg", "grey16.png", "transparent.png", "wide.png"]
+
+
+def test_the_card_prepares_a_picture_as_predict_does(onnx, tmp_path, monkeypatch):
+    """Its lines run in a process of their own, in the exported folder, which knows nothing of this project."""
+    folder = tmp_path / "moved"
+    shutil.copytree(onnx[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["input"]["stored_size"] = 40  # for 32 pixels, as of a folder of photographs
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text(card(config, ""))
+    names = odd_pictures(folder)
+    script = f"""
+import shutil, sys
+import numpy as np
+for name in {names}:
+    shutil.copy(name, "picture.png")
+    values = {{}}
+    exec({card_code(folder)!r}, values)
+    np.save(name + ".npy", values["logits"])
+assert not {{"torch", "torchvision", "dataset", "deploy", "helper"}} & set(sys.modules)
+"""
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", script], cwd=folder, env=outside, check=True, capture_output=True)
+
+    seen, real = [], deploy.predict.open_file
+
+    def recording(path, config):
+        run = real(path, config)
+        return lambda image: seen.append(run(image)) or seen[-1]
+
+    monkeypatch.setattr(deploy.predict, "open_file", recording)
+    export.main(["--out", str(folder), "--predict", *(str(folder / name) for name in names)])
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    mean, std = (np.float32(config["input"][name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    for name, (logits, _) in zip(names, seen, strict=True):
+        np.testing.assert_allclose(np.load(folder / f"{name}.npy"), logits.numpy(), rtol=1e-5, atol=1e-5)
+        plain = ImageOps.fit(Image.open(folder / name).convert("RGB"), (40, 40), Image.BICUBIC).crop((4, 4, 36, 36))
+        image = (np.float32(plain).transpose(2, 0, 1)[None] / 255 - mean) / std
+        (other,) = session.run(["logits"], {"image": image})
+        assert np.abs(other - logits.numpy()).max() > 1e-3  # a picture that tells one way from another
 
 
 def test_8_bit_pixels_go_into_an_8_bit_network(run, untimed, data, tmp_path):
@@ -236,7 +303,7 @@ def test_bad_input(run, onnx, data, tmp_path, capsys):
     before = snapshot(run.parent)
     assert_refused(capsys, "is not the folder of a run", tmp_path)
     assert_refused(capsys, "which RUN?")
-    assert_refused(capsys, "holds model.onnx, labels.txt, README.md, config.json", run, "--out", folder)
+    assert_refused(capsys, "holds model.onnx, labels.txt, preprocess.py, README.md, config.json", run, "--out", folder)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "labels.txt").write_text("mine")
     assert_refused(capsys, "holds labels.txt", run, "--out", tmp_path / "one")

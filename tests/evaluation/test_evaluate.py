@@ -373,6 +373,8 @@ def pictures(datasets, tmp_path_factory) -> Path:
     for number, image in enumerate(images[:8]):
         picture = Image.fromarray(image).resize((40 + number, 32))
         picture = picture.convert(("RGB", "L", "RGBA", "P")[number % 4])
+        if picture.mode == "RGBA":
+            picture.putalpha(100)
         picture.save(folder / ("deep/er" if number % 2 else ".") / f"{number}.png")
     (folder / "broken.JPG").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("no picture either")

@@ -8,7 +8,7 @@ import torch
 from conftest import make_dataset
 from dataset import ImageDataset, Split
 from helper import distributed
-from helper.data import build_loaders, open_dataset
+from helper.data import build_loaders
 from helper.options import check_labels, parse_student_options, parse_teacher_options
 
 
@@ -85,16 +85,6 @@ def test_what_became_the_test_split_is_not_held_out_again():
 def test_a_teacher_holds_out_the_rows_that_a_student_does():
     student, teacher = (loaders("--holdout", "0.2", parse=p) for p in (parse_student_options, parse_teacher_options))
     assert seen(student.val) == seen(teacher.val)
-
-
-def test_a_data_set_is_opened_by_what_a_run_recorded(monkeypatch):
-    monkeypatch.setattr("helper.data.load_dataset", lambda *args, **options: (args, options))
-    old = {"dataset": "cifar100", "data_dir": "there", "save_dir": "here", "holdout": None, "epochs": 3}
-    assert open_dataset(old) == (("cifar100", "there"), {"save_dir": "here", "holdout": None})
-    argv = ["--dataset", "folder", "--image_size", "64", "--max_bad_images", "2", "--holdout", "0.1"]
-    args, options = open_dataset(vars(parse_student_options(argv)))
-    assert args == ("folder", "./data")
-    assert options == {"save_dir": "./save", "image_size": 64, "max_bad_images": 2, "holdout": 0.1}
 
 
 def test_a_data_set_may_lack_labels_of_itself():
