@@ -22,9 +22,9 @@ class Cost(NamedTuple):
     """What a network costs.
 
     parameters: how many it has.
-    mflops: of one image, in millions; a multiplication and an addition are two.
-    megabytes: of its file.
-    milliseconds: for an image, in batches of 1 and of 64, of onnxruntime on this CPU.
+    mflops: operations for an image, in millions; a multiplication and an addition are two.
+    megabytes: the size of its file.
+    milliseconds: time for an image in batches of 1 and of 64, with onnxruntime on this CPU.
     """
 
     parameters: int
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Of the table: a network's name, its accuracy (top-1, %), where it is known, and what it costs."""
+    """A row of the table: a network's name, its accuracy (top-1, %) where it is known, and its cost."""
 
     name: str
     accuracy: float | None
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 @torch.no_grad()
 def flops(network: nn.Module, image: Tensor) -> int:
-    """Operations of a network on an image (1, 3, H, W), of convolutions and matrix products, attention's included."""
+    """Operations for an image (1, 3, H, W): those of convolutions and matrix products, attention's included."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention is not counted
     try:
@@ -55,7 +55,7 @@ def flops(network: nn.Module, image: Tensor) -> int:
 
 
 def milliseconds(path: Path, image: Tensor, batch: int, seconds: float = 0.5) -> float:
-    """For an image, of an ONNX file in batches of so many: the fastest run, as others tell what else the CPU does."""
+    """Time for an image, with an ONNX file and batches of so many; the fastest run counts, as others share the CPU."""
     run = open_onnx(path)
     images = image.expand(batch, *image.shape[1:]).contiguous()
     run(images)
@@ -95,10 +95,10 @@ class TeacherNetwork(nn.Module):
 
 
 def teacher_rows(opened: TrainedStudent, folder: Path) -> list[Row]:
-    """The row of the teacher of a student's run; none where there is no teacher any more, which is printed.
+    """The row of the run's teacher, or no row where there is none; a printed line says why it cannot be measured.
 
     Args:
-        folder: for a file that is timed.
+        folder: a file that is timed goes there.
     """
     if opened.run.options["distill"] == "none":
         return []
@@ -117,7 +117,7 @@ def teacher_rows(opened: TrainedStudent, folder: Path) -> list[Row]:
 
 
 def cost_table(rows: list[Row]) -> str:
-    """What networks cost and know, in Markdown."""
+    """What networks cost and how well they classify, in Markdown."""
     threads = torch.get_num_threads()
     lines = [
         "| | parameters | MFLOPs | file (MB) | ms per image, batch 1 | batch 64 | accuracy |",

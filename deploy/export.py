@@ -28,10 +28,10 @@ from .predict import open_file
 FILES = {"onnx": "model.onnx", "exported": "model.pt2", "safetensors": "model.safetensors"}
 BESIDE = ("labels.txt", "preprocess.py", "README.md", "config.json")
 
-# How far an exported file may be from its student; in proportion to the outputs where these are larger than 1.
+# The largest difference allowed between an exported file and its student, relative to outputs larger than 1.
 TOLERANCE = 1e-4
 
-# Training images, at most, that the ranges of 8-bit activations are measured on.
+# The ranges of 8-bit activations are measured on at most so many training images.
 _CALIBRATION = 1000
 
 
@@ -40,7 +40,8 @@ class Exportable(nn.Module):
 
     Args:
         student: the network.
-        normalization: of pixels in [0, 1], where 8-bit pixels (B, 3, H, W) go in; None where normalised images do.
+        normalization: mean and std of pixels in [0, 1], where 8-bit pixels (B, 3, H, W) go in; None where normalised
+            images do.
     """
 
     def __init__(self, student: nn.Module, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None):
@@ -60,11 +61,11 @@ class Exportable(nn.Module):
 
 @contextlib.contextmanager
 def new_files(folder: Path, names: list[str], force: bool) -> Iterator[Path]:
-    """A temporary folder, out of which files are moved to where they belong once all are made.
+    """A temporary folder; its files are moved to where they belong once all of them are made.
 
     Args:
         folder: where they belong; made where it is missing.
-        names: of the files, the last of which marks them as whole.
+        names: of the files; the last one marks the others as whole.
         force: replace files that are there.
 
     Raises:
@@ -86,7 +87,7 @@ def new_files(folder: Path, names: list[str], force: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exporter_errors(what: str) -> Iterator[None]:
-    """What torch's exporters raise over a network, in one line; their remarks about themselves are left out."""
+    """Turn whatever torch's exporters raise into an InputError of one line, and silence their remarks."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -104,10 +105,10 @@ class Exported:
     """A network's file, and what it was made of.
 
     Attributes:
-        path: of the file.
-        onnx: of the same network as ONNX, by which it is timed; the file itself where it is that.
-        network: of a student, an ``Exportable``.
-        example: two images as they go in.
+        path: the file.
+        onnx: the same network as an ONNX file, which is timed; the file itself where it is ONNX.
+        network: a student's is an ``Exportable``.
+        example: a batch of two images, as the file takes them.
     """
 
     path: Path
@@ -121,10 +122,10 @@ def export(opened: TrainedStudent, form: str, takes_pixels: bool, folder: Path) 
 
     Args:
         takes_pixels: whether 8-bit pixels go in; else normalised images.
-        folder: of the files.
+        folder: the files go there.
 
     Raises:
-        InputError: a network that torch's exporters or its library do not take.
+        InputError: torch's exporters, or the network's library, do not take it.
     """
     network = Exportable(opened.network, opened.normalization if takes_pixels else None).eval()
     shape = (2, 3, opened.image_size, opened.image_size)
@@ -144,7 +145,7 @@ def save_onnx(network: nn.Module, example: Tensor, path: Path, outputs: list[str
 
     Args:
         example: an input of two images: ``pixels`` where they are 8-bit, else ``image``.
-        outputs: names of what it gives.
+        outputs: names of its outputs.
     """
     shapes = ({0: "batch"},)
     names = {"input_names": [input_name(example)], "output_names": outputs}
@@ -154,7 +155,7 @@ def save_onnx(network: nn.Module, example: Tensor, path: Path, outputs: list[str
 
 
 def input_name(image: Tensor) -> str:
-    """What an exported file calls such images."""
+    """The name of an exported file's input."""
     return "pixels" if image.dtype == torch.uint8 else "image"
 
 
@@ -168,7 +169,8 @@ def save_program(network: nn.Module, example: Tensor, path: Path) -> None:
 def library_state(opened: TrainedStudent) -> dict[str, Tensor]:
     """A student's weights in its library's naming: timm's, torchvision's, or RepDistiller's for the house's networks.
 
-    A student's head is a projection and a classifier, two linear maps, which make one: that of the library's network.
+    A student's head is a projection and a classifier. These two linear maps make one, the classifier of the library's
+    network.
     """
     backbone, head = opened.network.backbone, opened.network.head
     if isinstance(opened.network, Student):
@@ -178,7 +180,7 @@ def library_state(opened: TrainedStudent) -> dict[str, Tensor]:
         classifier = [module for module in full.modules() if isinstance(module, nn.Linear)][-1]
         assert len(missing) == len(classifier.state_dict()), missing
         project, classify = head.fit_dim_Net, head.cl_Net
-        # In double precision, so that the one map is as near to the two as float32 can tell.
+        # In double precision: float32 then cannot tell the one map from the two.
         classifier.weight.copy_(classify.weight.double() @ project.weight.double())
         classifier.bias.copy_(classify.weight.double() @ project.bias.double() + classify.bias.double())
         backbone = full
@@ -196,10 +198,10 @@ def test_views(dataset: ImageDataset, split: Split, rows: Tensor) -> Iterator[tu
 def quantize(exported: Exported, dataset: ImageDataset, normalization: tuple) -> None:
     """Turn an ONNX file into one of 8-bit weights and activations (onnxruntime's static quantisation, QDQ).
 
-    Weights are signed, with a scale for each channel. The ranges of activations are those on training images.
+    Weights are signed, with a scale for each channel. Training images give the ranges of activations.
 
     Args:
-        dataset: on whose training images it is calibrated.
+        dataset: its training images calibrate the file.
         normalization: of the images, see ``normalize``.
     """
     from onnxruntime import quantization
@@ -233,19 +235,18 @@ def quantize(exported: Exported, dataset: ImageDataset, normalization: tuple) ->
 
 @torch.no_grad()
 def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: ImageDataset) -> float | None:
-    """Compare an exported file, in its own runtime, with the student that it is made of, on all test images.
+    """Compare an exported file, in its own runtime, with its student, on all test images, in float32.
 
-    Prints the largest difference of an output, in proportion to the outputs where these are above 1, and both
-    accuracies (top-1, %), in float32.
+    It prints the largest difference between outputs, relative to outputs larger than 1, and both accuracies (top-1, %).
 
     Args:
         config: the content of config.json.
 
     Returns:
-        The file's accuracy; None of a student whose classifier was not trained, for want of labels.
+        The file's accuracy; None where the student was trained without labels.
 
     Raises:
-        InputError: the difference is above ``TOLERANCE``, and the file is not one of 8-bit weights.
+        InputError: a file that is not quantised differs by more than ``TOLERANCE``.
     """
     run, difference, correct, test = open_file(exported.path, config), 0.0, torch.zeros(2), dataset.test
     for rows, pixels in test_views(dataset, test, torch.arange(len(test))):

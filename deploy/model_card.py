@@ -1,4 +1,4 @@
-"""What lies beside an exported student: its labels, config.json for programs, a model card for people."""
+"""What lies beside an exported student: labels, preprocess.py, config.json for programs, a model card for people."""
 
 import shutil
 from pathlib import Path
@@ -10,13 +10,13 @@ from helper import checkpoint
 from models.library import library_options
 from models.names import parse_name
 
-# Of a run's options, those that say how a student was trained. Without paths: these are the trainer's own business.
+# The options that say how a student was trained; paths are left out, as they are of no use elsewhere.
 _TRAINING = ("distill", "model_t", "dataset", "labels", "joint", "gamma", "alpha", "beta", "epochs", "batch_size")
 _TRAINING += ("optimizer", "learning_rate", "schedule", "seed", "dataset_sha256", "clip_sha256", "teacher_sha256")
 
 
 def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: bool) -> dict:
-    """What a program has to know of an exported student.
+    """What a program has to know about an exported student.
 
     Args:
         form: 'onnx', 'exported' or 'safetensors'.
@@ -88,7 +88,7 @@ def usage(config: dict) -> str:
 
 
 def _network_lines(config: dict, imports: list[str]) -> list[str]:
-    """Of a library's network with a file of weights."""
+    """Lines that build a library's network and load the weights; their imports are added to ``imports``."""
     name, file, size = config["architecture"], config["file"], config["resolution"]
     options = "".join(f", {key}={value!r}" for key, value in config["network_options"].items())
     options = f"num_classes={config['num_classes']}{options}"
@@ -138,7 +138,9 @@ A {config["architecture"]}{source} for {config["num_classes"]} classes (`labels.
   {trained["optimizer"]}, learning rate {trained["learning_rate"]:g}, seed {trained["seed"]}; this is epoch
   {trained["epoch"]}.
 - **Accuracy** (top-1, the test split of {trained["dataset"]}): {accuracy}
-- **Input**: pictures of {facts["size"]} × {facts["size"]} pixels: {what}
+- **Input**: pictures of {facts["size"]} × {facts["size"]} pixels: {what}. `preprocess.py` reads a
+  picture as it has to be: upright, 16 bits scaled to 8, white behind transparency, the short side resized, the centre
+  cut out.
 - **Output**: {outputs}
 - **Meant for** pictures like those it was trained on; how it does on others was not measured.
 

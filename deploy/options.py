@@ -11,7 +11,7 @@ def parse_export_options(argv: list[str] | None = None) -> argparse.Namespace:
     what = "Export a finished student, check and measure the file; or classify pictures with what it wrote."
     parser = Parser("export.py", what)
     parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="folder of a finished run; to --predict, not needed beside --out"
+        "run", nargs="?", metavar="RUN", help="folder of a finished run; --predict with --out needs none"
     )
     group = parser.add_argument_group("export")
     group.add_argument(
@@ -23,7 +23,10 @@ def parse_export_options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the files; if unset, RUN/export/FORMAT")
     group.add_argument("--force", action="store_true", help="overwrite files that are there")
     group.add_argument(
-        "--checkpoint", default="best", metavar="best|last|PATH", help="of which epoch, or which file of the student"
+        "--checkpoint",
+        default="best",
+        metavar="best|last|PATH",
+        help="which epoch, or another file of the student",
     )
     group.add_argument("--data_dir", help="folder of the run's data set; if unset, where the run had it")
     group.add_argument(

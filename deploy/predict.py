@@ -23,7 +23,7 @@ Runner = Callable[[Tensor], list[Tensor]]
 
 
 def onnx_session(path: Path) -> onnxruntime.InferenceSession:
-    """On the CPU, with as many threads as torch uses."""
+    """A session on the CPU, with as many threads as torch uses."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -31,14 +31,16 @@ def onnx_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def open_onnx(path: Path, config: dict | None = None) -> Runner:
+    """An ONNX file in onnxruntime."""
     session = onnx_session(path)
     name = session.get_inputs()[0].name
     return lambda image: [torch.from_numpy(x) for x in session.run(None, {name: image.numpy()})]
 
 
 def open_program(path: Path, config: dict | None = None) -> Runner:
+    """A program of torch.export."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it reads the file's bytes in place
+        warnings.simplefilter("ignore", UserWarning)  # it says that it reads the file's bytes in place
         program = torch.export.load(path).module()
     return lambda image: list(program(image))
 
@@ -114,16 +116,16 @@ def _read_image(path: str) -> Image.Image:
 
 @torch.no_grad()
 def classify(folder: Path, files: list[str], top: int = 3) -> list[str]:
-    """Classify pictures with an exported file alone; a line for each, of its most probable classes.
+    """Classify pictures with an exported file alone; gives a line for each picture, its most probable classes.
 
     Raises:
-        InputError: no exported file, one whose classifier was not trained, or a picture that cannot be read.
+        InputError: there is no exported file, its classifier was not trained, or a picture cannot be read.
     """
     config = read_config(folder)
     if config["accuracy"] is None:
         raise InputError(f"the student in {folder} was trained without labels: its classifier says nothing")
     facts = config["input"]
-    normalization = None if facts["dtype"] == "uint8" else (facts["mean"], facts["std"])
+    normalization = None if facts["dtype"] == "uint8" else (tuple(facts["mean"]), tuple(facts["std"]))
     transform = image_transform(facts["size"], normalization, facts["stored_size"])
     images = [transform(_read_image(file)) for file in files]
     run = open_file(folder / config["file"], config)

@@ -21,8 +21,8 @@ from .subjects import Predictions, Subject, class_numbers
 class Accuracy:
     """How well student and teacher classify the test split, and how near they are to one another.
 
-    A student whose classifier was not trained, for want of labels, and a teacher without a head have no accuracy. The
-    student's confusion matrix, or that of a teacher which is asked alone, is written beside its weights.
+    A teacher without a head has no accuracy, nor has a student that was trained without labels. The confusion matrix is
+    written beside the weights: the student's, or the teacher's where it is asked alone.
     """
 
     def data(self, subject: Subject) -> str:
@@ -34,7 +34,7 @@ class Accuracy:
         class_numbers(subject)
 
     def __call__(self, subject: Subject) -> dict[str, dict]:
-        """'accuracy' by 'student' and 'teacher'; where there are both, the student's 'agreement', and the 'graphs'."""
+        """'accuracy' by 'student' and 'teacher'; with both, 'agreement' by 'student', and 'graphs' by both."""
         test = subject.dataset.test
         targets, loader = class_numbers(subject)[test.targets], subject.loader(test, subject.dataset.views)
         networks = subject.networks()
@@ -52,7 +52,7 @@ class Accuracy:
             joint = joint and seen["student"].embedding.shape == seen["teacher"].embedding.shape
             answers["agreement"] = {"student": agreement(**seen, classify=len(logits) == 2, joint=joint)}
             if joint:
-                # Beside the student, one that is equal to its teacher.
+                # The teacher's numbers are those of a student that equals it.
                 size, f_t = subject.run.options["batch_size"], seen["teacher"].embedding
                 answers["graphs"] = {
                     side: measures.embedding_graph(out.embedding, f_t, targets, size) for side, out in seen.items()
@@ -85,7 +85,7 @@ def agreement(student: Predictions, teacher: Predictions, classify: bool, joint:
     """How near a student is to its teacher, in numbers; None where there is nothing to compare.
 
     Args:
-        classify: whether both do.
+        classify: whether both have logits.
         joint: whether both are projected to one joint space.
     """
     found: dict[str, float | None] = dict.fromkeys(("same_class", "divergence", "node_error", "edge_error"))
@@ -107,7 +107,7 @@ class Corruptions:
     Their files, NAME.npy for each corruption and labels.npy, hold the test images at severity 1, then 2, to 5.
 
     Args:
-        data_dir: the folder that holds CIFAR-100-C/; by default where the run's data set lies.
+        data_dir: the folder that holds CIFAR-100-C/; by default the folder of the run's data set.
     """
 
     def __init__(self, data_dir: str | None):
@@ -118,12 +118,12 @@ class Corruptions:
         return subject.dataset.name
 
     def check(self, subject: Subject) -> None:
-        """Raise an InputError where there are no such files, or not of the student's classes."""
+        """Raise an InputError where the files are missing, or the data set has other classes."""
         self.folder(subject)
         class_numbers(subject)
 
     def folder(self, subject: Subject) -> Path:
-        """Where the files of a subject's data set are.
+        """The folder of the files of a subject's data set.
 
         Raises:
             InputError: there are none.

@@ -17,7 +17,7 @@ from helper import checkpoint
 from .subjects import Subject
 from .tables import REPEATS, markdown, mean_and_deviation, repeats, run_labels
 
-# What a table shows of each section: its title, and by column the number's name, its heading and its decimals.
+# The table of each section: its title, and for each column the number's name, its heading and its decimals.
 _PERCENT, _FINE = 2, 4
 TABLES: dict[str, tuple[str, dict[str, tuple[str, int]]]] = {
     "accuracy": (
@@ -87,14 +87,14 @@ def ask(question, subjects: list[Subject]) -> None:
 
 
 def store(subject: Subject, section: str, dataset: str, result: dict) -> None:
-    """Put a result into evaluation.json beside the subject's weights, by section, data set and file of weights.
+    """Put a result into evaluation.json beside the subject's weights, under its section, data set and file of weights.
 
     Raises:
         InputError: the file is corrupt.
         OSError: it cannot be written.
     """
     path = subject.run.folder / "evaluation.json"
-    with FileLock(path.with_name(".evaluation.lock")):  # of two evaluations at once, each adds what it has
+    with FileLock(path.with_name(".evaluation.lock")):  # two evaluations at once each add theirs
         try:
             content = json.loads(path.read_text()) if path.exists() else {}
         except ValueError as error:
@@ -106,10 +106,10 @@ def store(subject: Subject, section: str, dataset: str, result: dict) -> None:
 def answer_table(section: str, dataset: str, subjects: list[Subject], results: list[dict]) -> str:
     """A title and a Markdown table: a row for each student, and one for its teacher.
 
-    Of runs that differ in their seed alone, the mean, the standard deviation and their number.
+    Runs that differ in their seed alone share a row: the mean, the standard deviation and their number.
 
     Args:
-        results: of each subject, numbers by name, by 'student' and 'teacher'.
+        results: one for each subject: numbers by name, under 'student' and 'teacher'.
     """
     title, columns = TABLES[section]
     found = {id(subject.run): result for subject, result in zip(subjects, results, strict=True)}
@@ -153,7 +153,7 @@ def write_confusion(subject: Subject, matrix: Tensor) -> Path:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     share = matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1)
-    # The square root of a share, so that single mistakes are seen.
+    # The square root of a share makes single mistakes visible.
     norm = colors.PowerNorm(0.5, 0, 1)
     image = axis.imshow(share.numpy(), cmap="Blues", norm=norm, interpolation="nearest")
     size = 8 if len(classes) <= 30 else 6

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from distiller_zoo.EGA import ega_terms, standardize
 
-# Guo et al. use so many.
+# As many as Guo et al. use.
 _CALIBRATION_BINS = 15
 
 
 def calibration_error(logits: Tensor, targets: Tensor, bins: int = _CALIBRATION_BINS) -> float:
     """Expected calibration error in percent (Guo et al., ICML 2017, equation 5), over bins of equal width.
 
-    Samples are put together by their confidence, the highest probability; the error is the mean distance of a bin's
-    confidence from its accuracy, each bin counting as many samples as it holds.
+    Samples are binned by their confidence, the highest probability. The error is the mean distance between a bin's
+    confidence and its accuracy, weighted by the number of its samples.
 
     Args:
         logits: (N, classes).
         targets: (N,) classes.
-        bins: each is open below and closed above.
+        bins: their number; each bin is open below and closed above.
     """
     confidence = logits.double().softmax(dim=1).amax(dim=1)
     excess = confidence - (logits.argmax(dim=1) == targets).double()
@@ -55,8 +55,8 @@ def divergence(logit_s: Tensor, logit_t: Tensor) -> float:
 def alignment_errors(f_s: Tensor, f_t: Tensor) -> tuple[float, float]:
     """EGA's node and edge matching loss of all N samples as one batch, each divided by N.
 
-    What is left is the root mean square of the N x N entries: by how much a correlation differs from what it should be,
-    whatever the size of the test set.
+    The result is the root mean square of the N x N entries. It says by how much a correlation differs from what it
+    should be, and does not grow with the test set.
 
     Args:
         f_s, f_t: embeddings (N, D) in the joint space.
@@ -66,21 +66,22 @@ def alignment_errors(f_s: Tensor, f_t: Tensor) -> tuple[float, float]:
 
 
 def embedding_graph(f_s: Tensor, f_t: Tensor, targets: Tensor, batch_size: int) -> dict[str, float | None]:
-    """What EGA's terms are made of, in batches as in training: mean correlations of a student with its teacher.
+    """Mean correlations of a student with its teacher, in batches as in training: what EGA's terms are made of.
 
-    Of a teacher with itself, the terms that a student equal to it has: its own graph is as far from the identity as
-    'node' says. A student that is correlated with nothing has a node term of the root of the batch size.
+    Given the teacher twice, it gives the terms of a student that equals its teacher: 'node' is then how far the
+    teacher's own graph is from the identity. A student that correlates with nothing has a node term of the square root
+    of the batch size.
 
     Args:
         f_s, f_t: embeddings (N, D) in the joint space.
         targets: (N,) classes.
-        batch_size: of batches drawn without replacement, always the same; samples beyond the last whole one are left
-            out.
+        batch_size: samples in a batch. Batches are drawn without replacement, the same ones every time; samples
+            beyond the last whole batch are left out.
 
     Returns:
-        'node' and 'edge', Frobenius norms, means over the batches; over all pairs of a batch, 'itself', the mean
-        correlation of an image with its teacher's embedding of it, 'same_class' with other images of its class (None
-        where there are none), and 'other_classes', the root mean square with images of other classes.
+        'node' and 'edge': Frobenius norms, means over the batches. 'itself': the mean correlation of an image with its
+        teacher's embedding of it. 'same_class': the mean with the teacher's embeddings of other images of its class in
+        the batch, None where there are none. 'other_classes': the root mean square with those of other classes.
     """
     size = min(batch_size, len(f_s))
     order = torch.randperm(len(f_s), generator=torch.Generator().manual_seed(0))
@@ -99,9 +100,9 @@ def embedding_graph(f_s: Tensor, f_t: Tensor, targets: Tensor, batch_size: int) 
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of features (N, D) and (N, D') of the same samples, 0 to 1.
+    """Linear centred kernel alignment of features (N, D) and (N, D') of the same samples, from 0 to 1.
 
-    Kornblith et al., ICML 2019, equation 4: it does not change under rotation and isotropic scaling of either.
+    Kornblith et al., ICML 2019, equation 4: neither rotation nor isotropic scaling of either changes it.
     """
     x, y = (f.double() - f.double().mean(dim=0) for f in (x, y))
     norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)

@@ -19,15 +19,15 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
     choices = (*DATASETS, *FROM_FILES)
     group.add_argument("--dataset", choices=choices, help="with the same classes; if unset, the run's own")
     group.add_argument("--data_dir", help="folder of the data sets; if unset, the run's own")
-    what = "of --dataset folder and --probe folder: what the images are resized to"
+    what = "with --dataset folder or --probe folder: the images are resized to R pixels"
     group.add_argument("--image_size", type=positive_int, metavar="R", help=what)
     group = parser.add_argument_group("questions")
-    what = "transfer: a linear probe and nearest neighbours on frozen features of this data set"
+    what = "transfer to this data set: a linear probe and nearest neighbours on frozen features"
     group.add_argument("--probe", choices=choices, help=what)
     group.add_argument("--probe_dir", help="its folder; if unset, --data_dir, or ./data")
-    what = "classify by the classes' names; of a student of --joint teacher, with a CLIP that understands texts"
+    what = "classify by the classes' names; the student needs --joint teacher and a CLIP that understands texts"
     group.add_argument("--zero_shot", action="store_true", help=what)
-    what = "zero-shot: the names to choose from, one a line; if unset, the data set's classes"
+    what = "names that zero-shot chooses from, one a line; if unset, the data set's classes"
     group.add_argument("--labels", type=names_file, metavar="FILE", help=what)
     what = "accuracy on the corrupted images in CIFAR-100-C/ (or CIFAR-10-C/) under --data_dir"
     group.add_argument("--corruptions", action="store_true", help=what)
@@ -43,7 +43,7 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
     opt = parser.parse_args(argv)
 
     if opt.image_size and "folder" not in (opt.dataset, opt.probe):
-        parser.error(f"--image_size {opt.image_size} is of --dataset folder or --probe folder; leave it out")
+        parser.error(f"--image_size {opt.image_size} belongs to --dataset folder or --probe folder; leave it out")
     opt.zero_shot = opt.zero_shot or opt.labels is not None
     opt.probe_dir = opt.probe_dir or opt.data_dir or "./data"
     opt.searches = opt.search is not None or opt.search_image is not None

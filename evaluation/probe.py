@@ -11,11 +11,11 @@ from errors import InputError
 
 from .subjects import Subject
 
-# Weight decays of the probe, from strong to weak, and the share of each class's training images that chooses.
+# Weight decays of the probe, from strong to weak; a share of each class's training images chooses among them.
 STRENGTHS = tuple(10.0**-power for power in range(7))
 _HOLDOUT = 0.2
 
-# Once it is worse than the best in so many weaker ones, the rest is left out.
+# The search ends after so many weaker ones that are no better than the best.
 _PATIENCE = 2
 
 _STEPS = 500
@@ -29,7 +29,7 @@ def standardize_columns(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_logistic(x: Tensor, targets: Tensor, num_classes: int, strength: float, start: Tensor | None = None) -> Tensor:
-    """Multinomial logistic regression by L-BFGS: the mean cross-entropy + strength / 2 · ||W||², without the bias's.
+    """Multinomial logistic regression by L-BFGS: the mean cross-entropy + strength / 2 · ||W||², the bias left out.
 
     Args:
         x: features (N, D), of about unit scale.
@@ -64,8 +64,8 @@ def logits(weight: Tensor, x: Tensor) -> Tensor:
 def linear_probe(train: Tensor, train_targets: Tensor, test: Tensor, num_classes: int) -> tuple[Tensor, float]:
     """Classify by multinomial logistic regression on standardised features.
 
-    Its strength is the one of ``STRENGTHS`` that is best on a stratified hold-out of the training part; with it the
-    whole part is fitted again.
+    A stratified hold-out of the training part chooses the strength among ``STRENGTHS``; the whole part is then fitted
+    with it.
 
     Args:
         train, test: features (N, D) and (M, D).
@@ -75,7 +75,7 @@ def linear_probe(train: Tensor, train_targets: Tensor, test: Tensor, num_classes
         Predicted classes (M,), and the strength.
 
     Raises:
-        InputError: a class with too few images for the hold-out.
+        InputError: a class has too few images for the hold-out.
     """
     kept, held = holdout_rows(train_targets.cpu(), _HOLDOUT)
     x, y = standardize_columns(train[kept], train[held])
@@ -98,7 +98,7 @@ def nearest_neighbours(
 ) -> dict[int, Tensor]:
     """Classify by the vote of the k training images of highest cosine similarity, for each k.
 
-    Of classes with equally many votes, the one whose voters are more similar wins.
+    Where classes have equally many votes, the one with the more similar voters wins.
 
     Returns:
         {k: predicted classes (M,)}.
@@ -119,11 +119,11 @@ def nearest_neighbours(
 class Transfer:
     """What frozen pooled features are worth on another data set: a linear probe, and k nearest neighbours.
 
-    A teacher that several runs share is encoded and asked once.
+    A teacher that several runs share is asked once. Images without a label are left out.
 
     Args:
-        opt: ``probe``, the data set, whose images without a label are left out; ``probe_dir`` and ``image_size``.
-        save_dir: the folder of all results, where image files that are decoded go.
+        opt: ``probe``, the name of the data set, ``probe_dir`` and ``image_size``.
+        save_dir: the folder of all results; decoded image files go there.
 
     Raises:
         InputError, OSError: see ``load_dataset``.
@@ -146,7 +146,7 @@ class Transfer:
         return self.dataset.name
 
     def check(self, subject: Subject) -> None:
-        """Anybody with features can be asked."""
+        """Nothing is refused: every subject has features."""
 
     def __call__(self, subject: Subject) -> dict[str, dict]:
         """'transfer' by 'student' and 'teacher'."""

@@ -30,7 +30,8 @@ _CELL, _MARGIN, _LINE, _FONT = 160, 12, 18, 13
 def search(opt, device: str) -> Path:
     """Rank the images in a folder by their similarity to a text or an image.
 
-    The similarity is the cosine of the student's embeddings: of a text, in the space of its CLIP teacher.
+    The similarity is the cosine between embeddings: the student's of an image, and its own of the other image or its
+    CLIP teacher's of the text.
 
     Args:
         opt: ``runs`` with the one run, ``checkpoint``; ``search``, a text, or ``search_image``, a file; ``images``, the
@@ -80,7 +81,7 @@ def search(opt, device: str) -> Path:
 
 
 def _outputs(opt, folder: Path, query: str) -> tuple[Path, Path]:
-    """The files of the contact sheet and of the scores, neither of which is there, unless it may be overwritten."""
+    """The files of the contact sheet and of the scores; an InputError where one may not be overwritten."""
     words = "-".join("".join(c if c.isalnum() else " " for c in query).split())[:60] or "query"
     picture = folder / f"search_{words}.png" if opt.out is None else Path(opt.out)
     if picture.suffix.lower() != ".png":
@@ -93,10 +94,10 @@ def _outputs(opt, folder: Path, query: str) -> tuple[Path, Path]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The files below a folder whose names end as those of images do, in order.
+    """The files below a folder that are images by their names, in order.
 
     Raises:
-        InputError: no folder, or none in it.
+        InputError: the folder is missing, or holds none.
     """
     if not folder.is_dir():
         raise InputError(f"--images {folder} is not a folder")
@@ -123,7 +124,7 @@ def _embed(net: Predictor, images: list[Tensor], device: str) -> Tensor:
 def embed_files(
     net: Predictor, transform: Callable[[Image.Image], Tensor], files: list[Path], device: str
 ) -> tuple[list[Path], Tensor]:
-    """Those of the files that are images, and their embeddings (N, D) of unit norm; one line names the others."""
+    """The files that can be read as images, and their embeddings (N, D) of unit norm; a line names the others."""
     found, unreadable, embeddings, batch = [], [], [], []
     for path in files:
         image = read_image(path)
@@ -134,7 +135,7 @@ def embed_files(
             embeddings.append(_embed(net, batch, device))
             batch = []
     if unreadable:
-        print(f"skipped, not to be read as images: {', '.join(map(str, unreadable))}")
+        print(f"skipped, as they cannot be read as images: {', '.join(map(str, unreadable))}")
     return found, torch.cat(embeddings) if embeddings else torch.empty(0)
 
 
@@ -158,7 +159,7 @@ def contact_sheet(ranked: list[tuple[float, Path]], title: str, example: Path | 
 
     Args:
         ranked: score and file of each, the best first.
-        example: the image that was searched for, which then stands first.
+        example: the image that was searched for; it stands first.
     """
     font = ImageFont.load_default(_FONT)
     cells = [(example, "searched for", "")] if example is not None else []

@@ -146,7 +146,7 @@ def _prepare(
 ) -> Tensor:
     border = (stored_size - size) // 2
     pixels = torch.from_numpy(np.array(square(upright_rgb(picture), stored_size))).permute(2, 0, 1)
-    pixels = pixels[:, border : border + size, border : border + size]
+    pixels = pixels[:, border : border + size, border : border + size].contiguous()
     return pixels if normalization is None else normalize(pixels[None], normalization)[0]
 
 

@@ -32,9 +32,9 @@ _UNSAID |= {"device": None, "dataset_sha256": None, "data_dir": "./data"}
 class Predictions:
     """What a network makes of N images, on the CPU.
 
-    logits: (N, classes); None of a network that does not classify.
+    logits: (N, classes); None where the network does not classify.
     embedding: (N, D), in the joint space where there is one.
-    features: (N, F), pooled; of a frozen encoder its embedding.
+    features: (N, F), pooled; a frozen encoder's are its embedding.
     """
 
     logits: Tensor | None
@@ -44,7 +44,7 @@ class Predictions:
 
 @torch.no_grad()
 def predict(network: Student | Classifier | EncoderTeacher | CnnTeacher, loader: Loader, amp: str) -> Predictions:
-    """What a network makes of the images of a loader, in order; a student under autocast, as in its run's test pass."""
+    """What a network makes of a loader's images, in order; a student runs under autocast, as in its run's test pass."""
     parts = []
     for batch in loader.epoch():
         if isinstance(network, Student | Classifier):
@@ -81,10 +81,10 @@ class Subject:
     """Who is asked: a run's student beside its teacher, or what a file of weights holds.
 
     Attributes:
-        trained: the student; its network is None where a file holds the head of a frozen encoder, a teacher, alone.
+        trained: the student; its network is None where a file holds the head of a teacher alone.
         has_teacher: whether a teacher is asked too.
-        dataset: whose test split it is asked about.
-        own: whether that is the data set of its run.
+        dataset: the questions are about its test split.
+        own: whether it is the data set of the run.
         device: 'cpu' or 'cuda'.
     """
 
@@ -100,7 +100,7 @@ class Subject:
 
     @property
     def where(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return str(self.run.folder if self.run.history else self.trained.path)
 
     def teacher(
@@ -111,7 +111,7 @@ class Subject:
         return open_teacher(self.run, self.trained.state, dataset, self.device, num_classes, encode_once)
 
     def networks(self, own: bool = True) -> dict[str, Student | Classifier | EncoderTeacher | CnnTeacher]:
-        """Whoever there is of 'student' and 'teacher'.
+        """The networks that there are, by 'student' and 'teacher'.
 
         Args:
             own: the teacher may look its run's test split up in the bank; otherwise it encodes what it is asked for.
@@ -120,7 +120,7 @@ class Subject:
         return found | ({"teacher": self.teacher(self.dataset, own and self.own)} if self.has_teacher else {})
 
     def loader(self, split: Split, views: Views, name: str = "test") -> Loader:
-        """Batches of a split's test views, as the run's test pass saw them: at the size that the student takes."""
+        """Batches of a split's test views at the size that the student takes, as the run's test pass saw them."""
         size = self.trained.image_size
         return Loader(
             split,
@@ -139,7 +139,7 @@ class Subject:
 
 
 def save_dir(run: StoredRun) -> str:
-    """The folder of all results that a run is in, SAVE of SAVE/student_model/NAME; of a file alone, ./save."""
+    """The folder of all results: SAVE of SAVE/student_model/NAME; ./save for a file of weights."""
     return str(run.folder.absolute().parents[1]) if run.history else "./save"
 
 
@@ -151,7 +151,7 @@ def open_subjects(paths: Sequence[str], opt, device: str) -> list[Subject]:
         opt: ``checkpoint``, ``dataset``, ``data_dir``, ``image_size`` and ``no_teacher``.
 
     Raises:
-        InputError, OSError: neither, or its weights or its data set are not there or not what they were.
+        InputError, OSError: a path is neither, or its weights or its data set are missing or have changed.
     """
     loaded: dict[str, ImageDataset] = {}
 
@@ -189,7 +189,7 @@ def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict, str]
 
 
 def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> tuple[TrainedStudent, ImageDataset]:
-    """What a file holds, of ours, the release's or RepDistiller's: a student, a CNN, or a frozen encoder's head."""
+    """A file of this project, the release or RepDistiller: it holds a student, a CNN, or a frozen encoder's head."""
     state = checkpoint.load(path)
     own = state["options"] if isinstance(state.get("options"), dict) else {}
     dataset, options = dataset_of(own, "./save"), _UNSAID | own
@@ -216,7 +216,7 @@ def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> t
 
 
 def class_numbers(subject: Subject) -> Tensor:
-    """What each class of the data set, in its order, is to the student: the place of its logit.
+    """The place of each class's logit in the student's outputs, in the data set's order of classes.
 
     Raises:
         InputError: the data set has other classes.
@@ -234,5 +234,5 @@ def class_numbers(subject: Subject) -> Tensor:
 
 
 def listed(names: list[str], few: int = 5) -> str:
-    """The first of some names, and how many more there are."""
+    """The first few names, and how many more there are."""
     return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")

@@ -24,13 +24,13 @@ def open_teacher(
 
     Args:
         state: the content of the student's file.
-        dataset: whose images it is asked for. A CLIP's embeddings of the run's own test split are in the run's bank.
-        device: 'cpu' or 'cuda', for which it is made.
-        num_classes: the run's, where the data set is not the run's own.
-        encode_once: make a bank of another data set too, of one view of its training and of its test split.
+        dataset: the teacher is asked for its images. The run's bank holds the embeddings of the run's own test split.
+        device: 'cpu' or 'cuda'.
+        num_classes: of the run, where the data set is not the run's own.
+        encode_once: make a bank of another data set too, with one view of each image.
 
     Raises:
-        InputError: the run has no teacher, or its teacher or data set are others by now.
+        InputError: the run has no teacher, or its teacher or data set has changed.
         OSError: the teacher's weights are missing.
     """
     own = num_classes is None
@@ -42,7 +42,7 @@ def open_teacher(
     if not isinstance(network, FrozenEncoder):
         teacher = CnnTeacher(network.backbone, head, amp=amp, resolution=network.resolution)
         return teacher.to(device, memory_format=torch.channels_last)
-    # The bank's test split is enough; one that was built on another device is of another precision.
+    # One view is enough, as the test split has no more. A bank of another device is of another precision.
     views = min(run.options["teacher_views"], 1) if own and same_device else int(encode_once)
     embed = open_embeddings(dataset, network, views, str(run.folder.absolute().parents[1]), device, amp)
     return EncoderTeacher(embed, head, dim=network.dim).to(device)
@@ -56,7 +56,7 @@ def open_teacher_network(
     Args:
         state: see ``open_teacher``.
         num_classes: number of classes.
-        device, amp: what an encoder is made for.
+        device, amp: an encoder is made for these.
 
     Raises:
         InputError, OSError: see ``open_teacher``.
@@ -80,7 +80,7 @@ def check_same(run: StoredRun, name: str, value: str) -> None:
 
 
 def _restore_head(run: StoredRun, state: dict, dim: int) -> TeacNet | None:
-    """The teacher's head in a student's file, where it has one."""
+    """The teacher's head, where the student's file holds one."""
     if "teacher_layer" not in state:
         return None
     layer = state["teacher_layer"]

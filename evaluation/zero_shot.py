@@ -30,8 +30,8 @@ def check_understands_text(run: StoredRun) -> None:
         )
     if parse_name(run.options["clip_mode"]).library not in (None, "open_clip"):
         raise InputError(
-            f"the student in {run.folder} does not understand texts, as its teacher {run.options['clip_mode']} does "
-            "not: OpenAI's CLIPs and open_clip's models do"
+            f"the student in {run.folder} does not understand texts, nor does its teacher {run.options['clip_mode']}: "
+            "OpenAI's CLIPs and open_clip's models do"
         )
 
 
@@ -39,7 +39,7 @@ def load_text_encoder(run: StoredRun) -> TextEncoder:
     """The text encoder of a run's CLIP.
 
     Raises:
-        InputError: the student understands no text, or its teacher is another by now.
+        InputError: the student understands no text, or its teacher has changed.
         OSError: the teacher's weights are missing.
     """
     check_understands_text(run)
@@ -51,11 +51,11 @@ def load_text_encoder(run: StoredRun) -> TextEncoder:
 
 
 class ZeroShot:
-    """Classification by names alone (Radford et al., ICML 2021, section 3.1): of the student, in its teacher's space.
+    """Classification by names alone (Radford et al., ICML 2021, section 3.1), in the space of the student's teacher.
 
     Args:
-        labels: names to choose from; by default the data set's classes. Those that are none of its classes are wrong
-            wherever they are chosen; images of a class that is not named are left out.
+        labels: names to choose from; by default the data set's classes. A name that is no class of the data set is
+            always wrong; images of a class that is not named are left out.
     """
 
     def __init__(self, labels: list[str] | None):
