@@ -84,5 +84,7 @@ def test_the_use_of_a_student_imports_what_it_computes_with_alone(finished):
     at_first, in_use, told = python(USE, str(finished["ega"]))
     assert not HEAVY & set(at_first)
     assert "torch" in in_use
-    assert not {"timm", "clip", "scipy", "matplotlib", "tensorboard_logger", "helper.training"} & set(in_use)
+    libraries = {"timm", "clip", "torchvision", "scipy", "matplotlib", "tensorboard_logger"}
+    training = {f"helper.{name}" for name in ("training", "data", "teacher", "bank", "runtime")}
+    assert not (libraries | training) & set(in_use)
     assert told == [5, True]

@@ -45,7 +45,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
 
 
@@ -61,12 +62,20 @@ BELOW = {
     "models": {"models"},
     "distiller_zoo": {"distiller_zoo", "models"},
     "helper": {"helper", "distiller_zoo", "models", "dataset"},
+    "evaluation": {"evaluation", "helper", "distiller_zoo", "models", "dataset"},
+    "deploy": {"deploy", "evaluation", "helper", "distiller_zoo", "models", "dataset"},
 }
 
 
 @pytest.mark.parametrize("folder", BELOW)
 def test_imports_run_one_way(folder):
     assert house(folder) <= BELOW[folder] | {"errors"}
+
+
+def test_what_is_exported_is_made_without_training():
+    found = set().union(*(imports(path) for path in (ROOT / "deploy").glob("*.py")))
+    helpers = {module.split(".")[1] for module in found if module.startswith("helper.")}
+    assert helpers == {"checkpoint", "parser", "util"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "distiller_zoo").glob("[!_]*.py")), ids=lambda path: path.name)
