@@ -101,7 +101,7 @@ def _network_lines(config: dict, imports: list[str]) -> list[str]:
         run = [f'network = torchvision.models.get_model("{name}", {options}).eval()']
         run += [f'network.load_state_dict(load_file("{file}"))']
     else:
-        imports += ["from safetensors.torch import load_file", "from models import model_dict"]
+        imports += ["from safetensors.torch import load_file", "from models import model_dict  # RepDistiller's"]
         run = [f'network = model_dict["{name}"]({options}).eval()', f'network.load_state_dict(load_file("{file}"))']
     given = "torch.from_numpy(image)"
     if size not in (None, config["input"]["size"]):

@@ -165,7 +165,7 @@ def odd_pictures(folder) -> list[str]:
     Image.fromarray(rng.integers(0, 65536, (50, 50), dtype=np.uint16)).save(folder / "grey16.png")
     rgb.putalpha(Image.fromarray(rng.integers(0, 2, (60, 44), dtype=np.uint8) * 255))
     rgb.save(folder / "transparent.png")
-    Image.fromarray(rng.integers(0, 256, (40, 120, 3), dtype=np.uint8)).save(folder / "wide.png")
+    Image.fromarray(rng.integers(0, 256, (50, 151, 3), dtype=np.uint8)).save(folder / "wide.png")
     return ["turned.jpg", "grey16.png", "transparent.png", "wide.png"]
 
 
