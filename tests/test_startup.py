@@ -88,3 +88,23 @@ def test_the_use_of_a_student_imports_what_it_computes_with_alone(finished):
     training = {f"helper.{name}" for name in ("training", "data", "teacher", "bank", "runtime")}
     assert not (libraries | training) & set(in_use)
     assert told == [5, True]
+
+
+STOPPED = """
+import os, signal, sys
+
+class AtTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, AtTorch())
+import train_student
+train_student.main([])
+"""
+
+
+def test_a_signal_in_the_import_of_torch_ends_in_one_line():
+    said = subprocess.run([sys.executable, "-c", STOPPED], cwd=ROOT, capture_output=True, text=True)
+    assert said.stderr == "train_student.py: stopped by SIGTERM; the same command begins anew\n"
+    assert said.returncode == 143
