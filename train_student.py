@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from dataset import open_dataset
+from dataset import open_dataset, student_size
 from distiller_zoo import METHODS
 from helper import launch
 from helper.exits import exit_on_bad_input, exits
@@ -28,15 +28,18 @@ def train(opt: argparse.Namespace) -> None:
     from helper.objective import build_objective
     from helper.run import Run
     from helper.runtime import resolve
-    from helper.student import build_student, model_file, student_identity
-    from helper.teacher import build_teacher, teacher_identity
+    from helper.student import build_student, check_student, model_file, student_identity
+    from helper.teacher import build_teacher, find_teacher
     from helper.validation import Evaluation
 
     needs = METHODS[opt.distill].needs(clip=bool(opt.clip_tn))
 
-    # Everything that can be wrong with the input is found here, before anything is trained.
+    # Everything that can be wrong with the input is found here, what is cheap to look at first: images are downloaded
+    # or decoded after the networks were looked at, and embeddings are encoded last.
     with exit_on_bad_input("train_student.py"):
-        identity = student_identity(opt) | (teacher_identity(opt) if opt.distill != "none" else {})
+        facts, identity = find_teacher(opt)
+        identity |= student_identity(opt)
+        check_student(opt, needs, student_size(opt.dataset, opt.image_size))
         dataset = open_dataset(vars(opt))
         identity["dataset_sha256"] = dataset.fingerprint()
         name, stem = student_run_name(opt, dataset.name, identity), sized_name(opt.model_s, opt.student_resolution)
@@ -46,14 +49,16 @@ def train(opt: argparse.Namespace) -> None:
             return
         opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset)
-        teacher = None if opt.distill == "none" else build_teacher(opt, dataset, needs)
+        teacher = None if opt.distill == "none" else build_teacher(opt, facts, len(dataset.classes), needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
         objective = build_objective(opt, student, teacher, loaders)
         run.record(**recorded_options(opt))
         stage = None if run.state else first_stage.open_first_stage(opt, objective, run)
+        if teacher is not None:
+            teacher.open(opt, dataset)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
-    facts = loaders.image_facts()
+    seen = loaders.image_facts()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""
     print(
@@ -70,9 +75,9 @@ def train(opt: argparse.Namespace) -> None:
         record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
         record["seconds"] = trained.earlier + time.perf_counter() - start
         print_record(record)
-        run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, facts), opt.save_freq)
+        run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, seen), opt.save_freq)
 
-    run.finish(model_file(student, teacher, run.options, facts))
+    run.finish(model_file(student, teacher, run.options, seen))
     print_result(run)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from dataset import open_dataset
+from dataset import open_dataset, student_size
 from helper import launch
 from helper.exits import exit_on_bad_input, exits
 from helper.names import teacher_run_name
@@ -22,13 +22,15 @@ def train(opt: argparse.Namespace) -> None:
     from helper.meters import print_record
     from helper.run import Run
     from helper.runtime import resolve
-    from helper.teacher import build_cnn, build_teacher, teacher_file, teacher_identity
+    from helper.teacher import build_cnn, build_teacher, check_cnn, find_teacher, teacher_file
     from helper.validation import Evaluation
 
     encoder = bool(opt.clip_tn)
 
     with exit_on_bad_input("train_teacher.py"):
-        identity = teacher_identity(opt)
+        facts, identity = find_teacher(opt) if encoder else (None, {})
+        if not encoder:
+            check_cnn(opt, student_size(opt.dataset, opt.image_size))
         dataset = open_dataset(vars(opt))
         identity["dataset_sha256"] = dataset.fingerprint()
         run = Run(opt, identity, "models", "tensorboard", teacher_run_name(opt, dataset.name, identity), opt.model_t)
@@ -37,8 +39,11 @@ def train(opt: argparse.Namespace) -> None:
             return
         opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
         loaders = build_loaders(opt, dataset, images=not encoder)
-        teacher = build_teacher(opt, dataset) if encoder else build_cnn(opt, len(dataset.classes), loaders.image_size)
+        classes = len(dataset.classes)
+        teacher = build_teacher(opt, facts, classes) if encoder else build_cnn(opt, classes, loaders.image_size)
         run.record(**recorded_options(opt))
+        if encoder:
+            teacher.open(opt, dataset)
         run.start()
 
     trained = (training.train_head if encoder else training.train_cnn)(opt, teacher, loaders)

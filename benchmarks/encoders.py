@@ -12,10 +12,10 @@ import torch
 from benchmarks.common import machine, median_seconds, print_table
 from dataset.views import CIFAR_VIEWS
 from helper.bank import CHUNK, encode_view
+from helper.encoder import load_encoder
 from helper.exits import exit_on_bad_input
 from helper.parser import positive, positive_int
 from helper.runtime import resolve_amp, resolve_device, teacher_precision
-from helper.teacher import load_encoder
 from models.library import library_network
 from models.names import parse_name
 

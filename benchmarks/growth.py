@@ -27,6 +27,7 @@ from dataset.views import CIFAR_VIEWS
 from distiller_zoo import EGA
 from helper import distributed, launch
 from helper.bank import EmbeddingBank
+from helper.encoder import load_encoder
 from helper.exits import exit_on_bad_input
 from helper.objective import Objective
 from helper.optim import sgd
@@ -34,7 +35,6 @@ from helper.options import parse_student_options
 from helper.parser import positive_int
 from helper.runtime import resolve_amp, resolve_compile, resolve_device
 from helper.step import Distillation, Step
-from helper.teacher import load_encoder
 from models import create_student, model_dict
 
 

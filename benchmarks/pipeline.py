@@ -29,6 +29,7 @@ from errors import InputError
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
 from helper.capture import step_capture
+from helper.encoder import load_encoder
 from helper.exits import exit_on_bad_input
 from helper.objective import Objective
 from helper.optim import sgd
@@ -43,7 +44,7 @@ from helper.runtime import (
     resolve_teacher_views,
 )
 from helper.step import Distillation, Step
-from helper.teacher import EncoderTeacher, load_encoder
+from helper.teacher import EncoderTeacher
 from helper.training import train_epoch
 from helper.validation import validate
 from models import create_student, model_dict

@@ -50,6 +50,19 @@ def check_image_size(name: str, image_size: int | None) -> None:
         raise InputError(f"--image_size {image_size}: the images of {name} have a size of their own; leave it out")
 
 
+# Height and width in pixels of what a student sees, where that is known before the images are there.
+_SIZES = {"cifar100": 32, "cifar10": 32, "stl10": 96, "shapes": 32, "tinyimagenet": 64}
+
+
+def student_size(name: str, image_size: int | None) -> int | None:
+    """Height and width of what a student sees, by a data set's name; None where only its images tell.
+
+    Args:
+        image_size: as given for ``folder``.
+    """
+    return image_size if name == "folder" else _SIZES.get(name)
+
+
 def folder_name(data_dir: str, image_size: int) -> str:
     """The name of a data set of one's own images: the last part of its folder's path, and the images' size."""
     own = Path(os.path.abspath(data_dir)).name

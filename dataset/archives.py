@@ -1,5 +1,6 @@
 """Published archives: found as they were extracted, or as they were downloaded, or fetched; checked by their md5."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 
 class Archive(NamedTuple):
@@ -29,6 +29,17 @@ class Archive(NamedTuple):
     files: list[tuple[str, str]]
 
 
+def _intact(path: Path, md5: str) -> bool:
+    """Whether a file is there and has this md5."""
+    if not path.is_file():
+        return False
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == md5
+
+
 def fetch(archive: Archive, root: Path) -> Path:
     """The folder of the extracted files, which are there and whole; downloaded to ``root`` if nothing is.
 
@@ -41,7 +52,7 @@ def fetch(archive: Archive, root: Path) -> Path:
         if not folder.exists():
             return False
         for name, md5 in archive.files:
-            if not check_integrity(str(folder / name), md5):
+            if not _intact(folder / name, md5):
                 raise OSError(f"{folder / name} is missing or corrupt (its md5 differs): delete {folder} and run again")
         return True
 
@@ -49,10 +60,13 @@ def fetch(archive: Archive, root: Path) -> Path:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
+        # Here, as it takes longer to import than a data set that is there takes to open.
+        from torchvision.datasets.utils import download_and_extract_archive
+
         with FileLock(root / f".{archive.folder}.lock"):
             if whole():  # another run fetched it meanwhile
                 return folder
-            if packed.exists() and not check_integrity(str(packed), archive.md5):
+            if packed.exists() and not _intact(packed, archive.md5):
                 raise OSError(f"{packed} is corrupt (its md5 differs): delete it and run again")
             # Into a folder of its own first, so that an interrupted download is never taken for the data.
             with tempfile.TemporaryDirectory(dir=root, prefix=f".{archive.folder}-") as temporary:

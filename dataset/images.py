@@ -1,6 +1,7 @@
 """What a data set is: splits of uint8 images in memory, and the names of their classes."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,8 +65,10 @@ class ImageDataset:
 
     def fingerprint(self) -> str:
         """SHA-256 of the pixels of the training and the test split, or of their checksums."""
-        if self.sha256 is not None:
-            return self.sha256
+        return self._sha256_of_pixels if self.sha256 is None else self.sha256
+
+    @functools.cached_property
+    def _sha256_of_pixels(self) -> str:
         digest = hashlib.sha256()
         for split in (self.train, self.test):
             digest.update(repr(tuple(split.images.shape)).encode())

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision import datasets
 
 from .archives import Archive, fetch
 from .images import ImageDataset, Split
@@ -23,7 +22,8 @@ def load_stl10(data_dir: str) -> ImageDataset:
     Raises:
         OSError: see ``fetch``.
     """
-    stl = datasets.STL10
+    from torchvision.datasets import STL10 as stl  # here, as other data sets need no torchvision
+
     files = [*stl.train_list, *stl.test_list]
     folder = fetch(Archive("STL-10", stl.url, stl.filename, stl.tgz_md5, stl.base_folder, files), Path(data_dir))
     (train, _), (labels, _), (unlabelled, _) = stl.train_list

@@ -5,8 +5,9 @@ import torch
 from dataset import ImageDataset
 from distiller_zoo import Needs
 from errors import InputError
+from helper.encoder import load_encoder
 from helper.records import StoredRun
-from helper.teacher import CnnTeacher, EncoderTeacher, load_cnn, load_encoder, open_embeddings
+from helper.teacher import CnnTeacher, EncoderTeacher, load_cnn, open_embeddings
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, TeacNet
 from models.weights import sha256_of

@@ -30,20 +30,42 @@ def build_student(
         InputError: a network that cannot give what is asked for or take such images, or weights that do not fit.
         OSError: weights that are not there, nor to be downloaded.
     """
-    torch.manual_seed(opt.seed)
-    options = {"resolution": opt.student_resolution, "maps": needs.maps, "pretrained": opt.pretrained_s}
-    if opt.clip_tn:
-        dim = teacher.dim if opt.joint == "teacher" else opt.feature_dim
-        student = create_student(opt.model_s, dim, num_classes, **options)
-    else:
-        joint = opt.feature_dim if needs.joint else None
-        student = create_classifier(opt.model_s, num_classes, joint, needs.preact_s, **options)
+    student, left_out = _create(opt, num_classes, needs, teacher.dim if opt.joint == "teacher" else None)
     if opt.init_s is not None:
-        left_out = load_into(student.backbone, read_state(opt.init_s))
         print(f"{opt.init_s}: " + (f"left out {', '.join(left_out)}" if left_out else "every tensor is used"))
     check_image_size(student, opt.model_s, image_size, "--student_resolution")
     student = synchronize_norms(student) if opt.sync_bn else student
     return student.to(opt.device, memory_format=torch.channels_last)
+
+
+def check_student(opt, needs: Needs, image_size: int | None) -> None:
+    """Try to build the student before there are images, which may take hours to download or to decode.
+
+    Args:
+        needs: what the method asks of it.
+        image_size: height and width of the images in pixels; None where only the images tell.
+
+    Raises:
+        InputError, OSError: see ``build_student``.
+    """
+    student, _ = _create(opt, num_classes=2, needs=needs, teacher_dim=2)  # numbers that no check depends on
+    if image_size is not None:
+        check_image_size(student, opt.model_s, image_size, "--student_resolution")
+
+
+def _create(opt, num_classes: int, needs: Needs, teacher_dim: int | None) -> tuple[Student | Classifier, list[str]]:
+    """The student, on the CPU, and the tensors of ``--init_s`` that it has no use for."""
+    torch.manual_seed(opt.seed)
+    options = {"resolution": opt.student_resolution, "maps": needs.maps, "pretrained": opt.pretrained_s}
+    if opt.clip_tn:
+        dim = teacher_dim if opt.joint == "teacher" else opt.feature_dim
+        student = create_student(opt.model_s, dim, num_classes, **options)
+    else:
+        joint = opt.feature_dim if needs.joint else None
+        student = create_classifier(opt.model_s, num_classes, joint, needs.preact_s, **options)
+    if opt.init_s is None:
+        return student, []
+    return student, load_into(student.backbone, read_state(opt.init_s))
 
 
 def student_identity(opt) -> dict[str, str]:

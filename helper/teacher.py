@@ -1,5 +1,6 @@
 """The teacher: a frozen encoder's embeddings and the head on them, or a frozen CNN."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,16 +11,16 @@ from dataset import ImageDataset
 from dataset.loader import Batch
 from distiller_zoo import Needs
 from errors import InputError
-from models import check_model_name, create_classifier, create_encoder, create_model, encoder_sha256, model_dict
+from models import check_model_name, create_classifier, create_model, model_dict
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, Outputs, TeacNet, check_image_size, enlarge
 from models.library import synchronize_norms
-from models.names import parse_name
 from models.weights import sha256_of
 
 from . import checkpoint
 from .bank import OnTheFly, open_bank
-from .runtime import DTYPES, autocast, teacher_precision
+from .encoder import KnownEncoder, encoder_facts, load_encoder
+from .runtime import autocast, teacher_precision
 
 
 class EncoderTeacher(nn.Module):
@@ -29,19 +30,22 @@ class EncoderTeacher(nn.Module):
 
     Args:
         embed: (split, index, view) to embeddings; a bank, or a fresh encoding. One with a ``lookup_device`` is given
-            index and view there.
+            index and view there. None until ``open`` is called.
         head: the projection and the classifier; frozen when its parameters need no gradient.
         dim: width of the encoder's embedding; needed without a head.
+        encoder: gives the embeddings that ``open`` opens.
     """
 
     def __init__(
         self,
-        embed: Callable[[str, Tensor, Tensor], Tensor],
+        embed: Callable[[str, Tensor, Tensor], Tensor] | None,
         head: TeacNet | None,
         dim: int | None = None,
+        encoder: KnownEncoder | None = None,
     ):
         super().__init__()
         self.embed = embed
+        self.encoder = encoder
         self.head = head
         self.dim = dim if head is None else head.fit_dim_Net.in_features
 
@@ -49,6 +53,14 @@ class EncoderTeacher(nn.Module):
     def trains_head(self) -> bool:
         """Whether it has a head that is trained beside the student, by its own cross-entropy."""
         return self.head is not None and self.head.fit_dim_Net.weight.requires_grad
+
+    def open(self, opt, dataset: ImageDataset) -> None:
+        """Open the embeddings of a data set's images; a bank encodes what it lacks, which may take hours on a CPU.
+
+        Raises:
+            InputError, OSError: see ``open_bank``.
+        """
+        self.embed = open_embeddings(dataset, self.encoder, opt.teacher_views, opt.save_dir, opt.device, opt.amp)
 
     def forward(self, split: str, batch: Batch) -> Outputs:
         on_host = getattr(self.embed, "lookup_device", batch.index.device) != batch.index.device
@@ -92,6 +104,9 @@ class CnnTeacher(nn.Module):
         """Whether it has a head, which is then trained beside the student, by its own cross-entropy."""
         return self.head is not None
 
+    def open(self, opt, dataset: ImageDataset) -> None:
+        """A CNN sees the student's own images: it has no embeddings to open."""
+
     def features(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """Maps and pooled features, and logits, of normalised images."""
         return self.backbone(enlarge(image, self.resolution), is_feat=True, preact=self.preact)
@@ -104,14 +119,68 @@ class CnnTeacher(nn.Module):
         return Outputs(embedding, logits.float(), features, head_logits)
 
 
-def load_encoder(clip_mode: str, clip_root: str, device: str, amp: str, resolution: int | None = None) -> FrozenEncoder:
-    """The frozen encoder on the device, in the precision that ``teacher_precision`` gives."""
-    precision = teacher_precision(device, amp, published=parse_name(clip_mode).library is None)
-    return create_encoder(clip_mode, clip_root, DTYPES[precision], resolution).to(device)
+def find_teacher(opt) -> tuple[dict | None, dict[str, str]]:
+    """What is known of the teacher before it is built and before there are images.
+
+    Its files are there and of the right kind; see ``encoder_facts`` and ``architecture``.
+
+    Returns:
+        The facts of a frozen encoder, None of a CNN; and the hashes of the files that it is made of, by name. Without
+        a teacher None and no hashes.
+
+    Raises:
+        InputError, OSError: a file is neither there nor to be downloaded, or is another thing than it has to be.
+    """
+    if getattr(opt, "distill", None) == "none":
+        return None, {}
+    if not opt.clip_tn:
+        architecture(opt.path_t)
+        return None, {"teacher_sha256": sha256_of(opt.path_t)}
+    facts = encoder_facts(opt.clip_mode, opt.clip_root, opt.teacher_resolution, opt.save_dir)
+    identity = {"clip_sha256": facts["sha256"]}
+    if opt.path_t is not None:
+        check_head(opt.path_t, facts)
+        identity["head_sha256"] = sha256_of(opt.path_t)
+    return facts, identity
+
+
+def build_teacher(opt, facts: dict | None, num_classes: int, needs: Needs | None = None) -> EncoderTeacher | CnnTeacher:
+    """The teacher that the options describe, on the device; an encoder's embeddings are opened by themselves, later.
+
+    Frozen but for a head that is trained jointly.
+
+    Args:
+        facts: what ``find_teacher`` gave.
+        num_classes: number of classes.
+        needs: what the method asks of a CNN; a head alone asks nothing.
+
+    Raises:
+        InputError, OSError: its file does not fit.
+    """
+    if facts is None:
+        backbone, resolution = load_cnn(opt.path_t, num_classes, needs)
+        torch.manual_seed(opt.seed)
+        head = TeacNet(backbone.num_features, opt.feature_dim, num_classes) if needs.joint else None
+        teacher = CnnTeacher(backbone, head, opt.amp, needs.preact_t, resolution)
+        return teacher.to(opt.device, memory_format=torch.channels_last)
+    where = (opt.clip_mode, opt.clip_root, opt.device, opt.amp, opt.teacher_resolution)
+    encoder = KnownEncoder(facts, functools.partial(load_encoder, *where))
+    head = None
+    if opt.path_t is not None:
+        head = load_head(opt.path_t, facts, opt.feature_dim, num_classes)
+    elif opt.joint == "projected":
+        torch.manual_seed(opt.seed)
+        head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
+    return EncoderTeacher(None, head, encoder.dim, encoder).to(opt.device)
 
 
 def open_embeddings(
-    dataset: ImageDataset, encoder: FrozenEncoder, teacher_views: int, save_dir: str, device: str, amp: str
+    dataset: ImageDataset,
+    encoder: FrozenEncoder | KnownEncoder,
+    teacher_views: int,
+    save_dir: str,
+    device: str,
+    amp: str,
 ) -> Callable[[str, Tensor, Tensor], Tensor]:
     """A bank of ``teacher_views`` views, built where it is missing, or for 0 the encoder itself."""
     if teacher_views == 0:
@@ -119,47 +188,6 @@ def open_embeddings(
     root = Path(save_dir) / "teacher_bank"
     precision = teacher_precision(device, amp, encoder.published)
     return open_bank(root, dataset, encoder, teacher_views, precision, torch.device(device))
-
-
-def teacher_identity(opt) -> dict[str, str]:
-    """The hashes of the files that the teacher is made of, by name; it is not built.
-
-    Raises:
-        InputError, OSError: a file is not there, or not to be downloaded.
-    """
-    if not opt.clip_tn:
-        return {} if opt.path_t is None else {"teacher_sha256": sha256_of(opt.path_t)}
-    head = {} if opt.path_t is None else {"head_sha256": sha256_of(opt.path_t)}
-    return {"clip_sha256": encoder_sha256(opt.clip_mode, opt.clip_root)} | head
-
-
-def build_teacher(opt, dataset: ImageDataset, needs: Needs | None = None) -> EncoderTeacher | CnnTeacher:
-    """The teacher that the options describe, on the device.
-
-    Frozen but for a head that is trained jointly; an encoder's bank is built where it is missing.
-
-    Args:
-        needs: what the method asks of a CNN; a head alone asks nothing.
-
-    Raises:
-        InputError, OSError: what loading the weights and opening the bank raise.
-    """
-    num_classes = len(dataset.classes)
-    if not opt.clip_tn:
-        backbone, resolution = load_cnn(opt.path_t, num_classes, needs)
-        torch.manual_seed(opt.seed)
-        head = TeacNet(backbone.num_features, opt.feature_dim, num_classes) if needs.joint else None
-        teacher = CnnTeacher(backbone, head, opt.amp, needs.preact_t, resolution)
-        return teacher.to(opt.device, memory_format=torch.channels_last)
-    encoder = load_encoder(opt.clip_mode, opt.clip_root, opt.device, opt.amp, opt.teacher_resolution)
-    head = None
-    if opt.path_t is not None:
-        head = load_head(opt.path_t, encoder, opt.feature_dim, num_classes)
-    elif opt.joint == "projected":
-        torch.manual_seed(opt.seed)
-        head = TeacNet(encoder.dim, opt.feature_dim, num_classes)
-    embed = open_embeddings(dataset, encoder, opt.teacher_views, opt.save_dir, opt.device, opt.amp)
-    return EncoderTeacher(embed, head, encoder.dim).to(opt.device)
 
 
 def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
@@ -177,6 +205,20 @@ def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
     check_image_size(cnn, opt.model, image_size, "--teacher_resolution")
     cnn = synchronize_norms(cnn) if opt.sync_bn else cnn
     return cnn.to(opt.device, memory_format=torch.channels_last)
+
+
+def check_cnn(opt, image_size: int | None) -> None:
+    """Try to build the CNN that ``build_cnn`` builds, before there are images.
+
+    Args:
+        image_size: height and width of the images in pixels; None where only the images tell.
+
+    Raises:
+        InputError: see ``build_cnn``.
+    """
+    cnn = create_classifier(opt.model, 2, resolution=opt.teacher_resolution)
+    if image_size is not None:
+        check_image_size(cnn, opt.model, image_size, "--teacher_resolution")
 
 
 def teacher_file(teacher: EncoderTeacher | Classifier, options: dict) -> dict:
@@ -255,21 +297,37 @@ def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int 
     return model, resolution
 
 
-def load_head(path: str, encoder: FrozenEncoder, feature_dim: int, num_classes: int) -> TeacNet:
-    """A head that ``train_teacher.py`` trained, frozen.
+def check_head(path: str, facts: dict) -> dict:
+    """The content of the file of a head that ``train_teacher.py`` trained on this encoder.
+
+    Args:
+        facts: of the encoder, see ``encoder_facts``.
 
     Raises:
-        InputError: not a head's file, another shape, or trained on another CLIP.
+        InputError: not a head's file, or trained on another encoder.
     """
     state = _read(path)
     if "clip_sha256" not in state:
         raise InputError(f"--path_t {path} is not the head of a CLIP teacher, as train_teacher.py writes it")
-    head = TeacNet(encoder.dim, feature_dim, num_classes)
-    _check_shapes(path, state["model"], head, "--feature_dim, --dataset and --clip_mode")
-    if state["clip_sha256"] != encoder.sha256:
+    if state["clip_sha256"] != facts["sha256"]:
         raise InputError(
             f"--path_t {path} was trained on another CLIP (SHA-256 {state['clip_sha256'][:12]}) than "
-            f"--clip_mode {encoder.name} ({encoder.sha256[:12]}); train a head for this one"
+            f"--clip_mode {facts['name']} ({facts['sha256'][:12]}); train a head for this one"
         )
+    return state
+
+
+def load_head(path: str, facts: dict, feature_dim: int, num_classes: int) -> TeacNet:
+    """A head that ``train_teacher.py`` trained, frozen.
+
+    Args:
+        facts: of its encoder, see ``encoder_facts``.
+
+    Raises:
+        InputError: not a head's file, another shape, or trained on another encoder.
+    """
+    state = check_head(path, facts)
+    head = TeacNet(facts["dim"], feature_dim, num_classes)
+    _check_shapes(path, state["model"], head, "--feature_dim, --dataset and --clip_mode")
     head.load_state_dict(state["model"])
     return head.requires_grad_(False)

@@ -2,65 +2,20 @@
 
 import os
 import warnings
-from pathlib import Path
 
 import clip
 import torch
 from clip.model import CLIP, build_model
-from filelock import FileLock
 from torch import Tensor
 
 from errors import InputError
 
 from .encoders import FrozenEncoder, TextEncoder
-from .names import LIBRARIES, PUBLISHED, short_name
-from .weights import is_torchscript, load_plain, load_torchscript, sha256_of
+from .names import short_name
+from .published import fetch_clip
+from .weights import is_torchscript, load_plain, load_torchscript
 
 _NORMALIZE = clip.clip._transform(224).transforms[-1]
-
-
-def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
-    """The checkpoint's path and SHA-256; a published one is downloaded into ``root`` when it is missing.
-
-    Processes that want the same file download it once: the others wait for the first.
-
-    Args:
-        clip_mode: one of ``PUBLISHED``, or the path of a checkpoint in OpenAI's format.
-        root: the folder of the published weights.
-
-    Raises:
-        InputError: neither a published name nor a file.
-        OSError: a published file that is corrupt, or missing and not to be downloaded. Nothing is overwritten.
-    """
-    if clip_mode not in PUBLISHED:
-        path = Path(clip_mode)
-        if not path.is_file():
-            raise InputError(
-                f"--clip_mode {clip_mode}: neither a file nor a published CLIP; known: {', '.join(PUBLISHED)}, "
-                f"and {', '.join(f'{library}:NAME' for library in LIBRARIES)}"
-            )
-        return path, sha256_of(path)
-
-    url = clip.clip._MODELS[clip_mode]
-    expected, filename = url.split("/")[-2:]
-    path = Path(root) / filename
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{filename}.lock")):
-                if not path.exists():  # another process has not fetched it meanwhile
-                    # Downloads beside the target, checks the hash, then renames.
-                    torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
-        except Exception as error:
-            raise OSError(
-                f"{clip_mode} is not in {root} and could not be downloaded ({error}); "
-                f"with no network, put {filename} there or give --clip_mode a path"
-            ) from error
-    # clip.load would download a file of another hash again, over the one that is there.
-    found = sha256_of(path)
-    if found != expected:
-        raise OSError(f"{path} is not the published {clip_mode} (its SHA-256 differs): delete it and run again")
-    return path, found
 
 
 def load_clip(path: str | os.PathLike) -> CLIP:

@@ -10,6 +10,7 @@ from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text
 from .heads import Classifier, Projection, Student, StudNet
 from .library import create_library_model
 from .names import check_file, parse_name
+from .published import fetch_clip
 from .weights import sha256_of
 
 
@@ -106,8 +107,6 @@ def encoder_sha256(clip_mode: str, clip_root: str) -> str:
     """
     name = parse_name(clip_mode)
     if name.library is None:
-        from .clip_teacher import fetch_clip  # here, so that losses and students do without clip
-
         return fetch_clip(clip_mode, clip_root)[1]
     if name.path is None:
         return LibraryEncoder(name).sha256

@@ -9,49 +9,50 @@ import numpy as np
 import pytest
 import torch
 from torchvision import datasets
+from torchvision.datasets import utils
 
 from conftest import snapshot
-from dataset import DATASETS, archives, load_dataset
+from dataset import DATASETS, archives, cifar, load_dataset
 from dataset.cifar import load_cifar100
 
 REAL = Path(__file__).parents[2] / "data"
-NAME = datasets.CIFAR100.base_folder
+NAME = "cifar-100-python"
 
 
 class Archive:
-    """A CIFAR of a few images in the published format, put in torchvision's list in its place."""
+    """A CIFAR of a few images in the published format, put in the published one's place."""
 
-    def __init__(self, monkeypatch, cifar: type[datasets.CIFAR10] = datasets.CIFAR100, key: str = "fine_label"):
-        self.cifar, self.folder = cifar, cifar.base_folder
+    def __init__(self, monkeypatch, name: str = "CIFAR100", url: str = ""):
+        self.monkeypatch, self.name, published = monkeypatch, name, getattr(cifar, name)
+        self.folder, self.filename, key = published.archive.folder, published.archive.filename, published.key
         rng = np.random.default_rng(0)
-        names = [f"class_{i}" for i in range(100)]
         self.pixels = {part: rng.integers(0, 256, (n, 3072), dtype=np.uint8) for part, n in (("train", 7), ("test", 3))}
         self.labels = {"train": [5, 1, 99, 0, 1, 2, 50], "test": [7, 0, 99]}
         self.files = {
             "train": self._pickled(key, "train", slice(0, 4)),
             "train_2": self._pickled(key, "train", slice(4, 7)),
             "test": self._pickled(key, "test", slice(0, 3)),
-            "meta": pickle.dumps({f"{key}_names": names}),
+            "meta": pickle.dumps({f"{key}_names".encode(): [f"class_{i}".encode() for i in range(100)]}),
         }
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-            for name, content in self.files.items():
-                entry = tarfile.TarInfo(f"{self.folder}/{name}")
+            for file, content in self.files.items():
+                entry = tarfile.TarInfo(f"{self.folder}/{file}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
         self.bytes = packed.getvalue()
-        md5 = {name: hashlib.md5(content).hexdigest() for name, content in self.files.items()}
-        for attribute, value in {
-            "train_list": [["train", md5["train"]], ["train_2", md5["train_2"]]],
-            "test_list": [["test", md5["test"]]],
-            "meta": {"filename": "meta", "key": f"{key}_names", "md5": md5["meta"]},
-            "tgz_md5": hashlib.md5(self.bytes).hexdigest(),
-        }.items():
-            monkeypatch.setattr(cifar, attribute, value)
-        self.filename = cifar.filename
+        files = [(file, hashlib.md5(content).hexdigest()) for file, content in self.files.items()]
+        about = published.archive._replace(md5=hashlib.md5(self.bytes).hexdigest(), files=files)
+        self.cifar = published._replace(archive=about, train=["train", "train_2"], test=["test"], meta="meta")
+        self.downloads_from(url)
+
+    def downloads_from(self, url: str) -> None:
+        about = self.cifar.archive._replace(url=url)
+        self.monkeypatch.setattr(cifar, self.name, self.cifar._replace(archive=about))
 
     def _pickled(self, key: str, part: str, rows: slice) -> bytes:
-        return pickle.dumps({"data": self.pixels[part][rows], f"{key}s": self.labels[part][rows]})
+        # The published files are Python 2's, in which every string is one of bytes.
+        return pickle.dumps({b"data": self.pixels[part][rows], f"{key}s".encode(): self.labels[part][rows]})
 
     def extract(self, root: Path) -> Path:
         (root / self.folder).mkdir(parents=True)
@@ -73,17 +74,29 @@ class Archive:
 def archive(monkeypatch, dead_url) -> Archive:
     """Without a network, until a test gives it one."""
     archive = Archive(monkeypatch)
-    monkeypatch.setattr(datasets.CIFAR100, "url", f"{dead_url}/{archive.filename}")
+    archive.downloads_from(f"{dead_url}/{archive.filename}")
     return archive
 
 
 @pytest.fixture
-def served(archive, web_server, monkeypatch) -> Path:
+def served(archive, web_server) -> Path:
     """The folder from which the archive is downloaded."""
     folder, url = web_server
     (folder / archive.filename).write_bytes(archive.bytes)
-    monkeypatch.setattr(datasets.CIFAR100, "url", f"{url}/{archive.filename}")
+    archive.downloads_from(f"{url}/{archive.filename}")
     return folder
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_names_and_checksums_are_those_that_torchvision_knows(name):
+    own, known = getattr(cifar, name), getattr(datasets, name)
+    archive = own.archive
+    assert (archive.url, archive.filename, archive.md5) == (known.url, known.filename, known.tgz_md5)
+    assert archive.folder == known.base_folder
+    lists = [*known.train_list, *known.test_list, [known.meta["filename"], known.meta["md5"]]]
+    assert [list(file) for file in archive.files] == lists
+    assert own.train + own.test + [own.meta] == [file for file, _ in lists]
+    assert f"{own.key}_names" == known.meta["key"]
 
 
 def leftovers(root: Path) -> set[str]:
@@ -97,10 +110,10 @@ def test_extracted_files_are_read_without_a_network(archive, tmp_path):
 
 
 def test_cifar_10_is_read_and_downloaded_likewise(monkeypatch, web_server, tmp_path):
-    archive = Archive(monkeypatch, datasets.CIFAR10, "label")
+    archive = Archive(monkeypatch, "CIFAR10")
     folder, url = web_server
     (folder / archive.filename).write_bytes(archive.bytes)
-    monkeypatch.setattr(datasets.CIFAR10, "url", f"{url}/{archive.filename}")
+    archive.downloads_from(f"{url}/{archive.filename}")
     for _ in range(2):
         dataset = load_dataset("cifar10", str(tmp_path))
         archive.check(dataset)
@@ -122,11 +135,11 @@ def test_an_archive_that_lies_there_is_extracted_without_a_network_and_kept(arch
     assert (tmp_path / archive.filename).read_bytes() == archive.bytes
 
 
-def test_a_missing_one_is_downloaded_once(archive, served, tmp_path, dead_url, monkeypatch):
+def test_a_missing_one_is_downloaded_once(archive, served, tmp_path, dead_url):
     root = tmp_path / "new" / "data"
     archive.check(load_cifar100(str(root)))
     assert leftovers(root) == {NAME}
-    monkeypatch.setattr(datasets.CIFAR100, "url", dead_url)
+    archive.downloads_from(dead_url)
     archive.check(load_cifar100(str(root)))
 
 
@@ -172,7 +185,7 @@ def test_a_download_of_another_content_is_refused_and_leaves_nothing(archive, se
 
 def test_an_interrupted_download_is_begun_again(archive, served, tmp_path, monkeypatch):
     root = tmp_path / "data"
-    fetch = archives.download_and_extract_archive
+    fetch = utils.download_and_extract_archive
 
     def interrupted(url, download_root, **options):
         fetch(url, download_root, **options)
@@ -180,7 +193,7 @@ def test_an_interrupted_download_is_begun_again(archive, served, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(archives, "download_and_extract_archive", interrupted)
+        patch.setattr(utils, "download_and_extract_archive", interrupted)
         for method in ("cleanup", "_cleanup"):  # who is killed does not clean up
             patch.setattr(tempfile.TemporaryDirectory, method, lambda *args, **options: None)
         with pytest.raises(KeyboardInterrupt):
@@ -236,8 +249,9 @@ def test_the_fingerprint_follows_the_pixels(archive, tmp_path):
     dataset = load_cifar100(str(tmp_path))
     fingerprint = dataset.fingerprint()
     assert load_cifar100(str(tmp_path)).fingerprint() == fingerprint
-    dataset.test.images[-1, -1, -1, -1] ^= 1
-    assert dataset.fingerprint() != fingerprint
+    other = load_cifar100(str(tmp_path))
+    other.test.images[-1, -1, -1, -1] ^= 1
+    assert other.fingerprint() != fingerprint
 
 
 @pytest.mark.skipif(not (REAL / NAME / "meta").exists(), reason="the real CIFAR-100 is not in data/")

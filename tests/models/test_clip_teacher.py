@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from conftest import Code, snapshot
-from models.clip_teacher import ImageEncoder, fetch_clip, load_clip, sha256_of
+from models.clip_teacher import ImageEncoder, load_clip
 from models.names import PUBLISHED, short_name
+from models.published import URLS, fetch_clip
+from models.weights import sha256_of
 
 KINDS = ["vit", "resnet"]
 NAME = "ViT-B/32"
@@ -30,18 +32,19 @@ def published(clip_archives, web_server, monkeypatch) -> Path:
     served = folder / digest / "ViT-B-32.pt"
     served.parent.mkdir()
     shutil.copy(clip_archives["vit"], served)
-    monkeypatch.setitem(clip.clip._MODELS, NAME, f"{url}/{digest}/ViT-B-32.pt")
+    monkeypatch.setitem(URLS, NAME, f"{url}/{digest}/ViT-B-32.pt")
     return served
 
 
 @pytest.fixture
 def no_network(clip_archives, dead_url, monkeypatch):
     digest = sha256_of(clip_archives["vit"])
-    monkeypatch.setitem(clip.clip._MODELS, NAME, f"{dead_url}/{digest}/ViT-B-32.pt")
+    monkeypatch.setitem(URLS, NAME, f"{dead_url}/{digest}/ViT-B-32.pt")
 
 
 def test_all_nine_published_models_are_known():
     assert list(PUBLISHED) == clip.available_models()
+    assert clip.clip._MODELS == URLS
     assert len({short_name(name) for name in PUBLISHED}) == 9
     assert not any(set(short_name(name)) & set("/:\\") for name in PUBLISHED)
     assert short_name("some/where/my-clip.pt") == "my-clip"
@@ -121,7 +124,7 @@ def test_a_published_one_is_downloaded_once_and_checked(published, tmp_path, dea
     assert path == root / "ViT-B-32.pt"
     assert path.read_bytes() == published.read_bytes()
     assert digest == sha256_of(path) == published.parent.name
-    monkeypatch.setitem(clip.clip._MODELS, NAME, f"{dead_url}/{digest}/ViT-B-32.pt")
+    monkeypatch.setitem(URLS, NAME, f"{dead_url}/{digest}/ViT-B-32.pt")
     encoder = ImageEncoder(NAME, str(root))
     assert (encoder.sha256, encoder.name) == (digest, "vit32")
     assert list(snapshot(root)) == ["ViT-B-32.pt"]

@@ -1,0 +1,113 @@
+"""A frozen encoder by its facts: what a bank of its embeddings needs is known without building the network.
+
+To learn the facts a network is built once; a small file beside the banks keeps them. The file's name is a hash of all
+that they follow from: the network's name, the SHA-256 of its weights, the resolution that is asked for, and the
+version of the library that builds it.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from models.create import create_encoder, encoder_sha256
+from models.encoders import FrozenEncoder
+from models.names import parse_name, short_name
+
+from . import checkpoint, distributed
+from .runtime import DTYPES, teacher_precision
+
+# Which package builds a library's networks.
+_PACKAGES = {"timm": "timm", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
+
+_KEPT = ("name", "sha256", "resolution", "normalization", "interpolation", "antialias", "dim", "published", "facts")
+
+
+class KnownEncoder:
+    """A frozen encoder whose facts are known: called as ``FrozenEncoder`` is; its first call builds the network.
+
+    Attributes:
+        name, sha256, resolution, normalization, interpolation, antialias, dim, published, facts: see ``FrozenEncoder``.
+
+    Args:
+        known: the attributes.
+        build: gives the network.
+    """
+
+    def __init__(self, known: dict, build: Callable[[], FrozenEncoder]):
+        for name in _KEPT:
+            setattr(self, name, known[name])
+        self.normalization = tuple(map(tuple, known["normalization"]))
+        self._build = build
+        self._network: FrozenEncoder | None = None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, resolution, resolution) to embeddings (B, dim), float32."""
+        if self._network is None:
+            self._network = self._build()
+        return self._network(image)
+
+
+def load_encoder(clip_mode: str, clip_root: str, device: str, amp: str, resolution: int | None = None) -> FrozenEncoder:
+    """The frozen encoder on the device, in the precision that ``teacher_precision`` gives."""
+    precision = teacher_precision(device, amp, published=parse_name(clip_mode).library is None)
+    return create_encoder(clip_mode, clip_root, DTYPES[precision], resolution).to(device)
+
+
+def encoder_facts(clip_mode: str, clip_root: str, resolution: int | None, save_dir: str) -> dict:
+    """What has to be known of a frozen encoder: the attributes of a ``KnownEncoder``.
+
+    The file of its weights is hashed every time, so that other weights are other facts. A network of which a library
+    has the weights is built every time, as they are in no file of one's own.
+
+    Args:
+        clip_mode, clip_root, resolution: see ``create_encoder``.
+        save_dir: folder of all results.
+
+    Raises:
+        InputError, OSError: see ``create_encoder``.
+    """
+    name = parse_name(clip_mode)
+    if name.library is not None and name.path is None:
+        return _facts_of(create_encoder(clip_mode, clip_root, resolution=resolution))
+    sha256 = encoder_sha256(clip_mode, clip_root)
+    version = None if name.library is None else _version(_PACKAGES[name.library])
+    network = None if name.library is None else name.name
+    key = [name.library, network, sha256, resolution, version]
+    path = Path(save_dir) / "teacher_bank" / "encoders" / f"{_digest(key)[:16]}.json"
+    known = _read(path)
+    if known is None:
+        known = _facts_of(create_encoder(clip_mode, clip_root, resolution=resolution))
+        if distributed.rank() == 0:
+            with checkpoint.writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json({"facts": known, "sha256": _digest(known)}, path)
+    # Two files with the same weights are one encoder; each is called by its own name.
+    return known | {"name": short_name(clip_mode)}
+
+
+def _facts_of(encoder: FrozenEncoder) -> dict:
+    return {name: getattr(encoder, name) for name in _KEPT}
+
+
+def _read(path: Path) -> dict | None:
+    """The facts in a file; None where it is not there, or damaged."""
+    try:
+        found = json.loads(path.read_text())
+        return found["facts"] if found["sha256"] == _digest(found["facts"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # which building the network then says
+        return None
