@@ -5,13 +5,14 @@ import gc
 import io
 import json
 import os
-import subprocess
-import sys
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import children, torchrun
 from torch.distributed import HashStore, Store
 
 import dataset
@@ -27,7 +28,6 @@ from helper.teacher import EncoderTeacher
 from helper.training import train_epoch
 from models.heads import TeacNet
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -397,9 +397,9 @@ def test_where_it_could_meet_one_is_refused(monkeypatch, capsys):
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
 
 
-def children(parent: int) -> list[int]:
-    said = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True)
-    return [int(word) for word in said.stdout.split()]
+def distil_in_a_job(*argv: str) -> None:
+    with launch.processes():
+        assert distil(*argv) == 0
 
 
 SHAPES = ["--distill", "none", "--dataset", "shapes", "--model_s", "resnet8", "--epochs", "2", "--batch_size", "16"]
@@ -424,18 +424,15 @@ SHAPES += [
 def test_a_job_that_loses_a_process_goes_on_by_itself_and_ends_bit_identical(job, tmp_path):
     """Whatever --resume said at first; ``python -m tests.restarts`` does it at random moments."""
     assert set(job(distil, *SHAPES, str(tmp_path / "whole"))) == {0}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--max_restarts", "1", "train_student.py", "--resume", "none", *SHAPES, str(tmp_path / "other")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    lines = []
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("Epoch 2 [8/") and sum("Epoch 2 [8/" in line for line in lines) == 1:
-                os.kill(children(process.pid)[-1], 9)
-        assert process.wait(timeout=60) == 0
+    argv = ("--resume", "none", *SHAPES, str(tmp_path / "other"))
+    process, said, killed = torchrun(2, 1, distil_in_a_job, argv, tmp_path), tmp_path / "stdout", False
+    while process.is_alive():
+        if not killed and said.exists() and "\nEpoch 2 [8/" in said.read_text():
+            os.kill(children(process.pid)[-1], signal.SIGKILL)
+            killed = True
+        time.sleep(0.01)
+    assert killed and process.exitcode == 0
+    lines = said.read_text().splitlines()
     assert any(line.startswith("resuming") and "of epoch 2" in line for line in lines)
     assert records(tmp_path / "other") == records(tmp_path / "whole")
     found, expected = (torch.load(run_folder(tmp_path / save) / "resnet8_last.pth") for save in ("other", "whole"))
