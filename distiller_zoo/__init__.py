@@ -66,11 +66,11 @@ class Networks:
     """What a method may ask about the student and the teacher when its loss is built.
 
     Attributes:
-        shapes_s, shapes_t: of the features of a batch of two; stem, stages, pooled. A CLIP has its embedding alone.
+        shapes_s, shapes_t: of the features of a batch of two; stem, stages, pooled. A frozen encoder has its embedding alone.
         s_dim, t_dim: widths of f_s and f_t.
         targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out; an image
             without a label is a class of its own.
-        model_t: a CNN teacher's backbone; None with a CLIP.
+        model_t: a CNN teacher's backbone; None with a frozen encoder.
     """
 
     shapes_s: list[tuple[int, ...]]
@@ -106,7 +106,7 @@ class Method:
 
     A loss is fed, student's and teacher's (``_s`` and ``_t``):
 
-    - f: embeddings (B, D): projected to the joint space with a CLIP teacher, the pooled features with a CNN;
+    - f: embeddings (B, D): projected to the joint space with a frozen encoder, the pooled features with a CNN;
     - joint: embeddings projected to the joint space with either;
     - maps: the maps of the stages, a list of (B, C, H, W); feat: stem, stages and pooled features, a list;
     - logit: (B, classes);
@@ -118,7 +118,7 @@ class Method:
         feeds: the module's arguments in order; none for one that has a first stage only.
         weights: the defaults of (--gamma, --alpha, --beta) with a CNN teacher, RepDistiller's or the paper's.
         citation: where the method comes from.
-        clip: (build, feeds) with a CLIP teacher, where they differ; by default the same, if maps are not needed.
+        clip: (build, feeds) with a frozen encoder, where they differ; by default the same, if maps are not needed.
         preact: whose maps are those before the last ReLU: of 's' and 't'.
         beta_warmup: epochs over which beta grows to its value, by default.
         relational: whether it compares the samples of a batch with one another, and is no mean over them: of a batch
@@ -153,18 +153,18 @@ class Method:
         return bool(opt.alpha or (opt.beta and "logit_t" in self.with_teacher(bool(opt.clip_tn))[1]))
 
     def needs(self, clip: bool) -> Needs:
-        """What it asks of the networks, with a CLIP or a CNN as the teacher."""
+        """What it asks of the networks, with a frozen encoder or a CNN as the teacher."""
         build, feeds = self.with_teacher(clip)
         first_stage_only = build is not None and not feeds
         maps = first_stage_only or not {"maps_s", "feat_s"}.isdisjoint(feeds)
         return Needs(clip or "joint_s" in feeds, maps, "s" in self.preact, "t" in self.preact)
 
     def with_teacher(self, clip: bool) -> tuple[Build | None, tuple[str, ...]]:
-        """``build`` and ``feeds`` with a CLIP or a CNN as the teacher."""
+        """``build`` and ``feeds`` with a frozen encoder or a CNN as the teacher."""
         return self.clip if clip and self.clip is not None else (self.build, self.feeds)
 
     def default_weights(self, clip: bool) -> tuple[float, float, float]:
-        """(gamma, alpha, beta) with a CLIP or a CNN as the teacher."""
+        """(gamma, alpha, beta) with a frozen encoder or a CNN as the teacher."""
         return (1, 0, 1) if clip and self.build is not None else self.weights
 
 
@@ -321,7 +321,7 @@ METHODS = {
 
 def method_table() -> str:
     """Markdown: each method's feeds, default weights, whether it needs maps, and its source."""
-    header = ("method", "fed, with a CNN teacher", "with a CLIP", "r a b, CNN", "CLIP", "source")
+    header = ("method", "fed, with a CNN teacher", "with a frozen encoder", "r a b, CNN", "encoder", "source")
     rows = [header]
     for name, method in METHODS.items():
         fed = ["first stage only" if method.build and not method.feeds else " ".join(method.feeds)]
