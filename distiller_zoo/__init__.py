@@ -66,7 +66,8 @@ class Networks:
     """What a method may ask about the student and the teacher when its loss is built.
 
     Attributes:
-        shapes_s, shapes_t: of the features of a batch of two; stem, stages, pooled. A frozen encoder has its embedding alone.
+        shapes_s, shapes_t: of the features of a batch of two; stem, stages, pooled. A frozen encoder has its embedding
+            alone.
         s_dim, t_dim: widths of f_s and f_t.
         targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out; an image
             without a label is a class of its own.
