@@ -28,7 +28,7 @@ from distiller_zoo import EGA, METHODS
 from errors import InputError
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
-from helper.capture import step_capture
+from helper.capture import CapturedStep, build_step, cuda_graph
 from helper.encoder import load_encoder
 from helper.exits import exit_on_bad_input
 from helper.objective import Objective
@@ -43,9 +43,9 @@ from helper.runtime import (
     resolve_device,
     resolve_teacher_views,
 )
-from helper.step import Distillation, Step
+from helper.step import Distillation
 from helper.teacher import EncoderTeacher
-from helper.training import train_epoch
+from helper.training import Training
 from helper.validation import validate
 from models import create_student, model_dict
 from models.heads import Outputs, TeacNet
@@ -137,8 +137,9 @@ class Ours:
             sgd(self.teacher.head.parameters(), opt.learning_rate_t, opt),
         ]
         scaler = torch.amp.GradScaler(opt.device, enabled=opt.amp == "fp16")
-        capture = step_capture(opt, self.teacher) if captured else None
-        self.step = Step(self.losses, self.optimizers, scaler, self.loader, capture)
+        graph = opt.graph if captured else "off"
+        self.step = build_step(graph, self.losses, self.optimizers, scaler, self.loader, self.teacher)
+        self.training = Training(opt, self.step, self.student, {})
         self.train(warm_up)
 
     def _loader(self, steps: int | None) -> Loader:
@@ -164,10 +165,9 @@ class Ours:
             RuntimeError: they were to be captured and were not, so that the time would be of something else.
         """
         self.loader.max_steps = steps
-        self.student.train()
         with contextlib.redirect_stdout(io.StringIO()) as said:
             start = now(self.opt.device)
-            train_epoch(1, self.step, epochs=1, print_freq=self.opt.print_freq)
+            self.training.epoch(1, save=None)
             seconds = now(self.opt.device) - start
         if "not captured" in said.getvalue():
             raise RuntimeError(said.getvalue())
@@ -199,8 +199,8 @@ class Ours:
         run = step
         for _ in range(_WARM_UP):
             step()
-        if (capture := step_capture(opt, self.teacher)) is not None:
-            run = capture(step)
+        if isinstance(self.step, CapturedStep):
+            run = cuda_graph(step)
         start = now(opt.device)
         for _ in range(steps):
             run()
@@ -229,8 +229,9 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
         (losses, "compiled", forward),
         (losses, "objective", clock.around(loss, losses.objective)),
         (Tensor, "backward", clock.around(loss, Tensor.backward)),
-        (step, "_capture", None),
     ]
+    if isinstance(step, CapturedStep):
+        timed.append((step, "record", None))
     for optimizer in ours.optimizers:
         timed += [
             (optimizer, name, clock.around("optimisers", getattr(optimizer, name))) for name in ("step", "zero_grad")
@@ -324,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         opt.device = resolve_device(args.device)
         opt.amp = resolve_amp(args.amp, opt.device)
         opt.compile = resolve_compile(args.compile, opt.device, 0)
+        opt.graph = "on" if opt.device == "cuda" and distributed.count() == 1 else "off"
         dataset, data_name = load_images(args.dataset, args.data_dir)
         opt.teacher_views = resolve_teacher_views(args.teacher_views, opt.device, dataset.views)
         longest = len(dataset.train) // args.batch_size

@@ -1,25 +1,105 @@
-"""A training step recorded once and replayed, as a CUDA graph."""
+"""A training step recorded once and replayed, as a CUDA graph: the GPU no longer waits for Python."""
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from . import distributed
+from dataset.loader import Draw, Loader
+
 from .bank import EmbeddingBank
+from .optim import capturable
+from .step import Step
+
+# Steps before one is recorded. What a first step makes is then there: buffers, algorithms, compiled code.
+_STEPS_BEFORE = 3
 
 
-def step_capture(opt: argparse.Namespace, teacher: nn.Module | None, waits: bool = False) -> Callable | None:
-    """How a training step is captured, or None where it is not: with ``--compile on``, on CUDA, in one process.
+def build_step(
+    graph: str,
+    losses: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    loader: Loader,
+    teacher: nn.Module | None = None,
+) -> Step:
+    """The step that ``--graph`` asks for.
 
-    Nor is it where the method waits for the device, with a bank that did not fit on the GPU, and with a CLIP that
-    encodes every batch, which gains nothing.
+    Whether images and bank fit on the GPU shows when they are there. Where they do not, a step reads from the host, and
+    is not recorded; nor is it with an encoder that encodes every batch, which gains nothing.
+
+    Args:
+        graph: 'on' or 'off', as ``helper.runtime.resolve`` gives it.
+        losses, optimizers, scaler, loader: see ``Step``.
+        teacher: None where the step looks at none.
     """
     embed = getattr(teacher, "embed", None)
     on_device = embed is None or (isinstance(embed, EmbeddingBank) and embed.rows.is_cuda)
-    able = not waits and opt.device == "cuda" and opt.compile == "on" and distributed.count() == 1
-    return cuda_graph if able and on_device else None
+    if graph == "off":
+        return Step(losses, optimizers, scaler, loader)
+    if loader.reads_ahead or not on_device:
+        print("steps are not captured, which makes them slower: images or embeddings do not fit on the GPU", flush=True)
+        return Step(losses, optimizers, scaler, loader)
+    return CapturedStep(losses, optimizers, scaler, loader)
+
+
+class CapturedStep(Step):
+    """A step that is recorded on a full batch and replayed on those that follow; all else is as in ``Step``.
+
+    A recording has all of a step in it, the making of the batch included, which begins with the numbers that the loader
+    draws. The learning rates and the weight b are constants in it: where one changes, the step is recorded anew. Where
+    recording fails, steps go on without.
+
+    Args:
+        losses, optimizers, scaler, loader: see ``Step``.
+        record: records what a function does; the result does it again.
+    """
+
+    def __init__(
+        self,
+        losses: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+        loader: Loader,
+        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ):
+        super().__init__(losses, optimizers, scaler, loader)
+        self.record: Callable | None = record or cuda_graph
+        self._before = _STEPS_BEFORE
+        self._replay: Callable[[], None] | None = None
+        self._constants = self._numbers = None
+
+    def __call__(self, draw: Draw, epoch: int) -> None:
+        if self.record is None or sum(draw.shares) < self.loader.batch_size:
+            super().__call__(draw, epoch)
+        elif self._before:
+            self._before -= 1
+            super().__call__(draw, epoch)
+        elif self._recorded(draw, epoch):
+            self._numbers.copy_(draw.numbers)
+            self._replay()
+        else:
+            super().__call__(draw, epoch)
+
+    def _recorded(self, draw: Draw, epoch: int) -> bool:
+        """Whether there is a recording with the constants of this epoch, or could be made."""
+        constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        constants.append(self.losses.objective.beta_in(epoch))
+        if constants == self._constants:
+            return True
+        self._numbers, self._replay = draw.numbers.clone(), None
+        still = Draw(self._numbers, draw.shares)
+        try:
+            with capturable(self.optimizers):
+                self._replay = self.record(lambda: Step.__call__(self, still, epoch))
+        except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
+            # PyTorch ends a recording that broke with an error that says only that it did; the one before says why.
+            reason = str(error.__context__ or error).partition("\n")[0]
+            print(f"steps are not captured, which makes them slower: {reason}", flush=True)
+            self.record = None
+            return False
+        self._constants = constants
+        return True
 
 
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:

@@ -36,7 +36,7 @@ def parse_clip_options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps; a cosine follows")
     group.add_argument("--weight_decay", type=weight, default=0.1, help="of matrices; gains and biases have none")
     group.add_argument("--micro_batch", type=positive_int, help="a process encodes so many images at once")
-    add_training_speed_options(add_run_options(parser, epochs=8, batch_size=128), "the image encoder")
+    add_training_speed_options(add_run_options(parser, epochs=8, batch_size=128), "the image encoder", graph=False)
     opt = parser.parse_args(argv)
 
     check_data(parser, opt)

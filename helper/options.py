@@ -76,7 +76,7 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
         "--amp",
         choices=("auto", "off", "bf16", "fp16"),
         default="auto",
-        help="autocast; auto: bf16 where the processor has it",
+        help="autocast; auto: bf16 where the processor has it; off: float32, on a GPU too, without TF32",
     )
     return group
 
@@ -182,14 +182,22 @@ def add_bank_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_training_speed_options(speed: argparse._ArgumentGroup, what: str) -> None:
-    """Whether to compile a network, and what batch norm sees of a batch that is spread over many processes."""
+def add_training_speed_options(speed: argparse._ArgumentGroup, what: str, graph: bool = True) -> None:
+    """Whether to compile a network and to replay steps; what batch norm sees of a batch that many processes share.
+
+    Args:
+        what: is compiled.
+        graph: whether steps can be replayed.
+    """
     speed.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
         help=f"torch.compile {what}; auto: where it is faster and the run is long enough to earn it back",
     )
+    if graph:
+        what = "replay a step as one CUDA graph; auto: on CUDA, in one process, where no step waits for the GPU"
+        speed.add_argument("--graph", choices=("auto", "on", "off"), default="auto", help=what)
     speed.add_argument(
         "--sync_bn",
         action="store_true",
@@ -457,7 +465,9 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         opt.clip_mode, opt.model_t = opt.model, short_name(opt.model, opt.teacher_resolution)
         if opt.compile == "on":
             parser.error("--compile on: a head is two linear layers, which compiling makes no faster; leave it at auto")
-        opt.compile = "off"
+        if opt.graph == "on":
+            parser.error("--graph on: only a student's and a CNN's steps are replayed, not a head's; leave it at auto")
+        opt.compile = opt.graph = "off"
         _resolve_optimizer(parser, opt, 0.01)
         return opt
     if opt.teacher_views != "auto":

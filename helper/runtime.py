@@ -11,6 +11,7 @@ import shutil
 import torch
 
 from dataset.views import CIFAR_VIEWS, Views
+from distiller_zoo import METHODS
 from errors import InputError
 
 from . import distributed
@@ -53,6 +54,8 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and local is not None and int(local) >= torch.cuda.device_count():
         raise InputError(f"more processes than GPUs: start at most {torch.cuda.device_count()}, or use --device cpu")
     torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
+    # float32 is float32: PyTorch's convolutions would be in TF32 by default. What may be rounded is --amp's to say.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 
@@ -92,6 +95,31 @@ def resolve_compile(compile_: str, device: str, steps: int) -> str:
         faster = device == "cuda" or torch.cpu._is_amx_tile_supported()
         return "on" if able and faster and steps >= COMPILE_PAYS_AFTER_STEPS else "off"
     return compile_
+
+
+def resolve_graph(opt: argparse.Namespace) -> str:
+    """'on' or 'off': whether steps are recorded once and replayed, see ``helper.capture``.
+
+    Args:
+        opt: ``graph`` as parsed; device, processes and teacher_views are resolved.
+
+    Raises:
+        InputError: it is asked for and cannot be.
+    """
+    method = getattr(opt, "distill", None)
+    if opt.device != "cuda":
+        lacks = "needs --device cuda"
+    elif opt.processes > 1:
+        lacks = f"needs a single process, not {opt.processes}"
+    elif method is not None and METHODS[method].waits:
+        lacks = f"cannot be with --distill {method}, which waits for the GPU in every step"
+    elif method not in (None, "none") and opt.teacher_views == 0:
+        lacks = "cannot be with --teacher_views 0, which encodes every batch"
+    else:
+        return "off" if opt.graph == "off" else "on"
+    if opt.graph == "on":
+        raise InputError(f"--graph on {lacks}: leave it at auto")
+    return "off"
 
 
 def teacher_precision(device: str, amp: str, published: bool = True) -> str:
@@ -151,7 +179,9 @@ def resolve(
             f"--schedule cosine of {recorded['epochs']} epochs cannot go on with --epochs {opt.epochs}: use the "
             "same, or another --trial for a new run"
         )
-    names = [name for name in ("device", "amp", "teacher_views", "compile") if getattr(opt, name, None) == "auto"]
+    names = [
+        name for name in ("device", "amp", "teacher_views", "compile", "graph") if getattr(opt, name, None) == "auto"
+    ]
     opt = copy.copy(opt)
     for name in names:
         setattr(opt, name, (recorded or {}).get(name, "auto"))
@@ -170,6 +200,8 @@ def resolve(
         used = images - round(images * (getattr(opt, "holdout", None) or 0))
         steps = min(-(-used // opt.batch_size), opt.max_steps or math.inf)
         opt.compile = resolve_compile(opt.compile, opt.device, opt.epochs * steps)
+    if hasattr(opt, "graph"):
+        opt.graph = resolve_graph(opt)
     if names:
         print("auto: " + ", ".join(f"{name} {getattr(opt, name)}" for name in names))
     if opt.device == "cpu":

@@ -1,6 +1,4 @@
-"""The training step and the test pass."""
-
-from collections.abc import Callable
+"""The training step: a batch, its losses, the backward pass, the optimisers."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +9,9 @@ from models.heads import Classifier, Outputs, Student
 from . import distributed
 from .meters import Totals
 from .objective import Objective, mean_cross_entropy, total_loss
-from .optim import capturable
 from .runtime import autocast
 from .teacher import CnnTeacher, EncoderTeacher
 from .util import accuracy
-
-# Steps before one is captured, so that all that is made in a first step is there: buffers, algorithms, compiled code.
-_STEPS_BEFORE_CAPTURE = 3
 
 
 class Distillation(nn.Module):
@@ -94,18 +88,14 @@ def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class Step:
-    """A training step: a batch, its losses, the backward pass, the optimisers; ``totals`` is what it measured.
-
-    Nothing in it waits for the device. A step on a full batch can be captured and replayed, as a CUDA graph: all of
-    it, the making of the batch included, from the numbers that the loader draws. Where that fails, steps go on without.
+    """A training step; ``totals`` is what it measured. Nothing in it waits for the device.
 
     Args:
-        losses: a batch and the epoch to what the gradients are of, the losses and what else is measured, by name.
+        losses: turns a batch and the epoch into what the gradients are of, the losses and what else is measured, by
+            name.
         optimizers: the student's first.
         scaler: of the gradients.
-        loader: whose batches they are.
-        capture: records what a function does and gives a function that does it again; None to do without, as where
-            a thread reads images meanwhile.
+        loader: makes the batches.
     """
 
     def __init__(
@@ -114,44 +104,13 @@ class Step:
         optimizers: list[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
         loader: Loader,
-        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ):
         self.losses = distributed.parallel(losses)
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals()
-        self._capture = None if loader.reads_ahead else capture
-        self._before_capture = _STEPS_BEFORE_CAPTURE
-        self._replay = self._captured_with = self._numbers = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
         """Train on what ``Loader.draws`` gave, in an epoch counted from 1."""
-        if self._capture is None or sum(draw.shares) < self.loader.batch_size:
-            self._run(draw, epoch)
-        elif self._before_capture:
-            self._before_capture -= 1
-            self._run(draw, epoch)
-        else:
-            # What a captured step has written into it.
-            constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-            constants.append(self.losses.objective.beta_in(epoch))
-            if constants != self._captured_with:
-                self._numbers, self._replay = draw.numbers.clone(), None
-                still = Draw(self._numbers, draw.shares)
-                try:
-                    with capturable(self.optimizers):
-                        self._replay = self._capture(lambda: self._run(still, epoch))
-                except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
-                    # Of a recording that broke, the error that PyTorch ends with says only that it did.
-                    reason = str(error.__context__ or error).partition("\n")[0]
-                    print(f"steps are not captured, which makes them slower: {reason}", flush=True)
-                    self._capture = None
-                    self._run(draw, epoch)
-                    return
-                self._captured_with = constants
-            self._numbers.copy_(draw.numbers)
-            self._replay()
-
-    def _run(self, draw: Draw, epoch: int) -> None:
         batch = self.loader.batch(draw)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -162,7 +121,7 @@ class Step:
         self.totals.add(losses, others, len(batch.target), batch.labelled)
 
     def _backward(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Add a batch's gradients to those of the weights; what it measured."""
+        """Give the weights the gradients of a batch; returns what it measured."""
         loss, losses, others = self.losses(batch, epoch)
         self.scaler.scale(loss).backward()
         return losses, others

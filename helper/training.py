@@ -1,17 +1,15 @@
 """What a run trains: a step, and the state that it goes on from."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from dataset.loader import Loader, epoch_seed
-from distiller_zoo import METHODS
 from models.heads import Classifier, Student
 
 from . import distributed
-from .capture import step_capture
+from .capture import build_step
 from .data import Loaders
 from .exits import save_asked
 from .meters import EpochLog
@@ -62,33 +60,47 @@ class Training:
         Raises:
             NonFiniteLoss: a loss is not finite; seen at the next print, or before the next ``save``.
         """
-        torch.manual_seed(epoch_seed(self.opt.seed, epoch))
-        optimizer = self.step.optimizers[0]
+        opt, step = self.opt, self.step
+        torch.manual_seed(epoch_seed(opt.seed, epoch))
         if self.rate is None:
-            adjust_learning_rate(epoch, self.opt, optimizer)
+            adjust_learning_rate(epoch, opt, step.optimizers[0])
         self.trained.train()
-        begun, self.earlier = None, 0.0
-        if self._begun is not None:
-            own = self._begun["processes"][distributed.rank()]
-            begun, self.earlier = (self._begun["steps"], own["log"]), own["log"]["seconds"]
-            self._begun = None
-            torch.set_rng_state(own["rng"])
-            if self.opt.device == "cuda":
-                torch.cuda.set_rng_state(own["rng_cuda"])
-
-        def save_inside(steps: int, log: dict) -> None:
-            # Beyond what all processes share, each has drawn and measured what it has.
-            own = {"log": log, "rng": torch.get_rng_state()}
-            if self.opt.device == "cuda":
-                own["rng_cuda"] = torch.cuda.get_rng_state()
-            inside = {"steps": steps, "processes": distributed.collect(own)}
-            save(steps, self.state_dict() | {"inside": inside})
-
-        how = {"print_freq": self.opt.print_freq, "save_steps": self.opt.save_steps, "save": save_inside}
-        how["rate"] = None if self.rate is None else functools.partial(self.rate, epoch)
-        measured = train_epoch(epoch, self.step, self.opt.epochs, title=self.title, begun=begun, **how)
+        log = EpochLog(f"{self.title} {epoch}", step.loader, opt.print_freq, opt.epochs - epoch, step.totals)
+        done = self._take_up(log)
+        for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
+            if self.rate is not None:
+                set_learning_rate(self.rate(epoch, number), step.optimizers[0])
+            step(draw, epoch)
+            log.update(number, sum(draw.shares))
+            due = opt.save_steps is not None and number % opt.save_steps == 0
+            if number < log.steps and (save_asked(number) or due):
+                save(number, self.state_dict() | {"inside": self._inside(number, log)})
+        measured = log.result()
         distributed.share_buffers(self.trained)
-        return {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]} | measured
+        return {"epoch": epoch, "lr": step.optimizers[0].param_groups[0]["lr"]} | measured
+
+    def _inside(self, steps: int, log: EpochLog) -> dict:
+        """What an epoch goes on from after so many steps, beyond ``state_dict``.
+
+        Each process has drawn its own numbers and measured its own samples.
+        """
+        own = {"log": log.state_dict(), "rng": torch.get_rng_state()}
+        if self.opt.device == "cuda":
+            own["rng_cuda"] = torch.cuda.get_rng_state()
+        return {"steps": steps, "processes": distributed.collect(own)}
+
+    def _take_up(self, log: EpochLog) -> int:
+        """Go on from what ``_inside`` gave, where such a state was loaded; returns how many steps are done."""
+        begun, self._begun, self.earlier = self._begun, None, 0.0
+        if begun is None:
+            return 0
+        own = begun["processes"][distributed.rank()]
+        log.load_state_dict(own["log"])
+        self.earlier = own["log"]["seconds"]
+        torch.set_rng_state(own["rng"])
+        if self.opt.device == "cuda":
+            torch.cuda.set_rng_state(own["rng_cuda"])
+        return begun["steps"]
 
     def state_dict(self) -> dict:
         """What a run that is resumed between two epochs goes on from."""
@@ -133,8 +145,8 @@ def train_student(
     seen = teacher if objective.needs_teacher or trains_head else None
     losses = Distillation(student, seen, objective, loaders.train, opt, trains_head)
     _warn_of_rest(loaders.train)
-    capture = step_capture(opt, seen, METHODS[opt.distill].waits)
-    return Training(opt, Step(losses, optimizers, build_scaler(opt), loaders.train, capture), student, stateful)
+    step = build_step(opt.graph, losses, optimizers, build_scaler(opt), loaders.train, seen)
+    return Training(opt, step, student, stateful)
 
 
 def train_head(opt, teacher: EncoderTeacher, loaders: Loaders) -> Training:
@@ -151,46 +163,5 @@ def train_cnn(opt, cnn: Classifier, loaders: Loaders) -> Training:
     objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
     _warn_of_rest(loaders.train)
     losses = Distillation(cnn, None, objective, loaders.train, opt)
-    step = Step(losses, [optimizer], build_scaler(opt), loaders.train, step_capture(opt, None))
+    step = build_step(opt.graph, losses, [optimizer], build_scaler(opt), loaders.train)
     return Training(opt, step, cnn, {"model": cnn, "optimizer": optimizer})
-
-
-def train_epoch(
-    epoch: int,
-    step: Step,
-    epochs: int,
-    print_freq: int,
-    title: str = "Epoch",
-    begun: tuple[int, dict] | None = None,
-    save_steps: int | None = None,
-    save: Callable[[int, dict], None] | None = None,
-    rate: Callable[[int], float] | None = None,
-) -> dict[str, float]:
-    """One epoch of training, counted from 1.
-
-    Args:
-        begun: how many of its steps are done, and what the log had then; None for a new epoch.
-        save_steps: ``save`` is called with these two after every so many steps, but for the last, and where SIGUSR1
-            asks for it; None for there alone.
-        rate: the learning rate in each of its steps, counted from 1; None where it is set already.
-
-    Returns:
-        train_loss and its terms, train_acc, images_per_second.
-
-    Raises:
-        NonFiniteLoss: a term is not finite; seen at the next print.
-    """
-    log, done = EpochLog(f"{title} {epoch}", step.loader, print_freq, epochs - epoch, step.totals), 0
-    if begun is not None:
-        done, logged = begun
-        log.load_state_dict(logged)
-    for number, draw in enumerate(step.loader.draws(epoch, done), start=done + 1):
-        if rate is not None:
-            for optimizer in step.optimizers:
-                set_learning_rate(rate(number), optimizer)
-        step(draw, epoch)
-        log.update(number, sum(draw.shares))
-        due = save_steps is not None and number % save_steps == 0
-        if number < log.steps and (save_asked(number) or due):
-            save(number, log.state_dict())
-    return log.result()

@@ -47,16 +47,17 @@ def assert_same(on_cpu, on_gpu):
 @pytest.mark.parametrize(
     ("options", "cuda", "free", "captures"),
     [
-        ("--teacher_views 2", "", 2**40, 0),
-        ("--teacher_views 2", "--compile on", 2**40, 1),
-        ("--teacher_views 2 --optimizer adamw --schedule cosine", "--compile on", 2**40, 2),
-        ("--teacher_views 2 --holdout 0.3 --labels 0.5", "--compile on", 2**40, 1),
-        ("--teacher_views 2", "--compile on --amp fp16", 2**40, 1),
-        ("--teacher_views 2", "--compile on --amp bf16", 2**40, 1),
-        ("--teacher_views 2", "--compile on", 0, 0),  # images and bank stay on the host
-        ("--teacher_views 0", "--compile on", 2**40, 0),
+        ("--teacher_views 2", "--graph off --compile on", 2**40, 0),
+        ("--teacher_views 2", "", 2**40, 1),
+        ("--teacher_views 2", "--graph on --compile on", 2**40, 1),
+        ("--teacher_views 2 --optimizer adamw --schedule cosine", "", 2**40, 2),
+        ("--teacher_views 2 --holdout 0.3 --labels 0.5", "", 2**40, 1),
+        ("--teacher_views 2", "--amp fp16", 2**40, 1),
+        ("--teacher_views 2", "--amp bf16", 2**40, 1),
+        ("--teacher_views 2", "", 0, 0),  # images and bank stay on the host
+        ("--teacher_views 0", "", 2**40, 0),
         ("--teacher_views 0", "", 0, 0),
-        ("--teacher_views 3 --views shared --distill kd --logit_standard", "--compile on", 2**40, 1),
+        ("--teacher_views 3 --views shared --distill kd --logit_standard", "", 2**40, 1),
     ],
 )
 def test_it_trains_as_a_cpu_does(both, options, cuda, free, captures):
@@ -66,7 +67,7 @@ def test_it_trains_as_a_cpu_does(both, options, cuda, free, captures):
 
 
 def test_a_run_resumes_between_epochs_and_inside_one(train_on_gpu, tmp_path):
-    options = ["--distill", "crd", "--nce_k", 20, "--feat_dim", 8, "--learning_rate", 0.001, "--compile", "on"]
+    options = ["--distill", "crd", "--nce_k", 20, "--feat_dim", 8, "--learning_rate", 0.001]
     train_on_gpu(*options, "--epochs", 3, "--name", "whole")
     options += ["--name", "cut"]
     train_on_gpu(*options, "--epochs", 1)
@@ -90,7 +91,7 @@ def cnn(gpu, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.build])
 def test_every_methods_step_can_be_captured_unless_its_row_says_that_it_waits(train_on_gpu, cnn, name):
     options = ["--path_t", cnn, "--feat_dim", 8, "--nce_k", 20, "--init_epochs", 1, "--epochs", 1, "--max_steps", 4]
-    captures = train_on_gpu("--distill", name, *options, "--learning_rate", 0.001, "--compile", "on")
+    captures = train_on_gpu("--distill", name, *options, "--learning_rate", 0.001)
     assert captures == (not METHODS[name].waits)
 
 

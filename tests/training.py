@@ -1,7 +1,9 @@
 """A training step of every method on tiny data, for the tests of what a step does and does not."""
 
+from argparse import Namespace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import make_dataset
 from dataset import Split
@@ -10,11 +12,13 @@ from dataset.splits import keep_labels
 from distiller_zoo import METHODS
 from helper import distributed
 from helper.bank import EmbeddingBank
+from helper.capture import CapturedStep
 from helper.objective import Objective, describe_networks
 from helper.optim import sgd
 from helper.options import student_parser
 from helper.step import Distillation, Step
 from helper.teacher import CnnTeacher, EncoderTeacher
+from helper.training import Training
 from models import create_classifier, create_model, create_student
 from models.heads import TeacNet
 
@@ -30,7 +34,7 @@ WITH_EITHER = [(name, clip) for name in METHODS for clip in (True, False) if has
 
 
 def make_training(
-    name: str, clip: bool, batch_size: int, num_train: int, lr: float = 0.0, labels: float = 1, **options
+    name: str, clip: bool, batch_size: int, num_train: int, lr: float = 0.0, labels: float = 1, record=None
 ) -> tuple[Step, list[list[Tensor | None]]]:
     """A step of a method, and a list that gets each step's gradients.
 
@@ -39,7 +43,7 @@ def make_training(
     Args:
         clip: whether the teacher is one, or a CNN.
         labels: share of the images that have one.
-        options: of the step.
+        record: see ``CapturedStep``; None for a step that is not captured.
     """
     data = make_dataset(num_train=num_train)
     argv = ["--distill", name, "--model_s", "resnet8", "--feature_dim", "8", "--feat_dim", "8", "--nce_k", "20"]
@@ -76,4 +80,14 @@ def make_training(
     optimizer.register_step_pre_hook(
         lambda *_: steps.append([None if p.grad is None else p.grad.clone() for p in parameters])
     )
-    return Step(losses, [optimizer], torch.amp.GradScaler("cpu", enabled=False), loader, **options), steps
+    made = (losses, [optimizer], torch.amp.GradScaler("cpu", enabled=False), loader)
+    return Step(*made) if record is None else CapturedStep(*made, record), steps
+
+
+def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int = 100) -> dict[str, float]:
+    """An epoch of a step, at the learning rate and in the mode that it has; what it measured."""
+    opt = Namespace(seed=0, device="cpu", epochs=epochs, print_freq=print_freq, save_steps=None)
+    (optimizer,) = step.optimizers
+    training = Training(opt, step, nn.Identity(), {}, rate=lambda *_: optimizer.param_groups[0]["lr"])
+    record = training.epoch(epoch, save=None)
+    return {name: value for name, value in record.items() if name not in ("epoch", "lr")}

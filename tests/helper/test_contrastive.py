@@ -24,7 +24,7 @@ from helper.contrastive import (
     train_clip,
     zero_shot_accuracy,
 )
-from helper.training import train_epoch
+from training import train_epoch
 
 CPU = torch.device("cpu")
 CLASSES = ["apple", "boy", "castle", "maple tree", "orchid"]

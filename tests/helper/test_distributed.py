@@ -17,11 +17,10 @@ from helper import distributed
 from helper.contrastive import ContrastiveStep, Images, caption_tokens, contrastive_loss, zero_shot_accuracy
 from helper.meters import Totals
 from helper.teacher import EncoderTeacher
-from helper.training import train_epoch
 from helper.validation import validate
 from models import create_student
 from models.heads import TeacNet
-from training import WITH_EITHER, make_training
+from training import WITH_EITHER, make_training, train_epoch
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

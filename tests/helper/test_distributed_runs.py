@@ -25,8 +25,8 @@ from helper import distributed, launch
 from helper.run import Run
 from helper.step import HeadTraining, Step
 from helper.teacher import EncoderTeacher
-from helper.training import train_epoch
 from models.heads import TeacNet
+from training import train_epoch
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,10 @@ from helper.meters import EpochLog, Totals
 from helper.objective import Objective, mean_cross_entropy
 from helper.step import HeadTraining, Step
 from helper.teacher import EncoderTeacher
-from helper.training import train_epoch
 from helper.validation import Evaluation, validate
 from models import create_student
 from models.heads import Outputs, TeacNet
+from training import train_epoch
 
 CPU = torch.device("cpu")
 OPT = Namespace(device="cpu", amp="off", print_freq=100, epochs=1)

@@ -9,6 +9,7 @@ import torch
 from dataset import DATASETS
 from dataset.views import CIFAR_VIEWS, CropViews, ResizedCropViews
 from distiller_zoo import METHODS
+from errors import InputError
 from helper import options, runtime
 from helper.options import parse_student_options, parse_teacher_options
 from helper.runtime import resolve
@@ -84,6 +85,7 @@ def test_a_library_without_a_name_is_no_network(capsys, parse, flag, name):
         ("--model_s", model_dict),
         ("--views", ["independent", "shared"]),
         ("--compile", ["auto", "on", "off"]),
+        ("--graph", ["auto", "on", "off"]),
         ("--clip_tn", ["0", "1"]),
     ],
 )
@@ -163,6 +165,7 @@ def test_contradictions_are_refused_with_a_way_out(capsys, argv, words):
     ("argv", "words"),
     [
         ("--compile on", "no faster"),
+        ("--graph on", "--graph on: only"),
         ("--model resnet8 --teacher_views 3", "a CNN sees every view"),
         ("--model resnet9 --dataset x", "--dataset"),
         ("--num_workers 8", "--num_workers"),
@@ -270,7 +273,7 @@ def machine(monkeypatch) -> SimpleNamespace:
 )
 def test_auto_becomes_what_the_machine_has_and_is_printed(machine, capsys, has, expected):
     vars(machine).update(has)
-    parsed = parse_student_options(["--compile", "off"])
+    parsed = parse_student_options(["--compile", "off", "--graph", "off"])
     before = dict(vars(parsed))
     opt = resolve(parsed, None, images=50_000)
     assert (opt.device, opt.amp, opt.teacher_views) == expected
@@ -282,7 +285,7 @@ def test_auto_becomes_what_the_machine_has_and_is_printed(machine, capsys, has, 
 
 
 def test_what_is_given_is_not_resolved_nor_printed(machine, capsys):
-    argv = ["--device", "cpu", "--amp", "bf16", "--teacher_views", "5", "--compile", "off"]
+    argv = ["--device", "cpu", "--amp", "bf16", "--teacher_views", "5", "--compile", "off", "--graph", "off"]
     opt = resolve(parse_student_options(argv), None, images=50_000)
     assert (opt.device, opt.amp, opt.teacher_views, opt.compile) == ("cpu", "bf16", 5, "off")
     assert capsys.readouterr().out == ""
@@ -364,6 +367,54 @@ def test_compilation_without_a_compiler_is_refused(machine, monkeypatch, device,
     machine.compiler = "my-compiler"
     monkeypatch.setenv(variable, "my-compiler")
     assert resolve(opt, None, images=50_000).compile == "on"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", "on"),
+        ("--graph on --compile off", "on"),
+        ("--graph off --compile on", "off"),
+        ("--device cpu", "off"),
+        ("--teacher_views 0", "off"),
+        ("--distill kdsvd --path_t t.pth", "off"),
+        ("--distill none", "on"),
+    ],
+)
+def test_steps_are_replayed_where_they_can_be(machine, monkeypatch, capsys, argv, expected):
+    machine.cuda, machine.compiler = True, "gcc"
+    monkeypatch.setattr("helper.teacher.architecture", lambda path: "resnet20")
+    assert resolve(parse_student_options(argv.split()), None, images=50_000).graph == expected
+    assert (f"graph {expected}" in capsys.readouterr().out) == ("--graph" not in argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "processes", "message"),
+    [
+        ("--device cpu", 1, "--graph on needs --device cuda"),
+        ("", 2, "--graph on needs a single process, not 2"),
+        ("--teacher_views 0", 1, "--teacher_views 0, which encodes every batch"),
+        ("--distill kdsvd --path_t t.pth", 1, "--distill kdsvd, which waits for the GPU"),
+    ],
+)
+def test_steps_that_cannot_be_replayed_are_refused_to_be(machine, monkeypatch, argv, processes, message):
+    machine.cuda = True
+    monkeypatch.setattr("helper.teacher.architecture", lambda path: "resnet20")
+    monkeypatch.setattr(runtime.distributed, "count", lambda: processes)
+    opt = parse_student_options([*argv.split(), "--graph", "on"])
+    with pytest.raises(InputError, match=message):
+        resolve(opt, None, images=50_000)
+    opt.graph = "auto"
+    assert resolve(opt, None, images=50_000).graph == "off"
+
+
+def test_float32_is_never_tf32(machine):
+    """Whatever PyTorch's own default is, for convolutions and for matrices."""
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    for place in places:
+        place.allow_tf32 = True
+    resolve(parse_student_options(["--amp", "off"]), None, images=100)
+    assert not any(place.allow_tf32 for place in places)
 
 
 def test_batch_norm_over_all_processes_is_not_compiled_unless_that_is_asked_for(machine):

@@ -13,9 +13,8 @@ from dataset.loader import Loader
 from distiller_zoo import METHODS
 from helper.optim import build_optimizer
 from helper.teacher import EncoderTeacher
-from helper.training import train_epoch
 from models.heads import TeacNet
-from training import CPU, WITH_EITHER, make_training
+from training import CPU, WITH_EITHER, make_training, train_epoch
 
 
 class Watch(TorchDispatchMode):
@@ -135,7 +134,7 @@ def test_captured_steps_train_as_others_do(name, labels, optimizer, scaled):
     tape = Tape()
     results = []
     for capture in (None, tape):
-        step, _ = make_training(name, True, 8, 43, lr=0.01, labels=labels, capture=capture)
+        step, _ = make_training(name, True, 8, 43, lr=0.01, labels=labels, record=capture)
         if optimizer == "adamw":
             opt = Namespace(optimizer=optimizer, learning_rate=0.01, weight_decay=0.05)
             step.optimizers = [build_optimizer([p for p in step.losses.parameters() if p.requires_grad], opt)]
@@ -169,7 +168,7 @@ def test_where_a_step_cannot_be_captured_training_goes_on_without(capsys):
 
     results = []
     for capture in (None, cannot):
-        step, _ = make_training("ega", True, 8, 43, lr=0.01, capture=capture)
+        step, _ = make_training("ega", True, 8, 43, lr=0.01, record=capture)
         records = [train_epoch(epoch, step, epochs=2, print_freq=9) for epoch in (1, 2)]
         results.append(([r | {"images_per_second": 0} for r in records], step.losses.state_dict()))
     (records, weights), (again, weights_again) = results
