@@ -258,7 +258,11 @@ def zero_shot_accuracy(model: CLIP, loader: Loader, pixels: Images, tokens: Tens
 
 
 def train_clip(opt, model: CLIP, pixels: Images, tokens: Tensor, loader: Loader) -> Training:
-    """A CLIP from scratch, by contrasting images and captions, with CLIP's own AdamW and schedule."""
+    """A CLIP from scratch, by contrasting images and captions, with CLIP's own AdamW and schedule.
+
+    CLIP decays all weights that are not gains or biases (section 2.5), positions and captions' tokens included. The
+    class token, a vector, goes with gains and biases, as in open_clip.
+    """
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(

@@ -21,23 +21,27 @@ class Totals:
     """Sums over the samples of an epoch, and the first step at which each loss was not finite.
 
     Kept on the device and added to in place, so that a step can be captured and replayed; reading them waits for it.
+
+    Args:
+        device: where the steps compute.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device | str = "cpu"):
         self.names: list[str] = []
         self.losses = 0
         self.sums: Tensor | None = None
         self.counts: Tensor | None = None
         self.of_labelled: Tensor | None = None
-        self.step: Tensor | None = None
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad: Tensor | None = None
+        self._shared = False
 
     def reset(self) -> None:
         """Begin a new epoch."""
+        self.step.zero_()
         if self.sums is not None:
             self.sums.zero_()
             self.counts.zero_()
-            self.step.zero_()
             self.first_bad.fill_(_NEVER)
 
     def state_dict(self) -> dict:
@@ -50,6 +54,21 @@ class Totals:
         for name in ("sums", "counts", "step", "first_bad"):
             setattr(self, name, state[name].to(device))
         self.of_labelled = self._which_are_of_labelled(device)
+
+    def _begin(self, names: list[str], losses: int) -> None:
+        device = self.step.device
+        self.names, self.losses = names, losses
+        self.sums, self.counts = torch.zeros(2, len(names), device=device)
+        self.of_labelled = self._which_are_of_labelled(device)
+        self.first_bad = torch.full((losses,), _NEVER, device=device)
+
+    def _share_names(self) -> None:
+        """Let a process that has had no sample know what the others measure."""
+        if not self._shared:
+            known = distributed.collect((self.names, self.losses))
+            if self.sums is None:
+                self._begin(*next((names, losses) for names, losses in known if names))
+            self._shared = True
 
     def _which_are_of_labelled(self, device: torch.device) -> Tensor:
         return torch.tensor([name in _OF_LABELLED for name in self.names], device=device)
@@ -67,11 +86,7 @@ class Totals:
             return
         values = torch.stack([*losses.values(), *others.values()])
         if self.sums is None:
-            self.names, self.losses = [*losses, *others], len(losses)
-            self.sums, self.counts = torch.zeros(2, len(values), device=values.device)
-            self.of_labelled = self._which_are_of_labelled(values.device)
-            self.step = torch.zeros((), dtype=torch.int64, device=values.device)
-            self.first_bad = torch.full((len(losses),), _NEVER, device=values.device)
+            self._begin([*losses, *others], len(losses))
         self.step += 1
         self.counts += n if labelled is None else torch.where(self.of_labelled, labelled, n)
         self.sums += values * n
@@ -84,6 +99,7 @@ class Totals:
         Raises:
             NonFiniteLoss: a loss was not finite, on whichever process.
         """
+        self._share_names()
         first_bad = distributed.least(self.first_bad.clone()).tolist()
         for name, step in zip(self.names, first_bad, strict=False):
             if step != _NEVER:

@@ -24,18 +24,30 @@ def sgd(parameters: Iterable[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
     return optimizer
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], opt) -> torch.optim.Optimizer:
-    """The optimiser that the options describe, at ``opt.learning_rate``.
+def build_optimizer(modules: Iterable[nn.Module], opt) -> torch.optim.Optimizer:
+    """The optimiser of these modules that the options describe, at ``opt.learning_rate``.
 
-    AdamW (Loshchilov and Hutter, ICLR 2019) decays matrices and kernels; gains and biases are left alone.
+    AdamW (Loshchilov and Hutter, ICLR 2019) decays matrices and kernels. Gains, biases and what a network's own
+    ``no_weight_decay`` names, such as a transformer's positions and its class token, are left alone: the rule of
+    ``timm.optim.param_groups_weight_decay``.
     """
+    modules = list(modules)
     if opt.optimizer == "sgd":
-        return sgd(parameters, opt.learning_rate, opt)
-    parameters = list(parameters)
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    others = [parameter for parameter in parameters if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return sgd((parameter for module in modules for parameter in module.parameters()), opt.learning_rate, opt)
+    decayed, others = [], []
+    for module in modules:
+        exempt = _exempt(module)
+        for name, parameter in module.named_parameters():
+            alone = parameter.dim() <= 1 or name.endswith(".bias") or name in exempt
+            (others if alone else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": opt.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=opt.learning_rate, fused=True)
+
+
+def _exempt(module: nn.Module) -> set[str]:
+    """The names of the parameters that a network in it wants to keep from weight decay, as timm's networks say it."""
+    told = [(path, part.no_weight_decay()) for path, part in module.named_modules() if hasattr(part, "no_weight_decay")]
+    return {f"{path}.{name}" if path else name for path, names in told for name in names}
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ class Step:
     ):
         self.losses = distributed.parallel(losses)
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
-        self.totals = Totals()
+        self.totals = Totals(loader.device)
 
     def __call__(self, draw: Draw, epoch: int) -> None:
         """Train on what ``Loader.draws`` gave, in an epoch counted from 1."""

@@ -134,7 +134,7 @@ def train_student(
 ) -> Training:
     """Distillation: the student and the loss's own layers, and beside them the teacher's head where it is trained."""
     stateful = {"student": student} | ({} if objective.criterion is None else {"criterion": objective.criterion})
-    optimizers = [build_optimizer((p for module in stateful.values() for p in module.parameters()), opt)]
+    optimizers = [build_optimizer(stateful.values(), opt)]
     stateful["optimizer"] = optimizers[0]
     trains_head = teacher is not None and teacher.trains_head
     if teacher is not None and teacher.head is not None:
@@ -151,7 +151,7 @@ def train_student(
 
 def train_head(opt, teacher: EncoderTeacher, loaders: Loaders) -> Training:
     """A head on the frozen embeddings, which needs no scaled gradients."""
-    optimizer = build_optimizer(teacher.head.parameters(), opt)
+    optimizer = build_optimizer([teacher.head], opt)
     scaler = torch.amp.GradScaler(opt.device, enabled=False)
     step = Step(HeadTraining(teacher, loaders.train), [optimizer], scaler, loaders.train)
     return Training(opt, step, teacher.head, {"teacher_head": teacher.head, "optimizer": optimizer})
@@ -159,7 +159,7 @@ def train_head(opt, teacher: EncoderTeacher, loaders: Loaders) -> Training:
 
 def train_cnn(opt, cnn: Classifier, loaders: Loaders) -> Training:
     """A CNN from scratch, by cross-entropy alone."""
-    optimizer = build_optimizer(cnn.parameters(), opt)
+    optimizer = build_optimizer([cnn], opt)
     objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
     _warn_of_rest(loaders.train)
     losses = Distillation(cnn, None, objective, loaders.train, opt)

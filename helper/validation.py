@@ -11,7 +11,7 @@ from . import distributed
 from .data import Loaders
 from .runtime import autocast
 from .teacher import CnnTeacher, EncoderTeacher
-from .util import AverageMeter, accuracy
+from .util import accuracy
 
 
 def scores(logits: Tensor, target: Tensor) -> Tensor:
@@ -33,25 +33,25 @@ def validate(
         {prefix}_loss, {prefix}_acc and {prefix}_acc_top5 of the student, teacher_acc of the teacher (with the
         teacher alone, the first three are its own).
     """
-    meter, names = AverageMeter(), ()
+    names = (f"{prefix}_loss", f"{prefix}_acc", f"{prefix}_acc_top5")
+    if student is not None and teacher is not None:
+        names += ("teacher_acc",)
+    sums, count = torch.zeros(len(names), device=loader.device), 0
     if student is not None:
         student.eval()
     for batch in loader.epoch():
         if not len(batch.target):
             continue
-        values = {}
         out = None if student is None else _eval_student(student, batch, opt)
         out_t = None if teacher is None else teacher(loader.name, batch)
-        main = out_t if out is None else out
-        named = (f"{prefix}_loss", f"{prefix}_acc", f"{prefix}_acc_top5")
-        values |= zip(named, scores(main.logits.float(), batch.target), strict=True)
+        values = [*scores((out_t if out is None else out).logits.float(), batch.target)]
         if out is not None and out_t is not None:
-            (values["teacher_acc"],) = accuracy(out_t.logits, batch.target)
-        names = tuple(values)
-        meter.update(torch.stack(list(values.values())), len(batch.target))
-    # Every process has seen its share; to the mean each counts as many samples as it has seen.
-    sums = distributed.total(meter.sum) / distributed.total(torch.full_like(meter.sum, meter.count))
-    return dict(zip(names, sums.tolist(), strict=True))
+            values += accuracy(out_t.logits, batch.target)
+        sums += torch.stack(values) * len(batch.target)
+        count += len(batch.target)
+    # Every process has seen its share, which may be none; in the mean each counts as many samples as it has seen.
+    means = distributed.total(sums) / distributed.total(torch.full_like(sums, count))
+    return dict(zip(names, means.tolist(), strict=True))
 
 
 def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:

@@ -238,6 +238,14 @@ def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
                 assert (a - b).norm() <= tolerance * (b.norm() + 0.1 * size)
 
 
+def test_a_process_without_a_sample_measures_what_the_others_do(job):
+    """A single training image: all processes but the first have none, in every step."""
+    expected, _ = train("kd", True, 8, 1)
+    assert {"train_loss", "loss_kd", "train_acc"} <= expected.keys()
+    for record, _ in job(train, "kd", True, 8, 1):
+        assert record == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("name", "clip"), [("ega", True), ("kd", True), ("ega", False), ("attention", False)])
 def test_few_labels_give_the_gradient_of_one_process(job, name, clip):
     """Five labels in batches of 6, 6, 6 and 3: shares without one, and more of them on one process than on another."""
@@ -261,9 +269,9 @@ def test_ega_beyond_its_dimension_is_that_of_one_process(job):
             assert all(is_close(a, b.double()) for a, b in zip(mine, theirs, strict=True))
 
 
-def whole_test() -> dict[str, float]:
+def whole_test(images: int) -> dict[str, float]:
     torch.manual_seed(0)
-    data = make_dataset()
+    data = make_dataset(num_test=images)
     student, embeddings = create_student("resnet8", 8, 5), torch.randn(20, 12)
     teacher = EncoderTeacher(lambda split, index, view: embeddings[index], TeacNet(12, 8, 5))
     rank, processes = distributed.rank(), distributed.count()
@@ -271,9 +279,11 @@ def whole_test() -> dict[str, float]:
     return validate(loader, student, teacher, Namespace(device="cpu", amp="off"))
 
 
-def test_the_test_pass_sees_every_sample_once(job):
-    expected = whole_test()
-    assert all(found == pytest.approx(expected, rel=1e-6) for found in job(whole_test))
+@pytest.mark.parametrize("images", [20, 1])
+def test_the_test_pass_sees_every_sample_once(job, images):
+    """Where there is a single image, all processes but the first have none."""
+    expected = whole_test(images)
+    assert all(found == pytest.approx(expected, rel=1e-6) for found in job(whole_test, images))
 
 
 def not_finite_on_the_last(step: int) -> str:

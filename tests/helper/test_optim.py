@@ -3,9 +3,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from helper.optim import adjust_learning_rate, build_optimizer, learning_rate, sgd
+from models import create_student
 
 
 def test_the_learning_rate_decays_after_its_epochs():
@@ -37,13 +39,29 @@ def test_adamw_decays_matrices_and_leaves_gains_and_biases_alone():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     before = {name: x.clone() for name, x in net.named_parameters()}
     opt = Namespace(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
-    optimizer = build_optimizer(net.parameters(), opt)
+    optimizer = build_optimizer([net], opt)
     for x in net.parameters():
         x.grad = torch.zeros_like(x)
     optimizer.step()
     for name, x in net.named_parameters():
         factor = 1 - 0.1 * 0.5 if x.dim() > 1 else 1
         torch.testing.assert_close(x.detach(), before[name] * factor)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
+def test_adamw_leaves_alone_what_timm_does(name):
+    student = create_student(f"timm:{name}", 8, 5)
+    net = student.backbone.net
+    names = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
+    timms = param_groups_weight_decay(net, 0.5, no_weight_decay_list=names)
+    decayed = {id(x) for group in timms if group["weight_decay"] for x in group["params"]}
+    opt = Namespace(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
+    found, others = build_optimizer([student, nn.Linear(3, 3)], opt).param_groups
+    assert (found["weight_decay"], others["weight_decay"]) == (0.5, 0)
+    mine = {id(x) for x in found["params"]} & {id(x) for x in net.parameters()}
+    assert mine == decayed
+    assert len(found["params"]) == len(mine) + 3  # both layers of the head, and the other module's
+    assert {id(x) for x in net.parameters()} <= mine | {id(x) for x in others["params"]}
 
 
 def test_the_teachers_head_keeps_the_papers_sgd():

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from pretend_gpu import Graph, record, waits
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_dataset
@@ -137,7 +138,8 @@ def test_captured_steps_train_as_others_do(name, labels, optimizer, scaled):
         step, _ = make_training(name, True, 8, 43, lr=0.01, labels=labels, record=capture)
         if optimizer == "adamw":
             opt = Namespace(optimizer=optimizer, learning_rate=0.01, weight_decay=0.05)
-            step.optimizers = [build_optimizer([p for p in step.losses.parameters() if p.requires_grad], opt)]
+            modules = [step.losses.student, step.losses.teacher.head, step.losses.criterion or nn.Identity()]
+            step.optimizers = [build_optimizer(modules, opt)]
         if scaled:
             step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
         step.losses.student.train()
