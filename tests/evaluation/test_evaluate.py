@@ -25,6 +25,7 @@ from dataset.resize import resize
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize
 from evaluation import load_student
 from helper.contrastive import TEMPLATES
+from helper.records import HASH, read_run, record_hash
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder, load_clip
 from models.heads import TeacNet
@@ -427,13 +428,12 @@ def refused(capsys, words: str, *argv) -> None:
     assert said.err.count("\n") == 1
 
 
-def test_bad_input_ends_in_one_line(runs, pictures, tmp_path, capsys):
+def test_bad_input_ends_in_one_line(runs, pictures, tiny_clip, tmp_path, capsys):
     images = ("--images", pictures)
     (tmp_path / "unknown.txt").write_text("colour 1\nmauve\n")
+    names = ["--leave_out", str(tmp_path / "unknown.txt"), "--clip_mode", str(tiny_clip)]
     with pytest.raises(SystemExit) as stopped:
-        train_student.main(
-            ["--dataset", "tiny", "--leave_out", str(tmp_path / "unknown.txt"), "--save_dir", str(tmp_path)]
-        )
+        train_student.main(["--dataset", "tiny", "--save_dir", str(tmp_path), *names])
     assert stopped.value.code == 2 and "tiny has no class 'mauve'" in capsys.readouterr().err
     refused(capsys, "not the folder of a run", tmp_path)
     refused(capsys, "not the folder of a run", tmp_path / "nowhere.pth")
@@ -465,14 +465,17 @@ def test_bad_input_ends_in_one_line(runs, pictures, tmp_path, capsys):
     refused(capsys, "is corrupt", tmp_path / "garbage.pth")
 
 
-def test_other_data_or_another_teacher_than_the_run_s_is_refused(runs, datasets, tmp_path, capsys, monkeypatch):
+def test_other_data_or_another_teacher_than_the_run_s_is_refused(
+    runs, datasets, pictures, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(runs["joint"], folder)
-    (folder / "resume.pth").unlink()  # which would not agree
-    options = json.loads((folder / "options.json").read_text())
-    (folder / "options.json").write_text(json.dumps(options | {"clip_sha256": "0"}))
+    run = read_run(folder)
+    options = run.options | {"clip_sha256": "0"}
+    options[HASH] = record_hash(options, run.history)
+    (folder / "options.json").write_text(json.dumps(options))
     refused(capsys, "another clip", folder)
-    refused(capsys, "another clip", folder, "--search", "red", "--images", tmp_path)
+    refused(capsys, "another clip", folder, "--search", "red", "--images", pictures)
     changed = replace(datasets["tiny"], test=datasets["tiny"].train)
     monkeypatch.setitem(dataset.DATASETS, "tiny", lambda data_dir: changed)
     refused(capsys, "another dataset", folder)
