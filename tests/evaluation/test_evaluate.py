@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import change_options
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -25,7 +26,6 @@ from dataset.resize import resize
 from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, CropViews, normalize
 from evaluation import load_student
 from helper.contrastive import TEMPLATES
-from helper.records import HASH, read_run, record_hash
 from models import create_student, model_dict
 from models.clip_teacher import ImageEncoder, load_clip
 from models.heads import TeacNet
@@ -470,10 +470,7 @@ def test_other_data_or_another_teacher_than_the_run_s_is_refused(
 ):
     folder = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(runs["joint"], folder)
-    run = read_run(folder)
-    options = run.options | {"clip_sha256": "0"}
-    options[HASH] = record_hash(options, run.history)
-    (folder / "options.json").write_text(json.dumps(options))
+    change_options(folder, clip_sha256="0")
     refused(capsys, "another clip", folder)
     refused(capsys, "another clip", folder, "--search", "red", "--images", pictures)
     changed = replace(datasets["tiny"], test=datasets["tiny"].train)

@@ -1,10 +1,10 @@
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import change_options
 
 import train_student
 import train_teacher
@@ -231,9 +231,7 @@ def test_bad_input(finished, tiny_dataset, tmp_path, capsys):
 def test_other_data_than_the_run_s_is_refused(finished, tiny_dataset, tmp_path, capsys):
     other = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(finished["ega"], other)
-    (other / "resume.pth").unlink()  # which would not agree
-    options = json.loads((other / "options.json").read_text())
-    (other / "options.json").write_text(json.dumps(options | {"dataset_sha256": "0"}))
+    change_options(other, dataset_sha256="0")
     assert_refused(capsys, "another dataset", other)
 
 
