@@ -16,7 +16,7 @@ from .records import FREE, HASH, best_record, read_record, record_hash
 
 
 class Run:
-    """A run of so many epochs that can be killed at any moment and resumed.
+    """A run of a number of epochs, which can be killed at any moment and resumed.
 
     A checkpoint is everything that the run goes on from, in one file, ``resume.pth``. It is written after the first
     epoch, the last, and the others that end ``save_seconds`` or more after the checkpoint before. In between the newest
@@ -24,7 +24,7 @@ class Run:
     from its last checkpoint; what the logs say beyond it is dropped. Of many processes, the first writes and all read.
 
     Attributes:
-        folder: where its files are.
+        folder: the folder of its files.
         identity: as given.
         recorded: the options of the resumed run; None for a new one.
         history: a record for every finished epoch.
@@ -35,10 +35,10 @@ class Run:
         opt: the parsed options; ``save_dir``, ``resume``, ``epochs`` and ``save_seconds`` are read here. All but those
             that are still ``auto`` or ``all`` are compared with those of the run that is resumed.
         identity: the hashes of data and weights, by name; they are compared and recorded too.
-        kind: 'student_model', say: the folder in SAVE of such runs.
-        tb_kind: likewise of TensorBoard's events.
-        name: of the run.
-        stem: of the files of the best model, {stem}_best.pth, and of the last, {stem}_last.pth.
+        kind: the folder in SAVE of such runs: 'student_model', say.
+        tb_kind: the folder in SAVE of their TensorBoard events.
+        name: the run's name.
+        stem: the beginning of the names of the best model's file, {stem}_best.pth, and the last's, {stem}_last.pth.
 
     Raises:
         InputError: the folder holds a run that is not to be resumed, in use, or of other options; or ``--resume`` names

@@ -1,4 +1,4 @@
-"""Pictures of what runs make of each class: their embeddings in the plane, and the gain over the student alone."""
+"""Pictures of runs by class: embeddings in the plane, and each class's gain over the student alone."""
 
 import textwrap
 
@@ -18,12 +18,12 @@ from evaluation.tables import run_labels
 from evaluation.teacher import open_teacher
 from helper.records import StoredRun
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the marker changes once they are used up, which a
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Once they are used up the marker changes, which a
 # print without colours shows as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "o^sD"
 
-# Classes of the picture of embeddings at most, and images of each.
+# The most classes in the picture of embeddings, and the most images of each.
 _CLASSES, _PER_CLASS = 20, 40
 
 # Up to so many classes, each bar is named.
@@ -35,8 +35,8 @@ def class_rows(targets: Tensor, num_classes: int, per_class: int) -> Tensor:
 
     Args:
         targets: (N,) classes.
-        num_classes: how many classes at most.
-        per_class: how many samples of each at most.
+        num_classes: the most classes.
+        per_class: the most samples of a class.
 
     Returns:
         Row numbers.
@@ -49,11 +49,13 @@ def class_rows(targets: Tensor, num_classes: int, per_class: int) -> Tensor:
 def outputs_on_test(
     opened: TrainedStudent, dataset: ImageDataset, rows: Tensor | None = None, of_teacher: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Embeddings (N, D) and logits (N, classes) of test images, on the CPU; computed where the run was, if it can be.
+    """Embeddings (N, D) and logits (N, classes) of test images, on the CPU.
+
+    The run's own kind of device computes them, where this machine has one.
 
     Args:
-        rows: of the test split; all by default.
-        of_teacher: of the run's teacher, not of its student; one without a head has no logits.
+        rows: rows of the test split; all by default.
+        of_teacher: take the run's teacher, not its student; a teacher without a head has no logits.
 
     Raises:
         InputError, OSError: see ``open_teacher``.
@@ -68,14 +70,14 @@ def outputs_on_test(
 
 
 def plane(embedding: Tensor) -> Tensor:
-    """Embeddings (N, D) in the plane (N, 2), by t-SNE (van der Maaten and Hinton, JMLR 2008) of their directions."""
+    """Points (N, 2) for embeddings (N, D): t-SNE of their directions (van der Maaten and Hinton, JMLR 2008)."""
     directions = torch.nn.functional.normalize(embedding - embedding.mean(0))
     perplexity = min(30, (len(embedding) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(directions.numpy()))
 
 
 def _open(runs: list[StoredRun]) -> tuple[list[TrainedStudent], ImageDataset]:
-    """The best students of runs, which learned from one data set, and that."""
+    """The best students of runs that learned from one data set, and that data set."""
     if len({run.options["dataset_sha256"] for run in runs}) > 1:
         raise InputError("the runs are of several data sets; give runs of one")
     return [open_student(run) for run in runs], open_run_dataset(runs[0])
@@ -86,7 +88,7 @@ def _percent(accuracy: float | None) -> str:
 
 
 def embedding_figure(runs: list[StoredRun]) -> Figure:
-    """t-SNE of test images of at most 20 classes: of each run's best student, and of the first one's teacher.
+    """Each run's best student's embeddings of test images of at most 20 classes, and the first one's teacher's: t-SNE.
 
     Raises:
         InputError, OSError: runs of several data sets, or see ``open_student`` and ``open_teacher``.
@@ -121,7 +123,7 @@ def embedding_figure(runs: list[StoredRun]) -> Figure:
 
 
 def class_accuracy(opened: TrainedStudent, dataset: ImageDataset) -> Tensor:
-    """Top-1 accuracy (classes,) in percent of each class of the test split; NaN of one without images."""
+    """Top-1 accuracy (classes,) in percent for each class of the test split; NaN for a class without images."""
     _, logits = outputs_on_test(opened, dataset)
     targets = dataset.test.targets
     correct = (logits.argmax(1) == targets).double()
@@ -130,10 +132,10 @@ def class_accuracy(opened: TrainedStudent, dataset: ImageDataset) -> Tensor:
 
 
 def gain_figure(runs: list[StoredRun]) -> Figure:
-    """For each run but the first that has no teacher, how much better each class is recognised than by that one.
+    """Each class's gain in accuracy over the first run without a teacher, for every other run.
 
     Raises:
-        InputError, OSError: no run is without a teacher, or all are; or see ``embedding_figure``.
+        InputError, OSError: no run is without a teacher, or there is no other run; or see ``embedding_figure``.
     """
     alone = next((place for place, run in enumerate(runs) if run.options["distill"] == "none"), None)
     if alone is None or len(runs) == 1:

@@ -1,6 +1,6 @@
-"""Pictures of runs: their curves, and the teacher's and the student's embedding graphs; what they make of each class.
+"""Pictures of runs: curves, embedding graphs of teacher and student, accuracies, and gains by class.
 
-``python -m report.curves [--accuracies|--embedding|--per_class] RUN... [--out PNG]``, each RUN being the folder of a
+``python -m report.curves [--accuracies|--embedding|--per_class] RUN... [--out PNG]`` draws them. RUN is the folder of a
 finished run of train_student.py.
 """
 
@@ -34,10 +34,10 @@ from .table import accuracies
 _LINES = ("-", "--", ":", "-.")
 _TEACHER = "#555555"
 
-# Up to so many runs, each panel has a legend; of more, one stands above all panels.
+# Up to so many runs, each panel has a legend; for more runs, one legend stands above all panels.
 _FEW = 6
 
-# Letters to a line of a label, of a title, and of the legend above all panels.
+# The most letters in a line of a label, of a title, and of the legend above all panels.
 _LABEL_WIDTH, _TITLE_WIDTH, _LEGEND_WIDTH = 40, 50, 170
 
 _TERMS = {"cls": "classification", "kd": "KD", "node": "EGA: nodes", "edge": "EGA: edges", "distill": "distillation"}
@@ -45,11 +45,11 @@ _TERMS = {"cls": "classification", "kd": "KD", "node": "EGA: nodes", "edge": "EG
 
 @dataclass(frozen=True)
 class Graphs:
-    """Edge matrices (N, N) of the same N test samples, ordered by class.
+    """The teacher's and the student's edge matrices (N, N) of the same N test samples, ordered by class.
 
     Attributes:
-        rows: (N,) their row numbers in the test split.
-        targets: (N,) their classes.
+        rows: (N,) row numbers of the samples in the test split.
+        targets: (N,) classes of the samples.
         classes: names of the classes, in the order of the samples.
     """
 
@@ -61,7 +61,7 @@ class Graphs:
 
 
 def edge_matrix(embedding: Tensor) -> Tensor:
-    """Pearson correlations (N, N) of embeddings (N, D): the edges of their graph."""
+    """The edges (N, N) of the graph of embeddings (N, D): their Pearson correlations."""
     z = standardize(embedding.double())
     return z @ z.T
 
@@ -69,11 +69,11 @@ def edge_matrix(embedding: Tensor) -> Tensor:
 def embedding_graphs(run: StoredRun, num_classes: int = 10, per_class: int = 12) -> Graphs:
     """The teacher's and the best student's edge matrices of some test samples.
 
-    In the joint space, or with a CNN teacher and a method that does not act there, of the pooled features. A CLIP's
-    embeddings come from the run's bank.
+    The embeddings are those in the joint space. With a CNN teacher and a method that does not act there, they are the
+    pooled features. A frozen encoder's embeddings come from the run's bank.
 
     Raises:
-        InputError: the run has no teacher or no weights, or its teacher or data set are others by now.
+        InputError: the run has no teacher or no weights, or its teacher or its data set has changed.
         OSError: data set or teacher are missing.
     """
     student, dataset = open_student(run), open_run_dataset(run)
@@ -90,11 +90,10 @@ def plot_runs(
     """Draw the picture of some runs and save it.
 
     Args:
-        folders: of the runs.
-        out: the picture's file; by default SAVE/plots/NAME.png, of the run whose graphs it shows.
-        graph_of: the run whose graphs it shows; by default the first that was trained with EGA, else the first
-            that has a teacher. Where none has, or its weights are not in its folder, the picture holds the curves
-            alone.
+        folders: the runs' folders.
+        out: the picture's file; by default SAVE/plots/NAME.png, named after the run of the graphs.
+        graph_of: the run of the graphs; by default the first run with EGA, or else the first run with a teacher. The
+            picture holds the curves alone where no run has a teacher, or the weights are not in the run's folder.
 
     Returns:
         The picture's path.
@@ -121,9 +120,9 @@ def plot_comparison(folders: list[str] | list[Path], what: str, out: str | Path 
     """Draw a picture that sets runs side by side, and save it.
 
     Args:
-        folders: of the runs.
+        folders: the runs' folders.
         what: 'accuracies', 'embedding' or 'per_class', see ``accuracy_figure``, ``embedding_figure``, ``gain_figure``.
-        out: the picture's file; by default SAVE/plots/NAME_WHAT.png, of the first run that has a teacher.
+        out: the picture's file; by default SAVE/plots/NAME_WHAT.png, named after the first run with a teacher.
 
     Returns:
         The picture's path.
@@ -152,10 +151,10 @@ def _save(figure: Figure, named: StoredRun, ending: str, out: str | Path | None)
 
 
 def accuracy_figure(runs: list[StoredRun]) -> Figure:
-    """The accuracy of each run in its best epoch, the best one on top; no weights are needed.
+    """The accuracy of each run in its best epoch, the best run on top; no weights are needed.
 
-    Of runs that differ in their seed alone, a dot for each, their mean and their standard deviation. The student alone
-    is a line, where there is one.
+    Runs that differ in seed and trial alone share a line: a dot for each run, their mean and their standard deviation.
+    A dashed line marks the student alone.
 
     Raises:
         InputError: no run measured an accuracy.

@@ -1,7 +1,8 @@
 """Published accuracies on CIFAR-100, which stand beside one's own."""
 
-# Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's are means of five runs' last epochs (Tian et al.,
-# ICLR 2020), the paper's the best epochs of one run each (Ma et al., BMVC 2022), "about" where read off its curves.
+# Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's values are means of five runs' last epochs (Tian et
+# al., ICLR 2020). The paper's are the best epochs of one run each (Ma et al., BMVC 2022); "about" marks a value that is
+# read off its curves.
 _REPDISTILLER = {
     ("resnet32x4", "resnet8x4"): {
         "none": 72.50, "kd": 73.33, "hint": 73.50, "attention": 73.44, "similarity": 72.94, "correlation": 72.97,
