@@ -1,7 +1,7 @@
 """Published accuracies on CIFAR-100, which stand beside one's own."""
 
-# Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's values are means of five runs' last epochs (Tian et
-# al., ICLR 2020). The paper's are the best epochs of one run each (Ma et al., BMVC 2022); "about" marks a value that is
+# Top-1 % on CIFAR-100 by teacher, student and method. RepDistiller's values are means of five runs' last epochs (Tian
+# et al., ICLR 2020). The paper's are best epochs of one run each (Ma et al., BMVC 2022); "about" marks a value that is
 # read off its curves.
 _REPDISTILLER = {
     ("resnet32x4", "resnet8x4"): {
