@@ -177,7 +177,7 @@ def resolve(
     if recorded and recorded.get("schedule") == "cosine" and recorded["epochs"] != opt.epochs:
         raise InputError(
             f"--schedule cosine of {recorded['epochs']} epochs cannot go on with --epochs {opt.epochs}: use the "
-            "same, or another --trial for a new run"
+            "same, or another --name for a new run"
         )
     names = [
         name for name in ("device", "amp", "teacher_views", "compile", "graph") if getattr(opt, name, None) == "auto"
