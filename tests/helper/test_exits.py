@@ -344,7 +344,8 @@ def test_all_processes_of_a_job_end_and_it_goes_on_inside_the_epoch(tmp_path):
 @pytest.mark.parametrize("signalled", [False, True])
 def test_a_process_that_is_gone_is_said_to_be_and_a_signal_says_more(monkeypatch, capsys, signalled):
     """What ended the other may come here a little later."""
-    monkeypatch.setattr(launch, "count", lambda: 2)
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("time.sleep", lambda seconds: send(signal.SIGTERM) if signalled else None)
     main = exits("train.py", memory="lower --batch_size")(
         failing(RuntimeError("[gloo/pair.cc] Connection closed by peer"))
