@@ -1,5 +1,8 @@
 """What a start costs, against an earlier revision: ``python -m benchmarks.startup``.
 
+Two parts: commands that compute nothing, and the way from a command to the end of its first training step, where the
+bank of embeddings is there.
+
 Seconds are those that processors spend on a command and its children, so that they do not depend on what else the
 machine does. Both revisions take turns.
 """
@@ -21,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 # The last revision in which a command line imported torch.
 BEFORE = "2501572"
+
+_FIRST_STEP = str(ROOT / "benchmarks" / "first_step.py")
 
 # A process counts the memory of the one that started it as its own, so a small one has to start it.
 _LAUNCH = """
@@ -54,6 +59,37 @@ def starts() -> list[Start]:
     rows.append(Start("import load_student", ["-c", use.format("evaluation")], ["-c", use.format("helper.student")]))
     # What the function imports in turn when it is called for the first time.
     rows.append(Start("all that it needs", ["-c", "import evaluation.student"], ["-c", "import helper.student"]))
+    return rows
+
+
+def first_steps(work: Path, before: Path, data_dir: str) -> list[Start]:
+    """A training up to the end of its first step, for a row each frozen encoder; prepares what both revisions need.
+
+    Args:
+        work: an empty folder, for encoders with random weights and banks of random numbers.
+        before: the files of the earlier revision.
+        data_dir: where CIFAR-100 is; where it is not, the images are those of ``--dataset shapes``.
+    """
+    import timm
+    import torch
+
+    from benchmarks.random_clip import SIZES, write_archive
+
+    write_archive(work / "clip.pt", SIZES["ViT-B/32"])
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), work / "lite0.pth")
+    encoders = {"timm's": f"timm:tf_efficientnet_lite0={work / 'lite0.pth'}", "OpenAI's": str(work / "clip.pt")}
+    root = Path(data_dir).absolute()
+    real = (root / "cifar-100-python" / "meta").exists()
+    data = ["--dataset", "cifar100", "--data_dir", str(root)] if real else ["--dataset", "shapes"]
+    rows = []
+    for name, encoder in encoders.items():
+        sides = []
+        for side, folder in (("now", ROOT), ("before", before)):
+            script = ["train_student.py", "--clip_mode", encoder, *data, "--save_dir", str(work / side)]
+            script += ["--device", "cpu", "--compile", "off"]
+            measure([_FIRST_STEP, "--prepare", *script], folder)
+            sides.append([_FIRST_STEP, *script])
+        rows.append(Start(f"first step, {data[1]}, an encoder of {name}", *sides))
     return rows
 
 
@@ -91,13 +127,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--revision", default=BEFORE, help="what is compared with")
     parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each command, of which the median")
+    parser.add_argument("--data_dir", default="./data", help="where CIFAR-100 is, for the first steps")
+    parser.add_argument("--part", choices=("commands", "steps", "both"), default="both", help="what is measured")
     args = parser.parse_args(argv)
-    with exit_on_bad_input("benchmarks.startup"), tempfile.TemporaryDirectory() as folder:
+    with (
+        exit_on_bad_input("benchmarks.startup"),
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as work,
+    ):
         check_out(args.revision, Path(folder))
+        rows = [] if args.part == "steps" else starts()
+        rows += [] if args.part == "commands" else first_steps(Path(work), Path(folder), args.data_dir)
         print(f"{machine()}; before: {args.revision}\n", flush=True)
         header = ("command", "CPU, times less", "memory, times less", "CPU before, s", "now, s")
         header += ("memory before, MiB", "now, MiB")
-        print_table(header, (row(start, ROOT, Path(folder), args.repeats) for start in starts()))
+        print_table(header, (row(start, ROOT, Path(folder), args.repeats) for start in rows))
 
 
 if __name__ == "__main__":
