@@ -82,8 +82,10 @@ def encoder_facts(clip_mode: str, clip_root: str, resolution: int | None, save_d
     if known is None:
         known = _facts_of(create_encoder(clip_mode, clip_root, resolution=resolution))
         if distributed.rank() == 0:
-            with checkpoint.writing(path.parent):
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"cannot write to {save_dir} ({error.strerror}); choose another --save_dir") from error
             checkpoint.write_json({"facts": known, "sha256": _digest(known)}, path)
     # Two files with the same weights are one encoder; each is called by its own name.
     return known | {"name": short_name(clip_mode)}
@@ -98,7 +100,7 @@ def _read(path: Path) -> dict | None:
     try:
         found = json.loads(path.read_text())
         return found["facts"] if found["sha256"] == _digest(found["facts"]) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
