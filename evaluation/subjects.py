@@ -21,7 +21,7 @@ from helper.teacher import CnnTeacher, EncoderTeacher, architecture, load_cnn
 from models.heads import Classifier, Student
 
 from .student import TrainedStudent, open_student, restore_student
-from .teacher import check_same, open_teacher
+from .teacher import check_same, check_teacher, open_teacher
 
 # What the options in a file of weights may lack: other projects' files have none.
 _UNSAID = {"clip_tn": 1, "student_resolution": None, "pretrained_s": False, "joint": "projected"}
@@ -178,8 +178,10 @@ def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict, str]
         has_teacher = trained.network is None
     else:
         trained = open_student(path, opt.checkpoint)
-        dataset = dataset_of(trained.run.options, save_dir(trained.run))
         has_teacher = trained.run.options["distill"] != "none" and not opt.no_teacher
+        if has_teacher:
+            check_teacher(trained.run)  # before the images, which may have to be decoded
+        dataset = dataset_of(trained.run.options, save_dir(trained.run))
     own = trained.run.options["dataset_sha256"] == dataset.fingerprint()
     if trained.run.history and opt.dataset is None:
         check_same(trained.run, "dataset_sha256", dataset.fingerprint())

@@ -7,7 +7,8 @@ from distiller_zoo import Needs
 from errors import InputError
 from helper.encoder import load_encoder
 from helper.records import StoredRun
-from helper.teacher import CnnTeacher, EncoderTeacher, load_cnn, open_embeddings
+from helper.teacher import CnnTeacher, EncoderTeacher, architecture, load_cnn, open_embeddings
+from models.create import encoder_sha256
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, TeacNet
 from models.weights import sha256_of
@@ -72,6 +73,21 @@ def open_teacher_network(
     backbone, resolution = load_cnn(options["path_t"], num_classes, Needs())
     check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
     return Classifier(backbone, resolution=resolution).eval(), _restore_head(run, state, backbone.num_features)
+
+
+def check_teacher(run: StoredRun) -> None:
+    """Look whether the files of a run's teacher are those that it had; nothing is built.
+
+    Raises:
+        InputError: the teacher is another by now.
+        OSError: its weights are missing.
+    """
+    options = run.options
+    if options["clip_tn"]:
+        check_same(run, "clip_sha256", encoder_sha256(options["clip_mode"], options["clip_root"]))
+    else:
+        architecture(options["path_t"])
+        check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
 
 
 def check_same(run: StoredRun, name: str, value: str) -> None:

@@ -471,8 +471,11 @@ def test_other_data_or_another_teacher_than_the_run_s_is_refused(
     folder = tmp_path / "save" / "student_model" / "run"
     shutil.copytree(runs["joint"], folder)
     change_options(folder, clip_sha256="0")
-    refused(capsys, "another clip", folder)
+    with monkeypatch.context() as patch:
+        patch.setitem(dataset.DATASETS, "tiny", lambda data_dir: pytest.fail("the data set was opened"))
+        refused(capsys, "another clip", folder)
     refused(capsys, "another clip", folder, "--search", "red", "--images", pictures)
+    change_options(folder, clip_sha256=json.loads((runs["joint"] / "options.json").read_text())["clip_sha256"])
     changed = replace(datasets["tiny"], test=datasets["tiny"].train)
     monkeypatch.setitem(dataset.DATASETS, "tiny", lambda data_dir: changed)
     refused(capsys, "another dataset", folder)
