@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import common, data, ega_loss, encoders, growth, pipeline, startup
+from benchmarks import common, data, ega_loss, encoders, epoch_end, growth, pipeline, startup
 from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
 from dataset.views import CLIP_NORMALIZATION, crop_flip, crop_resize_flip, normalize
 from distiller_zoo import EGA
@@ -218,3 +218,12 @@ def test_startup_gives_ratios_first(tmp_path):
     assert name == "it"
     assert float(ratio) == pytest.approx(float(memory) / float(memory_now), rel=0.02)
     assert float(memory) > 200 > float(memory_now)
+
+
+def test_an_epochs_end_is_measured_with_a_checkpoint_and_without(capsys, monkeypatch):
+    monkeypatch.setattr(epoch_end, "_IMAGES", 20_000)
+    epoch_end.main(["--model_s", "resnet8", "--epochs", "2"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["method", "ega", "crd"]
+    for _, always, between, share in rows[1:]:
+        assert float(share) == pytest.approx(float(between) / float(always), abs=0.01)
