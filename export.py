@@ -14,8 +14,8 @@ def main(argv: list[str] | None = None) -> None:
 def export_student(opt: argparse.Namespace) -> None:
     # Here, so that neither --help nor an option that is refused waits for torch.
     from deploy.costs import Row, cost, cost_table, teacher_rows
-    from deploy.export import BESIDE, FILES, check, export, new_files, quantize
-    from deploy.model_card import model_config, write_beside
+    from deploy.export import BESIDE, FILES, check, check_kernels, export, new_files, quantize
+    from deploy.model_card import model_config, processors, write_beside
     from deploy.predict import classify
     from evaluation.student import open_run_dataset, open_student
 
@@ -36,6 +36,8 @@ def export_student(opt: argparse.Namespace) -> None:
                 quantize(exported, dataset, student.normalization)
                 config["quantized"] = opt.quantize
                 config["accuracy"] = check(student, exported, config, dataset)
+                config |= check_kernels(exported, config, dataset)
+                print(processors(config))
                 rows += [Row(f"{config['architecture']}, {opt.quantize}", config["accuracy"], cost(exported))]
             write_beside(folder, config, student.classes, cost_table(rows))
     print(f"\n{cost_table(rows)}\n\nexported to {opt.out}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -12,29 +11,18 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from helper.runtime import processor
+
 
 def cores() -> int:
     """Processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# What decides a processor's speed at bf16 and fp32, as Linux and as people call it.
-_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
-
-
 def machine(device: str = "cpu") -> str:
     """Processor, cores and memory, the GPU where it is used, PyTorch's release and its threads."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        about = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
-        processor = about["model name"].strip()
-        has = [name for flag, name in _INSTRUCTIONS.items() if flag in about["flags"].split()]
-        processor += f" ({', '.join(has)})" if has else ""
-    except (OSError, KeyError):
-        pass  # not Linux, or a processor that is described otherwise
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    parts = [processor, f"{cores()} cores", f"{memory:.0f} GiB"]
+    parts = [processor(), f"{cores()} cores", f"{memory:.0f} GiB"]
     if device == "cuda":
         parts.append(torch.cuda.get_device_name())
     return f"{', '.join(parts)}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads"

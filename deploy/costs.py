@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.student import TrainedStudent
 from evaluation.teacher import open_teacher_network
+from helper.runtime import processor
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, TeacNet
 
@@ -24,7 +25,7 @@ class Cost(NamedTuple):
     parameters: how many it has.
     mflops: operations for an image, in millions; a multiplication and an addition are two.
     megabytes: the size of its file.
-    milliseconds: time for an image in batches of 1 and of 64, with onnxruntime on this CPU.
+    milliseconds: time for an image in batches of 1 and of 64, with onnxruntime on the CPU.
     """
 
     parameters: int
@@ -130,6 +131,6 @@ def cost_table(rows: list[Row]) -> str:
             f"| {name} | {cost.parameters:,} | {cost.mflops:,.1f} | {cost.megabytes:.2f} | {one:.3f} | {many:.3f} "
             f"| {told} |"
         )
-    lines += ["", f"Times: onnxruntime on this CPU, {threads} thread{'s' if threads > 1 else ''}. A multiplication"]
-    lines[-1] += " and an addition are two FLOPs."
+    lines += ["", f"Times: onnxruntime on {processor()}, {threads} thread{'s' if threads > 1 else ''}."]
+    lines[-1] += " A multiplication and an addition are two FLOPs."
     return "\n".join(lines)

@@ -18,12 +18,13 @@ from dataset.loader import eval_batch_size, take
 from dataset.views import normalize
 from errors import InputError
 from evaluation.student import TrainedStudent
+from helper.runtime import processor
 from helper.util import accuracy
 from models import create_model
 from models.heads import Student
 from models.library import LibraryModel
 
-from .predict import open_file
+from .predict import open_file, open_onnx
 
 FILES = {"onnx": "model.onnx", "exported": "model.pt2", "safetensors": "model.safetensors"}
 BESIDE = ("labels.txt", "preprocess.py", "README.md", "config.json")
@@ -265,3 +266,28 @@ def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: Ima
     if config["quantized"] is None and not difference <= TOLERANCE:
         raise InputError(f"{what} differs from the student by more than {TOLERANCE:g}: nothing is written")
     return accurate if classifies else None
+
+
+@torch.no_grad()
+def check_kernels(exported: Exported, config: dict, dataset: ImageDataset) -> dict:
+    """Compare an 8-bit file with itself, computed in float32, on all test images; print how far they agree.
+
+    With graph optimisations onnxruntime computes in 8 bits, with instructions that differ from processor to processor;
+    without, in float32 between the same 8-bit values.
+
+    Args:
+        config: the content of config.json.
+
+    Returns:
+        What config.json says of it: ``processor``, its name, and ``same_class``, the share of images (%) that both give
+        the same class.
+    """
+    facts, test, same = config["input"], dataset.test, 0
+    fast, exact = (open_onnx(exported.path, optimized=optimized) for optimized in (True, False))
+    for _, pixels in test_views(dataset, test, torch.arange(len(test))):
+        image = pixels if exported.network.takes_pixels else normalize(pixels, (facts["mean"], facts["std"]))
+        same += int((fast(image)[0].argmax(1) == exact(image)[0].argmax(1)).sum())
+    found = {"processor": processor(), "same_class": 100 * same / len(test)}
+    what = f"{exported.path.name}, {config['quantized']}"
+    print(f"{what}: computed in float32, it gives {found['same_class']:.2f} % of the images the same class")
+    return found
