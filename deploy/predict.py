@@ -23,7 +23,7 @@ Runner = Callable[[Tensor], list[Tensor]]
 
 
 # On an x86 processor without VNNI, onnxruntime adds two products of 8-bit numbers in 16 bits, which saturate. With this
-# entry of a session it computes exactly there too, and a fifth slower; on other processors the entry changes nothing.
+# entry of a session it computes exactly there too, and somewhat slower; on other processors the entry changes nothing.
 EXACT_8_BIT = ("session.x64quantprecision", "1")
 
 
