@@ -9,7 +9,7 @@ from errors import InputError
 
 from . import folder_name
 from .files import ImageFile, is_image, list_images, open_images, shown
-from .images import ImageDataset, Split
+from .images import ImageDataset, Split, told_apart
 from .splits import holdout_rows
 from .views import CropViews, ResizedCropViews
 
@@ -92,7 +92,7 @@ def load_folder(
         if not counts.all():
             empty = classes[int(counts.argmin())]
             raise InputError(f"no image in {root / 'train' / shown(empty)} can be decoded: repair them, or delete it")
-    names = class_names(root / "classes.txt", classes)
+    names = told_apart(class_names(root / "classes.txt", classes), [shown(folder) for folder in classes])
     return ImageDataset(name, names, train_split, test_split, views=views, sha256=sha256, holdout=holdout)
 
 

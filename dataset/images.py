@@ -1,8 +1,10 @@
 """What a data set is: splits of uint8 images in memory, and the names of their classes."""
 
 import dataclasses
+import difflib
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,14 +42,26 @@ class Split:
         return Split(some_rows(self.images, rows), self.targets[rows], self.mapped)
 
 
+def told_apart(names: list[str], keys: list[str]) -> list[str]:
+    """The names of classes, with its key in brackets after each that another class has too: 'crane (crane_bird)'.
+
+    Args:
+        keys: a different one for each class, such as its folder.
+    """
+    while repeated := {name for name, count in Counter(names).items() if count > 1}:
+        names = [f"{name} ({key})" if name in repeated else name for name, key in zip(names, keys, strict=True)]
+    return names
+
+
 @dataclass(frozen=True)
 class ImageDataset:
     """A data set's splits and class names, in the order of the targets.
 
-    ``draw_captioned`` makes the images that ``pretrain_clip.py`` trains on, for a data set that has more of
-    them than the training split; it is called where they are needed and nowhere else. ``views`` says which views
-    its images have, and turns them into pixels. ``sha256`` is the fingerprint, where it is known without reading all
-    pixels. ``holdout`` is the share of the training images that became the test split, where the data set had none.
+    Names tell classes apart, so none repeats; see ``told_apart``. ``draw_captioned`` makes the images that
+    ``pretrain_clip.py`` trains on, for a data set that has more of them than the training split; it is called where
+    they are needed and nowhere else. ``views`` says which views its images have, and turns them into pixels. ``sha256``
+    is the fingerprint, where it is known without reading all pixels. ``holdout`` is the share of the training images
+    that became the test split, where the data set had none.
     """
 
     name: str
@@ -58,6 +72,10 @@ class ImageDataset:
     views: Views = CIFAR_VIEWS
     sha256: str | None = None
     holdout: float | None = None
+
+    def __post_init__(self):
+        if repeated := [name for name, count in Counter(self.classes).items() if count > 1]:
+            raise InputError(f"{self.name} has several classes of one name: {', '.join(map(repr, repeated))}")
 
     def captioned(self) -> Split:
         """The images for contrastive pre-training: the training split, unless the data set has more."""
@@ -99,7 +117,9 @@ class ImageDataset:
             InputError: it has no such class, or fewer than two would stay.
         """
         if unknown := [name for name in names if name not in self.classes]:
-            raise InputError(f"{self.name} has no class {', '.join(map(repr, unknown))}")
+            close = difflib.get_close_matches(unknown[0], self.classes, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise InputError(f"{self.name} has no class {', '.join(map(repr, unknown))}{hint}")
         kept = [target for target, name in enumerate(self.classes) if name not in names]
         if len(kept) < 2:
             raise InputError(

@@ -1,6 +1,6 @@
 """Which rows of a training split are held out, and which keep their label: the same rows for every seed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,24 +11,28 @@ from errors import InputError
 def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Split row numbers into (kept, held out), the same fraction of every class, the same for every seed.
 
+    A class keeps at least one image, and gives up at least one where it has two or more.
+
     Args:
-        targets: (N,) classes; -1 for images without a label, of which none is held out.
+        targets: (N,) classes; -1 for images without a label, which are never held out.
         fraction: in (0, 1).
 
     Raises:
-        InputError: where a class would lose all of its images, or none at all were held out.
+        InputError: no class has two images, so that none can be held out.
     """
     held = torch.zeros(len(targets), dtype=torch.bool)
-    for target, rows in _shuffled_classes(targets, seed=0):
-        count = round(len(rows) * fraction)
-        if not 0 < count < len(rows):
-            raise InputError(f"--holdout {fraction} holds out {count} of the {len(rows)} images of class {target}")
+    for _, rows in _shuffled_classes(targets, seed=0):
+        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
         held[rows[:count]] = True
+    if not held.any():
+        raise InputError(
+            f"--holdout {fraction} needs a class with two labelled images, one to train on and one to test on"
+        )
     rows = torch.arange(len(targets))
     return rows[~held], rows[held]
 
 
-def keep_labels(targets: Tensor, fraction: float) -> Tensor:
+def keep_labels(targets: Tensor, fraction: float, classes: Sequence[str]) -> Tensor:
     """The targets of the same fraction of every class, and -1 for all others; the same images for every seed.
 
     A larger fraction keeps the labels that a smaller one keeps, and more.
@@ -36,6 +40,7 @@ def keep_labels(targets: Tensor, fraction: float) -> Tensor:
     Args:
         targets: (N,) classes; -1 for images that have no label.
         fraction: in [0, 1].
+        classes: their names, for the message.
 
     Raises:
         InputError: where a class would keep no label, unless none is to be kept.
@@ -44,7 +49,10 @@ def keep_labels(targets: Tensor, fraction: float) -> Tensor:
     for target, rows in _shuffled_classes(targets, seed=1):
         count = round(len(rows) * fraction)
         if fraction and not count:
-            raise InputError(f"--labels {fraction:g} leaves class {target} no label on any of its {len(rows)} images")
+            raise InputError(
+                f"--labels {fraction:g} leaves the class {classes[target]!r} no label on any of its {len(rows)} images: "
+                f"use {1 / len(rows):.2g} or more"
+            )
         kept[rows[:count]] = target
     return kept
 

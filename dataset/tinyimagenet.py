@@ -9,7 +9,7 @@ from errors import InputError
 
 from .archives import Archive, fetch
 from .files import list_images, open_images
-from .images import ImageDataset, Split
+from .images import ImageDataset, Split, told_apart
 from .views import CropViews
 
 SIZE = 64
@@ -38,7 +38,7 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
     try:
         classes = sorted((root / "wnids.txt").read_text().split())
         words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text("utf-8").splitlines())
-        names = _names([words[wnid] for wnid in classes])
+        names = told_apart(_names([words[wnid] for wnid in classes]), classes)
         lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
         annotations = {f"val/images/{name}": classes.index(wnid) for name, wnid, *_ in lines}
         folders = [list_images(root, f"train/{wnid}/images")[0] for wnid in classes]

@@ -75,7 +75,7 @@ def linear_probe(train: Tensor, train_targets: Tensor, test: Tensor, num_classes
         Predicted classes (M,), and the strength.
 
     Raises:
-        InputError: a class has too few images for the hold-out.
+        InputError: no class has two images, one of them to hold out.
     """
     kept, held = holdout_rows(train_targets.cpu(), _HOLDOUT)
     x, y = standardize_columns(train[kept], train[held])
@@ -136,9 +136,8 @@ class Transfer:
         if not all(map(len, labelled)):
             raise InputError(f"--probe {opt.probe} needs labels in its training and in its test split")
         self.dataset = full.select(*labelled)
-        counts = torch.bincount(self.dataset.train.targets)
-        if int(counts[counts > 0].min()) * _HOLDOUT <= 0.5:
-            raise InputError(f"--probe {opt.probe}: a class has too few training images to hold {_HOLDOUT} of them out")
+        if torch.bincount(self.dataset.train.targets).max() < 2:
+            raise InputError(f"--probe {opt.probe}: no class has two training images, one of them to hold out")
         self._teachers: dict[tuple, dict] = {}
 
     def data(self, subject: Subject) -> str:

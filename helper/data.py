@@ -57,8 +57,9 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         images: whether batches hold images: a head on a bank of embeddings needs none.
 
     Raises:
-        InputError: a hold-out, or a share of labels, that a class is too small for; labels that are needed and are not
-            there; or, with ``--sync_bn``, a last batch that leaves a process without a sample.
+        InputError: a hold-out of classes of one image each; a share of labels that a class is too small for; labels
+            that are needed and are not there; or, with ``--sync_bn``, a last batch that leaves a process without a
+            sample.
     """
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
@@ -74,7 +75,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         targets = targets.clone()
         targets[held] = -1
     if opt.labels < 1:
-        targets = keep_labels(targets, opt.labels)
+        targets = keep_labels(targets, opt.labels, dataset.classes)
     labelled = int((targets >= 0).sum())
     check_labels(opt, labelled / len(rows))
     if not (getattr(opt, "alpha", 0) or getattr(opt, "beta", 0)):  # classification alone

@@ -6,6 +6,8 @@ The names are known without torch, for command lines; a network's file is import
 import importlib
 from collections.abc import Callable
 
+from errors import InputError
+
 from .names import parse_name, unknown
 
 
@@ -52,4 +54,8 @@ def check_model_name(model: str) -> None:
 
         check_library_model(name)
     elif model not in model_dict:
+        from .library import names_in_libraries  # here, as it imports the libraries
+
+        if model and (longer := [*(name for name in model_dict if name.startswith(model)), *names_in_libraries(model)]):
+            raise InputError(f"unknown model {model!r}; did you mean {' or '.join(longer)}?")
         raise unknown("model", model, [*model_dict, "timm:NAME", "torchvision:NAME"])

@@ -1,5 +1,6 @@
 """Any image classifier of timm or torchvision: a student's backbone, a CNN teacher, or a frozen encoder's network."""
 
+import contextlib
 import importlib
 from types import ModuleType
 from typing import NamedTuple
@@ -42,6 +43,17 @@ def check_library_model(name: Name) -> None:
         if name.name not in known:
             raise unknown("classifier of torchvision", name.name, known)
     check_file(name)
+
+
+def names_in_libraries(name: str, few: int = 3) -> list[str]:
+    """The classifiers of timm and torchvision whose names begin with a word, shortest first, as ``LIBRARY:NAME``."""
+    found = []
+    with contextlib.suppress(InputError):
+        found += [("torchvision", other) for other in torchvision_models().list_models(module=torchvision_models())]
+    with contextlib.suppress(InputError):
+        found += [("timm", other) for other in import_library("timm", "timm").list_models()]
+    found = sorted(((library, other) for library, other in found if other.startswith(name)), key=lambda x: len(x[1]))
+    return [f"{library}:{other}" for library, other in found[:few]]
 
 
 class Network(NamedTuple):

@@ -81,11 +81,16 @@ _FEW = 40
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
-    """An error that lists the known names where they are few, and otherwise those that come close."""
+    """An error that lists the known names where they are few, and otherwise those that come close.
+
+    A name that was cut short comes closest to those that begin with it.
+    """
     known = list(known)
     if len(known) <= _FEW:
         return InputError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    longer = sorted((other for other in known if other.startswith(name)), key=len)
+    close = [*longer, *difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
+    close = list(dict.fromkeys(close))[:3]
     return InputError(f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 

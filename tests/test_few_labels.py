@@ -94,7 +94,7 @@ def reference_few_labels(tiny_dataset, tiny_clip, joint: bool) -> dict:
         torch.optim.SGD(student.parameters(), 0.02, **settings),
         torch.optim.SGD(head.parameters(), 0.01, **settings),
     ]
-    known = keep_labels(tiny_dataset.train.targets, 0.2) >= 0
+    known = keep_labels(tiny_dataset.train.targets, 0.2, tiny_dataset.classes) >= 0
     assert known.sum() == 15
     loader = Loader(tiny_dataset.train, "train", 4, torch.device("cpu"), training=True, teacher_views=1)
     empty = 0

@@ -63,7 +63,7 @@ def make_training(
         )
         student = create_classifier("resnet8", 5, 8 if joint else None, "s" in method.preact)
     criterion = build(opt, describe_networks(student, teacher, 32, data.train.targets)) if build else None
-    train = Split(data.train.images, keep_labels(data.train.targets, labels))
+    train = Split(data.train.images, keep_labels(data.train.targets, labels, data.classes))
     place = {"rank": distributed.rank(), "processes": distributed.count()}
     loader = Loader(
         train, "train", batch_size, CPU, training=True, teacher_views=2 if clip else 162, shared=not clip, **place

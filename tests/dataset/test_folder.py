@@ -10,6 +10,7 @@ import dataset.files
 from dataset import folder_name, load_dataset
 from dataset.decode import read_square
 from dataset.folder import class_names
+from dataset.images import told_apart
 from dataset.views import CropViews, ResizedCropViews
 
 
@@ -102,8 +103,13 @@ def test_without_a_test_folder_a_share_of_each_class_becomes_it(tmp_path):
     labelled = sorted(train[:-1] + test)
     assert labelled == [(i, int(i > 8)) for i in range(1, 17)]  # each once, with its own class
     assert numbers(load(root, holdout=0.25).test) == test
-    with pytest.raises(ValueError, match="holds out 0 of the 8"):
-        load(root, holdout=0.01)
+
+
+def test_a_holdout_takes_one_image_of_a_class_that_it_is_too_small_for(tmp_path):
+    files = [f"train/big/{i}.png" for i in range(20)] + [f"train/crane_bird/{i}.png" for i in range(4)]
+    data = load(make(tmp_path / "pets", " ".join([*files, "train/one/1.png"])), holdout=0.1)
+    assert torch.bincount(data.test.targets, minlength=3).tolist() == [2, 1, 0]
+    assert torch.bincount(data.train.targets).tolist() == [18, 3, 1]
 
 
 def test_with_a_test_folder_a_hold_out_is_left_to_the_run(tmp_path):
@@ -229,3 +235,23 @@ def test_the_name_is_the_folder_s_own(tmp_path, monkeypatch):
 def test_a_size_is_for_folders_alone(tmp_path, name, size, said):
     with pytest.raises(ValueError, match=said):
         load_dataset(name, str(tmp_path), image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["crane", "heron", "crane"], ["crane (a)", "heron", "crane (c)"]),
+        (["crane", "crane (a)", "crane"], ["crane (a) (a)", "crane (a) (b)", "crane (c)"]),
+        (["crane", "heron", "ibis"], ["crane", "heron", "ibis"]),
+    ],
+)
+def test_classes_of_one_name_are_told_apart_by_their_folders(names, told):
+    assert told_apart(names, ["a", "b", "c"]) == told
+
+
+def test_two_folders_that_read_alike_are_two_classes(tmp_path):
+    for number, folder in enumerate(("train/crane bird", "train/crane_bird", "val/crane_bird"), 1):
+        paint(tmp_path / folder / "1.png", number)
+    assert load(tmp_path).classes == ["crane bird (crane bird)", "crane bird (crane_bird)"]
+    (tmp_path / "classes.txt").write_text("crane\ncrane\n")
+    assert load(tmp_path).classes == ["crane (crane bird)", "crane (crane_bird)"]

@@ -201,10 +201,17 @@ def test_a_holdout_takes_the_same_fraction_of_every_class():
     assert not torch.equal(held, targets.argsort(stable=True)[:18].sort().values)
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_a_holdout_that_empties_a_class_or_itself_is_refused(fraction):
-    with pytest.raises(ValueError, match="class 0"):
-        holdout_rows(torch.arange(30) % 3, fraction)
+@pytest.mark.parametrize(("fraction", "counts"), [(0.01, [1, 1, 0, 1]), (0.99, [9, 3, 0, 1])])
+def test_a_holdout_leaves_every_class_an_image_and_takes_one_where_there_are_two(fraction, counts):
+    targets = torch.arange(4).repeat_interleave(torch.tensor([10, 4, 1, 2]))
+    kept, held = holdout_rows(targets, fraction)
+    assert torch.bincount(targets[held], minlength=4).tolist() == counts
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(17))
+
+
+def test_a_holdout_of_classes_of_one_image_each_is_refused():
+    with pytest.raises(ValueError, match="a class with two labelled images"):
+        holdout_rows(torch.tensor([0, 1, 2, -1, -1]), 0.5)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
@@ -251,18 +258,20 @@ def test_labels_are_kept_of_the_same_fraction_of_every_class():
     targets = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(-1, 4), [30, 10, 20, 50, 100])))
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    few, more = keep_labels(targets, 0.1), keep_labels(targets, 0.5)
+    few, more = (keep_labels(targets, share, "abcd") for share in (0.1, 0.5))
     assert torch.equal(torch.get_rng_state(), state)
     assert [torch.bincount(kept[kept >= 0]).tolist() for kept in (few, more)] == [[1, 2, 5, 10], [5, 10, 25, 50]]
     assert all(torch.equal(kept[kept >= 0], targets[kept >= 0]) for kept in (few, more))
     assert (more[few >= 0] >= 0).all()  # a larger share holds the smaller one
-    assert torch.equal(keep_labels(targets, 1), targets)
-    assert (keep_labels(targets, 0) == -1).all()
+    assert torch.equal(keep_labels(targets, 1, "abcd"), targets)
+    assert (keep_labels(targets, 0, "abcd") == -1).all()
 
 
 def test_a_share_too_small_for_a_class_is_refused():
-    with pytest.raises(ValueError, match=r"--labels 0.01 leaves class 0 no label on any of its 10 images"):
-        keep_labels(torch.arange(30) % 3, 0.01)
+    with pytest.raises(
+        ValueError, match=r"--labels 0.01 leaves the class 'ant' no label on any of its 10 images: use 0.1"
+    ):
+        keep_labels(torch.arange(30) % 3, 0.01, ["ant", "bee", "cat"])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -124,6 +124,11 @@ def test_a_run_is_that_of_a_copy(train, mapped, tmp_path, monkeypatch):
         assert_equal_tensors(load(run / "resnet8_last.pth")[part], load(other / "resnet8_last.pth")[part])
 
 
+def test_a_data_set_with_two_classes_of_one_name_is_refused():
+    with pytest.raises(ValueError, match="tiny has several classes of one name: 'colour 1'"):
+        dataclasses.replace(make_dataset(), classes=[f"colour {i % 4}" for i in (1, 2, 3, 4, 5)])
+
+
 def test_what_cannot_be_left_out():
     made = make_dataset()
     with pytest.raises(ValueError, match="tiny has no class 'mauve'"):

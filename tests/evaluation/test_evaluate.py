@@ -54,7 +54,7 @@ def datasets():
     known = {"tiny": made, "other": other_dataset()}
     known["cifar10"] = ImageDataset("cifar10", made.classes[::-1], *turned)
     large = [Split(resize(split.images, 48), split.targets) for split in (made.train, made.test)]
-    known["few"] = make_dataset(num_train=10)
+    known["few"] = make_dataset(num_train=5)
     known["large"] = ImageDataset("large", made.classes, *large, views=CropViews(48))
     with pytest.MonkeyPatch.context() as patch:
         for name, data in known.items():
@@ -438,7 +438,7 @@ def test_bad_input_ends_in_one_line(runs, pictures, tiny_clip, tmp_path, capsys)
     refused(capsys, "not the folder of a run", tmp_path)
     refused(capsys, "not the folder of a run", tmp_path / "nowhere.pth")
     refused(capsys, "it has red, green, blue and it lacks colour 0", runs["ega0"], "--dataset", "other")
-    refused(capsys, "too few training images", runs["ega0"], "--probe", "few")
+    refused(capsys, "no class has two training images", runs["ega0"], "--probe", "few")
     refused(capsys, "nowhere.pth is missing", runs["ega0"], "--checkpoint", tmp_path / "nowhere.pth")
     refused(capsys, "not of 2", runs["ega0"], runs["ega1"], "--checkpoint", tmp_path / "x.pth")
     refused(capsys, "--joint teacher", runs["ega0"], "--zero_shot")

@@ -148,6 +148,7 @@ def test_norms_of_many_processes_leave_its_function_as_it_is(name):
         ("torchvision:densenet121", {"maps": True, "preact": True}, "cannot be taken apart"),
         ("torchvision:resnet19", {}, "unknown classifier of torchvision 'resnet19'; did you mean resnet1"),
         ("timm:resnet19", {}, "unknown network of timm 'resnet19'; did you mean resnet"),
+        ("timm:vit_smal", {}, "unknown network of timm 'vit_smal'; did you mean vit_small_patch"),
         ("timm:resnet18=nowhere.pth", {}, "no such file"),
     ],
 )
@@ -155,6 +156,19 @@ def test_what_a_network_cannot_give_is_refused_in_one_line(name, options, words)
     with pytest.raises(ValueError, match=words) as error:
         create_library_model(parse_name(name), 7, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet18", "did you mean torchvision:resnet18 or timm:resnet18 "),
+        ("vit_smal", "did you mean timm:vit_small_patch"),
+        ("resnet3", "did you mean resnet32 or resnet32x4 or torchvision:resnet34"),
+    ],
+)
+def test_a_library_s_network_without_its_library_is_refused_with_its_whole_name(name, words):
+    with pytest.raises(ValueError, match=words):
+        create_model(name, 7)
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
