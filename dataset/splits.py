@@ -25,9 +25,7 @@ def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
         held[rows[:count]] = True
     if not held.any():
-        raise InputError(
-            f"--holdout {fraction} needs a class with two labelled images, one to train on and one to test on"
-        )
+        raise InputError(f"--holdout {fraction}: no class has two labelled images, one of them to hold out")
     rows = torch.arange(len(targets))
     return rows[~held], rows[held]
 
@@ -50,7 +48,7 @@ def keep_labels(targets: Tensor, fraction: float, classes: Sequence[str]) -> Ten
         count = round(len(rows) * fraction)
         if fraction and not count:
             raise InputError(
-                f"--labels {fraction:g} leaves the class {classes[target]!r} no label on any of its {len(rows)} images: "
+                f"--labels {fraction:g} leaves class {classes[target]!r} no label on any of its {len(rows)} images; "
                 f"use {1 / len(rows):.2g} or more"
             )
         kept[rows[:count]] = target

@@ -210,7 +210,7 @@ def test_a_holdout_leaves_every_class_an_image_and_takes_one_where_there_are_two
 
 
 def test_a_holdout_of_classes_of_one_image_each_is_refused():
-    with pytest.raises(ValueError, match="a class with two labelled images"):
+    with pytest.raises(ValueError, match="no class has two labelled images"):
         holdout_rows(torch.tensor([0, 1, 2, -1, -1]), 0.5)
 
 
@@ -268,9 +268,7 @@ def test_labels_are_kept_of_the_same_fraction_of_every_class():
 
 
 def test_a_share_too_small_for_a_class_is_refused():
-    with pytest.raises(
-        ValueError, match=r"--labels 0.01 leaves the class 'ant' no label on any of its 10 images: use 0.1"
-    ):
+    with pytest.raises(ValueError, match="leaves class 'ant' no label on any of its 10 images; use 0.1 or more"):
         keep_labels(torch.arange(30) % 3, 0.01, ["ant", "bee", "cat"])
 
 
