@@ -52,8 +52,8 @@ class Squares(NamedTuple):
 
 
 def shown(name: str) -> str:
-    """A file's name as it can be printed anywhere."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """A file's name as it can be printed anywhere, in one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def is_image(name: str) -> bool:

@@ -111,7 +111,21 @@ def _class_folders(root: Path, split: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    for name in found:
+        _check_name(folder, name)
+    return found
+
+
+def _check_name(folder: Path, name: str) -> None:
+    """Raise an InputError where a class's folder has a name that files of names, one a line, cannot hold."""
+    fault = "a line break" if "\n" in name or "\r" in name else None
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        fault = "bytes that are not UTF-8"
+    if fault:
+        raise InputError(f"{folder / shown(name)}: the folder's name holds {fault}: rename it")
 
 
 def _classes(root: Path, split: str, others: list[str]) -> dict[str, list[ImageFile]]:
@@ -134,7 +148,7 @@ def class_names(path: Path, folders: list[str]) -> list[str]:
     if not path.exists():
         return [folder.replace("_", " ") for folder in folders]
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not text in UTF-8") from error
     named = {}

@@ -93,7 +93,8 @@ def usage(config: dict) -> str:
         ]
     else:
         run = _network_lines(config, lines)
-    last = ['print(open("labels.txt").read().splitlines()[int(logits[0].argmax())])']
+    last = ['labels = open("labels.txt", encoding="utf-8", newline="\\n").read().split("\\n")']
+    last += ["print(labels[int(logits[0].argmax())])"]
     return "\n".join([*lines, "", *first, *run, *last])
 
 
@@ -182,6 +183,6 @@ A {config["architecture"]}{source} for {config["num_classes"]} classes (`labels.
 def write_beside(folder: Path, config: dict, classes: list[str], table: str) -> None:
     """Write labels.txt, preprocess.py, README.md and config.json."""
     shutil.copyfile(decode.__file__, folder / "preprocess.py")
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8", newline="\n")
     (folder / "README.md").write_text(card(config, table), encoding="utf-8")
     checkpoint.write_json(config, folder / "config.json")

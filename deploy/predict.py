@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.decode import BadImage, read_rgb
+from dataset.files import shown
 from errors import InputError
 from evaluation.student import image_transform
 from models import create_model
@@ -119,6 +120,19 @@ def read_config(folder: Path) -> dict:
     raise InputError(f"{path} is not what export.py writes")
 
 
+def read_labels(folder: Path, num_classes: int) -> list[str]:
+    """The names of the classes in a folder that export.py wrote.
+
+    Raises:
+        InputError: they are not as many as the classes.
+    """
+    text = (folder / "labels.txt").read_bytes().decode()
+    labels = text.removesuffix("\n").split("\n")  # a name may hold what else Unicode takes for the end of a line
+    if len(labels) != num_classes:
+        raise InputError(f"{folder / 'labels.txt'} has {len(labels)} names for {num_classes} classes")
+    return labels
+
+
 def _read_image(path: str) -> Image.Image:
     try:
         return read_rgb(path)
@@ -131,7 +145,8 @@ def classify(folder: Path, files: list[str], top: int = 3) -> list[str]:
     """Classify pictures with an exported file alone; gives a line for each picture, its most probable classes.
 
     Raises:
-        InputError: there is no exported file, its classifier was not trained, or a picture cannot be read.
+        InputError: there is no exported file, its classifier was not trained, its labels are not one a class, or a
+            picture cannot be read.
     """
     config = read_config(folder)
     if config["accuracy"] is None:
@@ -141,11 +156,11 @@ def classify(folder: Path, files: list[str], top: int = 3) -> list[str]:
     transform = image_transform(facts["size"], normalization, facts["stored_size"])
     images = [transform(_read_image(file)) for file in files]
     run = open_file(folder / config["file"], config)
-    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    labels = read_labels(folder, config["num_classes"])
     lines = []
     for file, image in zip(files, images, strict=True):
         shares = run(image[None])[0][0].softmax(0)
         best = shares.topk(min(top, len(labels)))
         told = [f"{labels[place]} {100 * share:.1f} %" for share, place in zip(*map(Tensor.tolist, best), strict=True)]
-        lines.append(f"{file}: {', '.join(told)}")
+        lines.append(f"{shown(file)}: {', '.join(told)}")
     return lines

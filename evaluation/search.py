@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from dataset.decode import BadImage, read_rgb
-from dataset.files import is_image
+from dataset.files import is_image, shown
 from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun, read_run
@@ -76,7 +76,7 @@ def search(opt, device: str) -> Path:
     contact_sheet(ranked[: opt.top], f"{title} in {len(found)} images of {opt.images}", example).save(sheet, "PNG")
     checkpoint.write_bytes(sheet.getvalue(), picture)
     for rank, (score, path) in enumerate(ranked[: opt.top], start=1):
-        print(f"{rank:3d}  {score:.4f}  {path}")
+        print(f"{rank:3d}  {score:.4f}  {shown(str(path))}")
     return picture
 
 
@@ -135,7 +135,7 @@ def embed_files(
             embeddings.append(_embed(net, batch, device))
             batch = []
     if unreadable:
-        print(f"skipped, as they cannot be read as images: {', '.join(map(str, unreadable))}")
+        print(f"skipped, as they cannot be read as images: {', '.join(shown(str(path)) for path in unreadable)}")
     return found, torch.cat(embeddings) if embeddings else torch.empty(0)
 
 
@@ -151,7 +151,7 @@ def _write_scores(ranked: list[tuple[float, Path]], path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "score", "file"])
     writer.writerows([rank, f"{score:.6f}", file] for rank, (score, file) in enumerate(ranked, start=1))
-    checkpoint.write_bytes(text.getvalue().encode(), path)
+    checkpoint.write_bytes(text.getvalue().encode(errors="surrogateescape"), path)  # the names' own bytes
 
 
 def contact_sheet(ranked: list[tuple[float, Path]], title: str, example: Path | None = None) -> Image.Image:
@@ -163,7 +163,7 @@ def contact_sheet(ranked: list[tuple[float, Path]], title: str, example: Path | 
     """
     font = ImageFont.load_default(_FONT)
     cells = [(example, "searched for", "")] if example is not None else []
-    cells += [(path, f"{rank}   {score:.3f}", path.name) for rank, (score, path) in enumerate(ranked, start=1)]
+    cells += [(path, f"{rank}   {score:.3f}", shown(path.name)) for rank, (score, path) in enumerate(ranked, start=1)]
     columns = min(max(math.ceil(math.sqrt(len(cells) * 1.3)), 3), 12)
     rows = math.ceil(len(cells) / columns)
     width, height = _CELL + _MARGIN, _CELL + 2 * _LINE + _MARGIN

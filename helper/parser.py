@@ -97,9 +97,9 @@ def _checked(check: Callable[[str], object], text: str) -> str:
 
 
 def names_file(text: str) -> list[str]:
-    """The names in a text file, one a line; empty lines do not count."""
+    """The names in a text file, one a line; empty lines do not count, and only a line break ends a line."""
     try:
-        names = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in Path(text).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be read as a file of names, one a line") from error
     names = [name for name in names if name]

@@ -12,6 +12,7 @@ from dataset.decode import read_square
 from dataset.folder import class_names
 from dataset.images import told_apart
 from dataset.views import CropViews, ResizedCropViews
+from errors import InputError
 
 
 def paint(path: Path, number: int, size: tuple[int, int] = (12, 10)) -> None:
@@ -127,6 +128,31 @@ def test_names_with_spaces_and_of_any_script(tmp_path):
     assert data.name == "folder-my-höuse-pets@8px"
 
 
+def test_names_with_what_unicode_takes_for_the_end_of_a_line(tmp_path):
+    root = tmp_path / "pets"
+    for number, name in enumerate(("train/a\u2028cat/1.png", "train/a\vdog/1.png", "test/a\vdog/1.png"), 1):
+        paint(root / name, number)
+    assert load(root).classes == ["a\vdog", "a\u2028cat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (b"caf\xe9", r"train/caf\udce9: the folder's name holds bytes that are not UTF-8"),
+        (b"two\nlines", r"train/two\nlines: the folder's name holds a line break"),
+        (b"two\rlines", r"train/two\rlines: the folder's name holds a line break"),
+    ],
+)
+def test_a_class_that_no_file_of_names_can_hold_is_refused(tmp_path, name, said):
+    root = make(tmp_path / "pets", SMALL)
+    paint(root / "train" / os.fsdecode(name) / "1.png", 9)
+    with pytest.raises(InputError) as error:
+        load(root)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "save").exists()
+
+
 def test_what_is_no_image_by_its_extension_is_passed_over_and_told(tmp_path, capsys):
     root = make(tmp_path / "pets", f"{SMALL} train/cat/.hidden.png train/.hidden/x.png")
     (root / "train" / "cat" / "notes.txt").write_text("meow")
@@ -198,6 +224,7 @@ def test_twenty_thousand_files_in_one_folder(tmp_path, monkeypatch):
         ("a cat\na dog\n", ["a cat", "a dog"]),
         ("\ufeffKatze\r\nHund, klein\r\n\r\n", ["Katze", "Hund, klein"]),
         ("n2 the dog\nn1\tthe cat\nn3 the cow\n", ["the cat", "the dog"]),
+        ("a\u2028cat\na\vdog\x85!\n", ["a\u2028cat", "a\vdog\x85!"]),
     ],
 )
 def test_classes_are_called_by_a_file(tmp_path, text, names):

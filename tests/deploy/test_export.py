@@ -332,6 +332,33 @@ def test_weights_load_into_the_library_s_own_network(data, without_onnx, tmp_pat
     assert line.startswith(f"{picture}: {card_prints(folder, monkeypatch, capsys)} ")
 
 
+def test_classes_with_what_unicode_takes_for_the_end_of_a_line(
+    finished, without_onnx, data, tmp_path, monkeypatch, capsys
+):
+    run = shutil.copytree(finished["none"], tmp_path / "save" / "student_model" / "run")
+    state = checkpoint.load(run / "resnet8_best.pth")
+    names = ["a\u2028cat", "a\vdog", "a\x85cow", "a\x1cfox", "a bat"]
+    checkpoint.save(state | {"classes": names}, run / "resnet8_best.pth")
+    folder = tmp_path / "out"
+    export_to(folder, run, "--format", "safetensors")
+    assert (folder / "labels.txt").read_bytes().decode() == "".join(f"{name}\n" for name in names)
+    net, transform, _ = load_student(run)
+    rows = {
+        int(net(transform(Image.fromarray(image.permute(1, 2, 0).numpy()))[None]).argmax()): row
+        for row, image in enumerate(data.test.images)
+    }
+    for place, row in rows.items():
+        picture = save_picture(data, folder / "picture.png", row)
+        capsys.readouterr()
+        export.main(["--out", str(folder), "--predict", str(picture)])
+        assert capsys.readouterr().out.startswith(f"{picture}: {names[place]} ")
+        assert card_prints(folder, monkeypatch, capsys) == names[place]
+    assert len(rows) > 1 and max(rows) > 0
+    with open(folder / "labels.txt", "a") as labels:
+        labels.write("one more\n")
+    assert_refused(capsys, "labels.txt has 6 names for 5 classes", "--out", folder, "--predict", picture)
+
+
 # ---- bad input
 
 

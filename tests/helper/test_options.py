@@ -30,6 +30,13 @@ def refused(capsys, parse, argv: list[str]) -> str:
     return said.err
 
 
+def test_a_file_of_names_has_one_a_line(tmp_path):
+    """A name may hold what else Unicode takes for the end of a line; Windows' editors begin a file with a mark."""
+    path = tmp_path / "names.txt"
+    path.write_text("a\u2028cat\r\n\r\n a\vdog \r\n", "utf-8-sig", newline="")
+    assert parse_student_options(["--leave_out", str(path)]).leave_out == ["a\u2028cat", "a\vdog"]
+
+
 @pytest.mark.parametrize(
     ("distill", "weights"), [("ega", (1, 0, 1)), ("kd", (0.1, 0.9, 0)), ("none", (1, 0, 0)), (None, (1, 0, 1))]
 )
