@@ -199,6 +199,17 @@ def _vid(opt: Namespace, net: Networks) -> nn.Module:
     return zoo.LayerwiseVID(zoo.VIDLoss(s, t, t) for s, t in channels)
 
 
+def _kdsvd(opt: Namespace, net: Networks) -> nn.Module:
+    # The longer network's last stages are left out.
+    pairs = [(s[1], t[1]) for s, t in zip(net.shapes_s[1:-1], net.shapes_t[1:-1], strict=False)]
+    if len(pairs) < 2 or any(s != t for s, t in pairs):
+        channels_s, channels_t = ([shape[1] for shape in shapes[1:-1]] for shapes in (net.shapes_s, net.shapes_t))
+        raise InputError(
+            f"KDSVD needs two or more stages, of the same channels in both networks, got {channels_s} and {channels_t}"
+        )
+    return zoo.KDSVD()
+
+
 METHODS = {
     "none": Method(None, (), (1, 0, 0), "student alone"),
     "kd": Method(None, (), (0.1, 0.9, 0), "KD: Hinton et al., 2015, arXiv 1503.02531"),
@@ -240,7 +251,7 @@ METHODS = {
         relational=True,
         by_class=lambda opt: opt.mode == "relax",
     ),
-    "kdsvd": Method(lambda opt, net: zoo.KDSVD(), _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018", waits=True),
+    "kdsvd": Method(_kdsvd, _MAPS, (1, 0, 1), "KD-SVD: Lee et al., ECCV 2018", waits=True),
     "fsp": Method(
         lambda opt, net: zoo.Flow(net.shapes_s, net.shapes_t),
         (),

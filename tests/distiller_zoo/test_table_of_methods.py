@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset.loader import Batch
 from distiller_zoo import EGA, METHODS, Networks, TwoStage
-from models import model_dict
+from errors import InputError
+from helper.objective import build_objective
+from helper.options import student_parser
+from helper.teacher import CnnTeacher
+from models import create_classifier, model_dict
+from models.heads import TeacNet
 
 ROOT = Path(__file__).parents[2]
 NEED_MAPS = {"attention", "vid", "kdsvd", "fsp", "abound", "factor", "nst", "reviewkd", "ofd"}
@@ -36,6 +42,48 @@ def feed(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         fed |= {f"f_{whose}": joint if clip else features[-1], f"joint_{whose}": joint, f"logit_{whose}": logits}
         fed |= {} if clip else {f"maps_{whose}": features[1:-1], f"feat_{whose}": features}
     return fed
+
+
+# Student, teacher and the images' size: other widths, numbers of stages and sizes of maps; the last pair fits all.
+PAIRS = [
+    ("resnet8", "resnet8x4", 32),
+    ("resnet8x4", "vgg8", 64),
+    ("MobileNetV2", "resnet8", 16),
+    ("wrn_16_1", "ShuffleV1", 32),
+    ("resnet8", "resnet14", 32),
+]
+FED_MAPS = [name for name, method in METHODS.items() if method.needs(clip=False).maps]
+# Those that take no networks of other widths, and those that take no other number of stages.
+ONE_WIDTH, ONE_NUMBER = {"kdsvd", "fsp"}, {"abound", "reviewkd", "ofd"}
+
+
+@pytest.mark.parametrize("name", FED_MAPS)
+@pytest.mark.parametrize(("model_s", "model_t", "size"), PAIRS)
+def test_a_method_of_maps_takes_a_step_or_is_refused_when_it_is_built(name, model_s, model_t, size):
+    method = METHODS[name]
+    argv = ["--distill", name, "--model_s", model_s, "--feature_dim", "8"]
+    opt = student_parser().parse_args(argv)
+    opt.device, opt.amp, opt.clip_tn, opt.beta_warmup = "cpu", "off", 0, 0
+    opt.gamma, opt.alpha, opt.beta = method.weights
+    needs = method.needs(clip=False)
+    student = create_classifier(model_s, 5, 8 if needs.joint else None, needs.preact_s)
+    backbone = model_dict[model_t](num_classes=5)
+    head = TeacNet(backbone.num_features, 8, 5) if needs.joint else None
+    teacher = CnnTeacher(backbone, head, "off", needs.preact_t)
+    batch = Batch(torch.arange(4), torch.arange(4), torch.randn(4, 3, size, size), torch.zeros(4))
+    other_number = (model_s, model_t) in (("resnet8x4", "vgg8"), ("MobileNetV2", "resnet8"))
+    loaders = Namespace(image_size=size, targets=batch.target)
+    if (name in ONE_WIDTH and model_t != "resnet14") or (name in ONE_NUMBER and other_number):
+        with pytest.raises(InputError, match="needs"):
+            build_objective(opt, student, teacher, loaders)
+        return
+    objective = build_objective(opt, student, teacher, loaders)
+    out_s, out_t = student.train()(batch.image), teacher("train", batch)
+    if isinstance(objective.criterion, TwoStage):
+        assert objective.criterion.init_loss(out_s.features, out_t.features).isfinite()
+    loss, terms = objective(out_s, out_t, batch)
+    assert loss.isfinite()
+    assert ("distill" in terms) == bool(objective.feeds)
 
 
 def imports(path: Path) -> set[str]:
