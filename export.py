@@ -26,6 +26,7 @@ def export_student(opt: argparse.Namespace) -> None:
 
         student = open_student(opt.run, opt.checkpoint)
         with new_files(opt.out, [FILES[opt.format], *BESIDE], opt.force) as folder:
+            print("opening the run's data set", flush=True)
             dataset = open_run_dataset(student.run, opt.data_dir)
             config = model_config(student, opt.format, FILES[opt.format], opt.with_preprocess)
             exported = export(student, opt.format, opt.with_preprocess, folder)

@@ -70,6 +70,7 @@ def milliseconds(path: Path, image: Tensor, batch: int, seconds: float = 0.5) ->
 
 def cost(exported: Exported) -> Cost:
     """What a network costs, in its file."""
+    print(f"timing {exported.onnx.name}", flush=True)
     image = exported.example[:1]
     parameters = sum(p.numel() for p in exported.network.parameters())
     times = (milliseconds(exported.onnx, image, 1), milliseconds(exported.onnx, image, 64))
@@ -108,6 +109,7 @@ def teacher_rows(opened: TrainedStudent, folder: Path) -> list[Row]:
         size = network.resolution if isinstance(network, FrozenEncoder) else opened.image_size
         path = folder / "teacher.onnx"
         teacher = Exported(path, path, TeacherNetwork(network, head).eval(), torch.zeros(2, 3, size, size))
+        print(f"writing {path.name}, to be timed", flush=True)
         with exporter_errors("the teacher"):
             save_onnx(teacher.network, teacher.example, path, ["output"])
     except (ValueError, OSError) as error:

@@ -132,6 +132,7 @@ def export(opened: TrainedStudent, form: str, takes_pixels: bool, folder: Path) 
     shape = (2, 3, opened.image_size, opened.image_size)
     example = torch.zeros(shape, dtype=torch.uint8 if takes_pixels else torch.float32)
     path, onnx = folder / FILES[form], folder / FILES["onnx"]
+    print(f"writing {path.name}", flush=True)
     with exporter_errors(opened.run.options["model_s"]):
         save_onnx(network, example, onnx, ["logits", "embedding"])
         if form == "exported":
@@ -211,6 +212,7 @@ def quantize(exported: Exported, dataset: ImageDataset, normalization: tuple) ->
     count = len(dataset.train)
     rows = torch.linspace(0, count - 1, min(count, _CALIBRATION)).round().long()
     batches = test_views(dataset, dataset.train, rows)
+    print(f"quantising {exported.path.name}, calibrated on {len(rows):,} training images", flush=True)
 
     class Images(quantization.CalibrationDataReader):
         def get_next(self) -> dict | None:
@@ -249,7 +251,9 @@ def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: Ima
     Raises:
         InputError: a file that is not quantised differs by more than ``TOLERANCE``.
     """
+    what = f"{exported.path.name}, {config['quantized']}" if config["quantized"] else exported.path.name
     run, difference, correct, test = open_file(exported.path, config), 0.0, torch.zeros(2), dataset.test
+    print(f"checking {what}, on {len(test):,} test images", flush=True)
     for rows, pixels in test_views(dataset, test, torch.arange(len(test))):
         image = normalize(pixels, opened.normalization)
         out = opened.network(image)
@@ -261,7 +265,6 @@ def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: Ima
     own, accurate = (correct / len(test)).tolist()
     classifies = opened.state.get("test_acc") is not None
     told = f"; accuracy {accurate:.2f}, the student's {own:.2f}" if classifies else ""
-    what = f"{exported.path.name}, {config['quantized']}" if config["quantized"] else exported.path.name
     print(f"{what}: largest difference to the student on {len(test)} test images {difference:.1e}{told}")
     if config["quantized"] is None and not difference <= TOLERANCE:
         raise InputError(f"{what} differs from the student by more than {TOLERANCE:g}: nothing is written")
@@ -283,11 +286,12 @@ def check_kernels(exported: Exported, config: dict, dataset: ImageDataset) -> di
         the same class.
     """
     facts, test, same = config["input"], dataset.test, 0
+    what = f"{exported.path.name}, {config['quantized']}"
+    print(f"checking {what}, against itself in float32", flush=True)
     fast, exact = (open_onnx(exported.path, optimized=optimized) for optimized in (True, False))
     for _, pixels in test_views(dataset, test, torch.arange(len(test))):
         image = pixels if exported.network.takes_pixels else normalize(pixels, (facts["mean"], facts["std"]))
         same += int((fast(image)[0].argmax(1) == exact(image)[0].argmax(1)).sum())
     found = {"processor": processor(), "same_class": 100 * same / len(test)}
-    what = f"{exported.path.name}, {config['quantized']}"
     print(f"{what}: computed in float32, it gives {found['same_class']:.2f} % of the images the same class")
     return found

@@ -20,7 +20,8 @@ def parse_export_options(argv: list[str] | None = None) -> argparse.Namespace:
         default="onnx",
         help="exported: torch.export's program (.pt2); safetensors: weights for the library's own network",
     )
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the files; if unset, RUN/export/FORMAT")
+    out = "folder of the files; if unset, RUN/export/FORMAT, and RUN/export/onnx_int8 with --quantize int8"
+    group.add_argument("--out", type=Path, metavar="DIR", help=out)
     group.add_argument("--force", action="store_true", help="overwrite files that are there")
     group.add_argument(
         "--checkpoint",

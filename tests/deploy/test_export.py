@@ -106,6 +106,15 @@ def test_onnx_gives_the_student_s_logits_and_embeddings_for_any_batch(run, onnx,
         for x, wanted in zip(found, (logits, embedding), strict=True):
             np.testing.assert_allclose(x, wanted[:count].numpy(), rtol=1e-5, atol=1e-5)
 
+    stages = [line for line in printed.split("\n") if re.match("opening|writing|checking|timing", line)]
+    assert stages == [
+        "opening the run's data set",
+        "writing model.onnx",
+        "checking model.onnx, on 20 test images",
+        "writing teacher.onnx, to be timed",
+        "timing teacher.onnx",
+        "timing model.onnx",
+    ]
     (difference,) = re.findall(r"on 20 test images (\S+); accuracy", printed)
     assert 0 < float(difference) < 1e-5
     assert f"accuracy {accuracy:.2f}, the student's {accuracy:.2f}" in printed
@@ -248,6 +257,11 @@ def test_8_bit_pixels_go_into_an_8_bit_network(run, untimed, data, tmp_path, mon
     assert before[0] == ""
     assert before[1] == before[2]
     assert after[0] == ", int8"
+    stages = printed.partition(before[2])[2]
+    for stage in (", calibrated on 70 training images", "checking model.onnx, int8, on 20 test images"):
+        assert f"{stage}\n" in stages
+        stages = stages.partition(stage)[2]
+    assert "checking model.onnx, int8, against itself in float32\n" in stages
     config = check_beside(folder, data.classes, pytest.approx(float(after[1]), abs=0.01))
     assert config["quantized"] == "int8"
     assert config["input"]["dtype"] == "uint8"
