@@ -4,7 +4,8 @@
 # interrupted is built anew.
 
 # Exit code 0 if the interpreter $1 has what requirements.txt names; otherwise prints the first thing it lacks.
-# In place of a pinned release, a later one of the same series (1.x, or 0.1.x below 1.0) will do.
+# In place of a pinned release, a later one of the same series (1.x, or 0.1.x below 1.0) will do. torchvision has to be
+# the one that was released with torch: 0.29 with torch 2.14, say.
 has_requirements() {
     "$1" - <<'EOF' 2>/dev/null
 import re
@@ -30,10 +31,12 @@ for line in open("requirements.txt"):
             found = version(name)
         except PackageNotFoundError:
             sys.exit(print(pin) or 1)
+        if name == "torchvision":  # 0.(N + 15) belongs with torch 2.N, which stands above it
+            pinned = f"0.{numbers(version('torch'))[1] + 15}"
         wanted, has = numbers(pinned)[:2], numbers(found)[:2]
         series = 1 if wanted[0] else 2
         if has[:series] != wanted[:series] or has < wanted:
-            sys.exit(print(f"{pin.strip()} (it has {found})") or 1)
+            sys.exit(print(f"{name}=={pinned} (it has {found})") or 1)
 EOF
 }
 
