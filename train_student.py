@@ -25,7 +25,7 @@ def train(opt: argparse.Namespace) -> None:
     from helper import first_stage, training
     from helper.data import build_loaders
     from helper.meters import print_record
-    from helper.objective import build_objective
+    from helper.objective import build_objective, check_lone_image
     from helper.run import Run
     from helper.runtime import resolve
     from helper.student import build_student, check_student, model_file, student_identity
@@ -52,6 +52,7 @@ def train(opt: argparse.Namespace) -> None:
         teacher = None if opt.distill == "none" else build_teacher(opt, facts, len(dataset.classes), needs)
         student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
         objective = build_objective(opt, student, teacher, loaders)
+        check_lone_image(loaders, student, teacher, objective)
         run.record(**recorded_options(opt))
         stage = None if run.state else first_stage.open_first_stage(opt, objective, run)
         if teacher is not None:

@@ -20,6 +20,7 @@ def train(opt: argparse.Namespace) -> None:
     from helper import training
     from helper.data import build_loaders
     from helper.meters import print_record
+    from helper.objective import check_lone_image
     from helper.run import Run
     from helper.runtime import resolve
     from helper.teacher import build_cnn, build_teacher, check_cnn, find_teacher, teacher_file
@@ -41,6 +42,8 @@ def train(opt: argparse.Namespace) -> None:
         loaders = build_loaders(opt, dataset, images=not encoder)
         classes = len(dataset.classes)
         teacher = build_teacher(opt, facts, classes) if encoder else build_cnn(opt, classes, loaders.image_size)
+        if not encoder:
+            check_lone_image(loaders, teacher)
         run.record(**recorded_options(opt))
         if encoder:
             teacher.open(opt, dataset)

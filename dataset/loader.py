@@ -105,9 +105,14 @@ class Draw(NamedTuple):
     stored: Tensor | None = None
 
 
-def deal(count: int, processes: int) -> tuple[int, ...]:
-    """How many of so many samples each process gets: as equal as can be, the first ones more."""
-    return tuple(count // processes + (rank < count % processes) for rank in range(processes))
+def deal(count: int, processes: int, least: int = 1) -> tuple[int, ...]:
+    """How many of so many samples each process gets: as equal as can be, the first ones more.
+
+    Args:
+        least: samples that a process gets if it gets any; the last processes then have none. Fewer go to the first.
+    """
+    used = min(processes, max(count // least, 1))
+    return tuple(count // used + (rank < count % used) if rank < used else 0 for rank in range(processes))
 
 
 class Loader:
@@ -124,7 +129,7 @@ class Loader:
     Args:
         split: images and targets.
         name: 'train' or 'test': the part of the teacher's bank that ``index`` refers to.
-        batch_size: of all processes together; the last batch may be smaller.
+        batch_size: of all processes together; the last batch may be smaller, or larger, see ``least``.
         device: where the batches are made; the images move there once, where they fit.
         rows: (N,) the rows of the split that are used; all by default.
         training: shuffle and draw views.
@@ -136,6 +141,8 @@ class Loader:
         views: of the data set.
         rank: this process's number among those that share each batch, from 0.
         processes: how many they are.
+        least: see ``deal``. A rest of an epoch that is smaller joins the batch before it: batch norm in training cannot
+            take one sample alone where its maps are a pixel each.
     """
 
     def __init__(
@@ -156,6 +163,7 @@ class Loader:
         normalization: tuple = CLIP_NORMALIZATION,
         rank: int = 0,
         processes: int = 1,
+        least: int = 1,
     ):
         self.name = name
         self.batch_size = batch_size
@@ -169,6 +177,7 @@ class Loader:
         self.normalization = normalization
         self.rank = rank
         self.processes = processes
+        self.least = least
         self.rows = torch.arange(len(split)) if rows is None else rows
         self.images = on_device(split.images, device) if images else None
         far = images and self.images.device.type != device.type
@@ -182,13 +191,24 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        batches = -(-len(self.rows) // self.batch_size)
+        full, rest = divmod(len(self.rows), self.batch_size)
+        batches = full + (rest >= self.least or bool(rest and not full))
         return batches if self.max_steps is None else min(batches, self.max_steps)
 
     @property
     def num_samples(self) -> int:
         """Samples per epoch, on all processes together."""
-        return min(len(self.rows), len(self) * self.batch_size)
+        count = len(self.rows)
+        return count if self.max_steps is None else min(count, self.max_steps * self.batch_size)
+
+    @property
+    def last(self) -> int:
+        """Samples of the last batch, on all processes together."""
+        return self.num_samples - (len(self) - 1) * self.batch_size
+
+    def shares(self, count: int) -> tuple[int, ...]:
+        """How many samples of a batch of so many are on each process."""
+        return deal(count, self.processes, self.least)
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
@@ -202,10 +222,9 @@ class Loader:
     def _draws(self, epoch: int, done: int) -> Iterator[Draw]:
         host = torch.stack(self._draw(epoch))
         numbers = host.to(self.device)
-        for start in range(done * self.batch_size, self.num_samples, self.batch_size):
-            size = min(self.batch_size, self.num_samples - start)
-            shares = deal(size, self.processes)
-            first = start + sum(shares[: self.rank])
+        for number in range(done, len(self)):
+            shares = self.shares(self.batch_size if number < len(self) - 1 else self.last)
+            first = number * self.batch_size + sum(shares[: self.rank])
             own = slice(first, first + shares[self.rank])
             yield Draw(numbers[:, own], shares, host[:, own])
 

@@ -70,7 +70,7 @@ class CapturedStep(Step):
         self._constants = self._numbers = None
 
     def __call__(self, draw: Draw, epoch: int) -> None:
-        if self.record is None or sum(draw.shares) < self.loader.batch_size:
+        if self.record is None or sum(draw.shares) != self.loader.batch_size:
             super().__call__(draw, epoch)
         elif self._before:
             self._before -= 1

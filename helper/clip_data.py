@@ -42,7 +42,8 @@ def build_clip_data(opt, dataset: ImageDataset, captioned: Split) -> ClipData:
     device, views = torch.device(opt.device), dataset.views
     # The loader only draws the teacher's views, which are resized to the teacher's resolution.
     place = {"images": False, "views": views, "rank": distributed.rank(), "processes": distributed.count()}
-    how = {"training": True, "seed": opt.seed, "max_steps": opt.max_steps}
+    least = 1 if opt.sync_bn and distributed.count() > 1 else 2  # see helper.data
+    how = {"training": True, "seed": opt.seed, "max_steps": opt.max_steps, "least": least}
     rows = (captioned.targets >= 0).nonzero().flatten()
     train = Loader(captioned, "captioned", opt.batch_size, device, rows=rows, **how, **place)
     test = Loader(dataset.test, "test", eval_batch_size(opt.device, opt.resolution), device, **place)

@@ -6,7 +6,7 @@ import copy
 import torch
 from clip.model import CLIP, convert_weights
 
-from dataset.loader import Loader, deal
+from dataset.loader import Loader
 from errors import InputError
 from models.library import synchronize_norms
 
@@ -42,18 +42,18 @@ def build_clip(opt: argparse.Namespace) -> CLIP:
 
 
 def check_batch_norm(opt: argparse.Namespace, loader: Loader) -> None:
-    """Raise an InputError where a ResNet would have to normalise the last maps, of a pixel each, of a single image."""
+    """Raise an InputError where a ResNet would have to normalise the last maps, of a pixel each, of a single image.
+
+    A loader joins one image that would be left alone to others, as ``chunks`` does; those of ``--micro_batch 1`` and a
+    data set of one image stay.
+    """
     if opt.sync_bn or opt.resolution > 32 or not isinstance(opt.vision_layers, tuple):
         return
-    last = loader.num_samples - (len(loader) - 1) * loader.batch_size
-    for size in (min(loader.batch_size, loader.num_samples), last):
-        shares = deal(size, opt.processes)
-        chunk = opt.micro_batch if opt.micro_batch and max(shares) > opt.micro_batch else size
-        if any(share and 1 in (chunk, share % chunk) for share in shares):
-            raise InputError(
-                f"a batch of {size} images leaves a process one alone, which a ResNet's batch norm cannot take at "
-                "--resolution 32: use another --batch_size, --micro_batch or number of processes"
-            )
+    if opt.micro_batch == 1 or loader.last == 1:
+        alone = "--micro_batch 1" if opt.micro_batch == 1 else "a data set of one image"
+        raise InputError(
+            f"{alone}: a ResNet's batch norm cannot take one image alone at --resolution 32; use a larger number"
+        )
 
 
 @torch.no_grad()

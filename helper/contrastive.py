@@ -135,6 +135,12 @@ class Encoders(nn.Module):
         return torch.zeros(0, self.model.text_projection.shape[1], device=inputs.device, requires_grad=True)
 
 
+def chunks(count: int, size: int) -> list[slice]:
+    """So many rows in parts of ``size``; a last row that is alone, which batch norm may not take, joins the others."""
+    ends = [*range(size, count - 1, size), count]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
 class ContrastiveStep(Step):
     """A step of contrastive training, in memory that ``opt.micro_batch`` bounds.
 
@@ -165,7 +171,7 @@ class ContrastiveStep(Step):
         loader: Loader,
         opt,
     ):
-        share = deal(loader.batch_size, loader.processes)[loader.rank]
+        share = loader.shares(loader.batch_size)[loader.rank]
         super().__init__(Encoders(model, opt, min(share, opt.micro_batch or share)), [optimizer], scaler, loader)
         self.model, self.pixels, self.tokens, self.micro_batch = model, pixels, tokens, opt.micro_batch
         highest = math.log(MAX_LOGIT_SCALE)
@@ -196,8 +202,7 @@ class ContrastiveStep(Step):
     def _backward_in_chunks(
         self, image: Tensor, tokens: Tensor, caption: Tensor, shares: Sequence[int] | None
     ) -> Tensor:
-        starts = range(0, max(len(image), len(tokens), 1), self.micro_batch)
-        parts = [slice(start, start + self.micro_batch) for start in starts]
+        parts = chunks(max(len(image), len(tokens), 1), self.micro_batch)
         with torch.no_grad():
             images, texts, scales = zip(*(self.losses(image[part], tokens[part]) for part in parts), strict=True)
             leaves = [torch.cat(images), torch.cat(texts), scales[0]]

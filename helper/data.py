@@ -69,6 +69,8 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         "rank": distributed.rank(),
         "processes": distributed.count(),
     }
+    # A process's batch norm needs two images where its maps are a pixel each, unless it is that of all processes.
+    least = 1 if opt.sync_bn and distributed.count() > 1 else 2
     targets, rows, held = dataset.train.targets, torch.arange(len(dataset.train)), None
     if opt.holdout is not None and dataset.holdout is None:
         rows, held = holdout_rows(targets, opt.holdout)
@@ -91,14 +93,14 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
         teacher_views=opt.teacher_views or None,
         shared=getattr(opt, "views", None) == "shared" or not clip,
         max_steps=opt.max_steps,
+        least=least,
         **common,
     )
-    rest = train.num_samples % train.batch_size
-    if getattr(opt, "sync_bn", False) and 0 < rest < train.processes:
+    if opt.sync_bn and train.last < train.processes:
         # PyTorch's exchange takes float32 from those with samples and, under autocast, half of that from the others.
         raise InputError(
-            f"--sync_bn: the last step of an epoch would have {rest} samples for {train.processes} processes: use "
-            f"another --batch_size than {opt.batch_size}"
+            f"--sync_bn: the last step of an epoch would have {train.last} samples for {train.processes} processes: "
+            f"use another --batch_size than {opt.batch_size}"
         )
     size = eval_batch_size(opt.device, dataset.views.size)
     test = Loader(dataset.test, "test", size, device, **common)

@@ -1,5 +1,6 @@
 """The student's loss, of one batch."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.loader import Batch
-from distiller_zoo import METHODS, Networks, kd_loss, standardize_logits
+from distiller_zoo import METHODS, Networks, TwoStage, kd_loss, standardize_logits
+from errors import InputError
 from models.heads import Classifier, Outputs, Student
 
 from . import distributed
@@ -154,6 +156,42 @@ def build_objective(
             criterion = nn.SyncBatchNorm.convert_sync_batchnorm(criterion)
     weights = (opt.gamma, opt.alpha, opt.beta)
     return Objective(criterion, feeds, *weights, opt.kd_T, clip, opt.beta_warmup, opt.logit_standard, method.relational)
+
+
+@torch.no_grad()
+def check_lone_image(
+    loaders: Loaders,
+    student: Student | Classifier,
+    teacher: EncoderTeacher | CnnTeacher | None = None,
+    objective: Objective | None = None,
+) -> None:
+    """Try a step of one image, where the run has one; a loader joins a single last image to others, where there are.
+
+    Args:
+        objective: its criterion may have batch norm too, with a CNN teacher.
+
+    Raises:
+        InputError: a batch norm in training has a single value of each channel, which it cannot normalise.
+    """
+    if loaders.train.last > 1:
+        return
+    student, objective = copy.deepcopy((student, objective))  # statistics and memories stay as they are
+    zero = torch.zeros(1, dtype=torch.int64, device=loaders.train.device)
+    batch = Batch(zero, zero, torch.zeros(1, 3, *[loaders.image_size] * 2, device=zero.device), zero)
+    try:
+        out_s = student.train()(batch.image)
+        if isinstance(teacher, CnnTeacher) and objective.criterion is not None:
+            out_t = teacher(loaders.train.name, batch)
+            objective(out_s, out_t, batch)
+            if isinstance(objective.criterion, TwoStage):
+                objective.criterion.init_loss(out_s.features, out_t.features)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "batch norm cannot take a step of one image with maps of one pixel: use --batch_size 2 or more "
+            "and two training images or more"
+        ) from error
 
 
 @torch.no_grad()

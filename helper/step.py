@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dataset.loader import Batch, Draw, Loader, deal
+from dataset.loader import Batch, Draw, Loader
 from models.heads import Classifier, Outputs, Student
 
 from . import distributed
@@ -38,7 +38,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.teacher, self.criterion = student, teacher, objective.criterion
         self.objective, self.opt, self.trains_head = objective, opt, trains_head
-        self.split, self.full = loader.name, deal(loader.batch_size, loader.processes)[loader.rank]
+        self.split, self.full = loader.name, loader.shares(loader.batch_size)[loader.rank]
         maps = objective.needs_maps
 
         def see(image: Tensor) -> Outputs:
@@ -50,7 +50,7 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """What the gradients are of, and by name the losses and what else is measured."""
-        # The last, smaller batch would be compiled anew.
+        # The last batch, of another size, would be compiled anew.
         full = len(batch.target) == self.full
         with autocast(self.opt.device, self.opt.amp):
             out_s = (self.compiled if full else self.student)(batch.image)

@@ -119,7 +119,7 @@ def build_scaler(opt) -> torch.amp.GradScaler:
 
 def _warn_of_rest(loader: Loader) -> None:
     """Say so where an epoch ends, just before its test pass, in a step on so few images that batch norm fails."""
-    size, rest = loader.batch_size, loader.num_samples % loader.batch_size
+    size, rest = loader.batch_size, loader.last
     if 0 < rest < size / 8:
         better = next(n for n in range(size, 0, -1) if not 0 < loader.num_samples % n < n / 2)
         print(f"the last step of an epoch has {rest} of --batch_size {size}, too few for batch norm: try {better}")

@@ -132,6 +132,23 @@ def test_a_method_that_needs_maps_is_refused_with_a_clip(name, tiny_clip, save_d
     assert not save_dir.exists()
 
 
+@pytest.mark.parametrize("batch_size", [69, 23])
+def test_a_last_image_alone_joins_the_step_before_it(cnn, save_dir, batch_size):
+    """70 images; reviewkd normalises pooled features, of a value in each channel of an image."""
+    folder = distil(save_dir, "--distill", "reviewkd", "--path_t", cnn, "--batch_size", batch_size, "--max_steps", 9)
+    assert weights(folder).isfinite().all()
+
+
+def test_steps_of_one_image_are_refused_where_batch_norm_cannot_take_them(cnn, save_dir, capsys):
+    one = ("--batch_size", 1, "--max_steps", 1, "--epochs", 1)
+    with pytest.raises(SystemExit) as stopped:
+        distil(save_dir, "--distill", "reviewkd", "--path_t", cnn, *one)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "use --batch_size 2 or more" in said and said.count("\n") == 1
+    distil(save_dir, "--distill", "attention", "--path_t", cnn, *one)
+
+
 def reference_epoch(data: ImageDataset, cnn: Path, name: str) -> tuple[dict, dict]:
     """One epoch from a CNN written down step by step, with plain SGD, from the same start."""
     torch.manual_seed(0)

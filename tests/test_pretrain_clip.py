@@ -157,13 +157,18 @@ def test_bad_input(tiny_dataset, tmp_path, capsys, arguments, word):
 
 
 @pytest.mark.parametrize("options", [["--batch_size", 23], ["--micro_batch", 5]], ids=str)
-def test_a_single_image_for_batch_norm_is_refused(tiny_dataset, tmp_path, capsys, options):
-    """70 images in batches of 23 leave one; a batch of 16 in chunks of 5 too. More pixels or a ViT can take it."""
+def test_a_single_last_image_joins_the_others(tiny_dataset, tmp_path, options):
+    """70 images in batches of 23 leave one, and a batch of 16 in chunks of 5 too."""
+    train(tmp_path, *RESNET, "--epochs", 1, *options)
+
+
+def test_single_images_for_batch_norm_are_refused(tiny_dataset, tmp_path, capsys):
+    """More pixels or a ViT can take them."""
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path, *RESNET, "--epochs", 1, *options)
+        train(tmp_path, *RESNET, "--epochs", 1, "--micro_batch", 1)
     assert stop.value.code == 2
     assert "batch norm" in capsys.readouterr().err
-    train(tmp_path / "other", *VIT, "--epochs", 1, *options)
+    train(tmp_path / "other", *VIT, "--epochs", 1, "--max_steps", 1, "--micro_batch", 1)
 
 
 def test_other_options_do_not_resume(tiny_dataset, tmp_path, capsys):

@@ -139,7 +139,7 @@ def test_learning_rate_decays_after_its_epochs(train):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "said"), [(23, "has 1 of --batch_size 23, too few for batch norm: try 20"), (20, "")]
+    ("batch_size", "said"), [(34, "has 2 of --batch_size 34, too few for batch norm: try 28"), (23, ""), (20, "")]
 )
 def test_a_last_step_on_too_few_images_is_told(train, capsys, batch_size, said):
     train("--distill", "none", "--epochs", 1, "--batch_size", batch_size)

@@ -215,10 +215,39 @@ def test_a_holdout_of_classes_of_one_image_each_is_refused():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize(("size", "steps"), [(149, 1), (147, 2), (37, 5), (3, 50), (2, 75), (200, 1)])
+def test_no_process_of_batch_norm_has_a_lone_sample(split, size, steps, processes):
+    place = [{"rank": rank, "processes": processes, "least": 2} for rank in range(processes)]
+    loaders = [train_loader(split, size, **where) for where in place]
+    batches = list(zip(*(loader.epoch(1) for loader in loaders), strict=True))
+    shares = [[len(part.target) for part in parts] for parts in batches]
+    assert {len(loader) for loader in loaders} == {len(batches)} == {steps}
+    assert not any(1 in share for share in shares)
+    assert all(sum(share) == size for share in shares[:-1])
+    assert {loader.last for loader in loaders} == {sum(shares[-1])}
+    rows = torch.cat([part.index for parts in batches for part in parts])
+    assert torch.equal(rows, torch.cat([batch.index for batch in train_loader(split, size).epoch(1)]))
+
+
+@pytest.mark.parametrize(("max_steps", "sizes"), [(None, [50, 51]), (2, [50, 50]), (1, [50]), (3, [50, 51])])
+def test_a_lone_last_sample_joins_the_batch_before_it_where_that_is_not_cut_off(split, max_steps, sizes):
+    rows = {"rows": torch.arange(101), "max_steps": max_steps}
+    whole, cut = ([*train_loader(split, 50, **rows, least=least).draws(1)] for least in (2, 1))
+    loader = train_loader(split, 50, **rows, least=2)
+    assert [draw.numbers.shape[1] for draw in whole] == sizes
+    assert (len(loader), loader.num_samples, loader.last) == (len(sizes), sum(sizes), sizes[-1])
+    assert torch.equal(whole[0].numbers, cut[0].numbers)
+    (resumed,) = [*loader.draws(1, done=len(sizes) - 1)]
+    assert torch.equal(resumed.numbers, whole[-1].numbers)
+    assert [batch.index.tolist() for batch in train_loader(split, 5, rows=torch.tensor([3]), least=2).epoch(1)] == [[3]]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("least", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
-def test_processes_share_each_batch_that_one_would_see(split, processes, training):
+def test_processes_share_each_batch_that_one_would_see(split, processes, training, least):
     """150 rows in batches of 37, the last one of 2."""
-    options = {"training": training, "seed": 1, "teacher_views": 3}
+    options = {"training": training, "seed": 1, "teacher_views": 3, "least": least}
     whole = list(Loader(split, "train", 37, CPU, **options).epoch(2))
     place = [{"rank": rank, "processes": processes} for rank in range(processes)]
     loaders = [Loader(split, "train", 37, CPU, **options, **where) for where in place]
@@ -227,7 +256,7 @@ def test_processes_share_each_batch_that_one_would_see(split, processes, trainin
         columns = zip(*(part[:4] for part in parts), strict=True)
         assert all(torch.equal(torch.cat(column), x) for column, x in zip(columns, batch[:4], strict=True))
         sizes = tuple(len(part.target) for part in parts)
-        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(size for size in sizes if size or least == 1) <= 1
         assert sorted(sizes, reverse=True) == list(sizes)
         assert {part.shares for part in parts} == {None if processes == 1 else sizes}
         # A mean over processes of weighted means over shares is the mean over the batch.
