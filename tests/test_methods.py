@@ -146,7 +146,7 @@ def test_steps_of_one_image_are_refused_where_batch_norm_cannot_take_them(cnn, s
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "use --batch_size 2 or more" in said and said.count("\n") == 1
-    distil(save_dir, "--distill", "attention", "--path_t", cnn, *one)
+    distil(save_dir / "other", "--distill", "attention", "--path_t", cnn, *one)
 
 
 def reference_epoch(data: ImageDataset, cnn: Path, name: str) -> tuple[dict, dict]:
