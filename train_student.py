@@ -8,7 +8,7 @@ from dataset import open_dataset, student_size
 from distiller_zoo import METHODS
 from helper import launch
 from helper.exits import exit_on_bad_input, exits
-from helper.names import sized_name, student_run_name
+from helper.names import student_run_name
 from helper.options import parse_student_options, recorded_options
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def train(opt: argparse.Namespace) -> None:
     from helper.objective import build_objective, check_lone_image
     from helper.run import Run
     from helper.runtime import resolve
-    from helper.student import build_student, check_student, model_file, student_identity
+    from helper.student import build_student, find_student, model_file
     from helper.teacher import build_teacher, find_teacher
     from helper.validation import Evaluation
 
@@ -38,12 +38,11 @@ def train(opt: argparse.Namespace) -> None:
     # or decoded after the networks were looked at, and embeddings are encoded last.
     with exit_on_bad_input("train_student.py"):
         facts, identity = find_teacher(opt)
-        identity |= student_identity(opt)
-        check_student(opt, needs, student_size(opt.dataset, opt.image_size))
+        identity |= find_student(opt, needs, student_size(opt.dataset, opt.image_size))
         dataset = open_dataset(vars(opt))
         identity["dataset_sha256"] = dataset.fingerprint()
-        name, stem = student_run_name(opt, dataset.name, identity), sized_name(opt.model_s, opt.student_resolution)
-        run = Run(opt, identity, "student_model", "student_tensorboards", name, stem)
+        name = student_run_name(opt, dataset.name, identity)
+        run = Run(opt, identity, "student_model", "student_tensorboards", name, opt.stem)
         if run.finished:
             print_result(run)
             return

@@ -61,6 +61,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
             that are needed and are not there; or, with ``--sync_bn``, a last batch that leaves a process without a
             sample.
     """
+    check_labels(opt, opt.labels * float((dataset.train.targets >= 0).double().mean()))
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
         "views": dataset.views,
@@ -79,7 +80,6 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     if opt.labels < 1:
         targets = keep_labels(targets, opt.labels, dataset.classes)
     labelled = int((targets >= 0).sum())
-    check_labels(opt, labelled / len(rows))
     if not (getattr(opt, "alpha", 0) or getattr(opt, "beta", 0)):  # classification alone
         rows = rows[targets[rows] >= 0]
     train = Loader(

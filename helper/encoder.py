@@ -6,22 +6,18 @@ version of the library that builds it.
 """
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from models.create import create_encoder, encoder_sha256
+from models.create import create_encoder, encoder_sha256, library_version
 from models.encoders import FrozenEncoder
 from models.names import parse_name, short_name
 
 from . import checkpoint, distributed
 from .runtime import DTYPES, teacher_precision
-
-# Which package builds a library's networks.
-_PACKAGES = {"timm": "timm", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
 
 _KEPT = ("name", "sha256", "resolution", "normalization", "interpolation", "antialias", "dim", "published", "facts")
 
@@ -73,10 +69,8 @@ def encoder_facts(clip_mode: str, clip_root: str, resolution: int | None, save_d
     name = parse_name(clip_mode)
     if name.library is not None and name.path is None:
         return _facts_of(create_encoder(clip_mode, clip_root, resolution=resolution))
-    sha256 = encoder_sha256(clip_mode, clip_root)
-    version = None if name.library is None else _version(_PACKAGES[name.library])
     network = None if name.library is None else name.name
-    key = [name.library, network, sha256, resolution, version]
+    key = [name.library, network, encoder_sha256(clip_mode, clip_root), resolution, library_version(name)]
     path = Path(save_dir) / "teacher_bank" / "encoders" / f"{_digest(key)[:16]}.json"
     known = _read(path)
     if known is None:
@@ -106,10 +100,3 @@ def _read(path: Path) -> dict | None:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # which building the network then says
-        return None

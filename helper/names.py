@@ -28,7 +28,7 @@ def student_run_name(opt: argparse.Namespace, data: str, identity: dict[str, str
         data: the data set's name.
         identity: the hashes of data and weights.
     """
-    return opt.name or _name([parse_name(opt.model_s).short, opt.model_t, data, opt.distill], opt, identity)
+    return opt.name or _name([opt.stem, opt.model_t, data, opt.distill], opt, identity)
 
 
 def teacher_run_name(opt: argparse.Namespace, data: str, identity: dict[str, str]) -> str:

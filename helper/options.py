@@ -308,6 +308,7 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
     opt = parser.parse_args(argv)
     check_data(parser, opt)
     _resolve_teacher(parser, opt)
+    opt.stem = sized_name(opt.model_s, opt.student_resolution)  # of the files of its weights
     method, clip = METHODS[opt.distill], bool(opt.clip_tn)
     if clip and method.needs_maps:
         able = ", ".join(name for name, other in METHODS.items() if not other.needs_maps)

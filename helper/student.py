@@ -38,19 +38,27 @@ def build_student(
     return student.to(opt.device, memory_format=torch.channels_last)
 
 
-def check_student(opt, needs: Needs, image_size: int | None) -> None:
+def find_student(opt, needs: Needs, image_size: int | None) -> dict[str, str]:
     """Try to build the student before there are images, which may take hours to download or to decode.
 
     Args:
         needs: what the method asks of it.
         image_size: height and width of the images in pixels; None where only the images tell.
 
+    Returns:
+        The hash of the file of weights that it starts from, by name, where one is given.
+
     Raises:
-        InputError, OSError: see ``build_student``.
+        InputError: no such file; see also ``build_student``.
+        OSError: see ``build_student``.
     """
+    if opt.init_s is not None and not Path(opt.init_s).is_file():
+        raise InputError(f"--init_s {opt.init_s}: no such file of weights")
     student, _ = _create(opt, num_classes=2, needs=needs, teacher_dim=2)  # numbers that no check depends on
     if image_size is not None:
         check_image_size(student, opt.model_s, image_size, "--student_resolution")
+    path = parse_name(opt.model_s).path if opt.init_s is None else opt.init_s
+    return {} if path is None else {"init_sha256": sha256_of(path)}
 
 
 def _create(opt, num_classes: int, needs: Needs, teacher_dim: int | None) -> tuple[Student | Classifier, list[str]]:
@@ -66,20 +74,6 @@ def _create(opt, num_classes: int, needs: Needs, teacher_dim: int | None) -> tup
     if opt.init_s is None:
         return student, []
     return student, load_into(student.backbone, read_state(opt.init_s))
-
-
-def student_identity(opt) -> dict[str, str]:
-    """The hash of the file of weights that it starts from, by name, where one is given.
-
-    Raises:
-        InputError: no such file.
-    """
-    path = parse_name(opt.model_s).path if opt.init_s is None else opt.init_s
-    if path is None:
-        return {}
-    if not Path(path).is_file():
-        raise InputError(f"{'--model_s' if opt.init_s is None else '--init_s'} {path}: no such file of weights")
-    return {"init_sha256": sha256_of(path)}
 
 
 def model_file(

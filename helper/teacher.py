@@ -122,7 +122,7 @@ class CnnTeacher(nn.Module):
 def find_teacher(opt) -> tuple[dict | None, dict[str, str]]:
     """What is known of the teacher before it is built and before there are images.
 
-    Its files are there and of the right kind; see ``encoder_facts`` and ``architecture``.
+    Its files are there and of the right kind; see ``encoder_facts``.
 
     Returns:
         The facts of a frozen encoder, None of a CNN; and the hashes of the files that it is made of, by name. Without
@@ -133,15 +133,13 @@ def find_teacher(opt) -> tuple[dict | None, dict[str, str]]:
     """
     if getattr(opt, "distill", None) == "none":
         return None, {}
-    if not opt.clip_tn:
-        architecture(opt.path_t)
-        return None, {"teacher_sha256": sha256_of(opt.path_t)}
-    facts = encoder_facts(opt.clip_mode, opt.clip_root, opt.teacher_resolution, opt.save_dir)
-    identity = {"clip_sha256": facts["sha256"]}
-    if opt.path_t is not None:
+    if opt.clip_tn:
+        facts = encoder_facts(opt.clip_mode, opt.clip_root, opt.teacher_resolution, opt.save_dir)
+        if opt.path_t is None:
+            return facts, {"clip_sha256": facts["sha256"]}
         check_head(opt.path_t, facts)
-        identity["head_sha256"] = sha256_of(opt.path_t)
-    return facts, identity
+        return facts, {"clip_sha256": facts["sha256"], "head_sha256": sha256_of(opt.path_t)}
+    return None, {"teacher_sha256": sha256_of(opt.path_t)}  # a CNN, which the parser has looked at
 
 
 def build_teacher(opt, facts: dict | None, num_classes: int, needs: Needs | None = None) -> EncoderTeacher | CnnTeacher:

@@ -143,8 +143,8 @@ def train_student(
         optimizers.append(sgd(teacher.head.parameters(), opt.learning_rate_t, opt))
         stateful["optimizer_t"] = optimizers[1]
     seen = teacher if objective.needs_teacher or trains_head else None
-    losses = Distillation(student, seen, objective, loaders.train, opt, trains_head)
     _warn_of_rest(loaders.train)
+    losses = Distillation(student, seen, objective, loaders.train, opt, trains_head)
     step = build_step(opt.graph, losses, optimizers, build_scaler(opt), loaders.train, seen)
     return Training(opt, step, student, stateful)
 

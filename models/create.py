@@ -1,5 +1,7 @@
 """Networks by name: backbones, students made of them, frozen encoders."""
 
+import importlib.metadata
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from . import check_model_name, model_dict
 from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text_encoder
 from .heads import Classifier, Projection, Student, StudNet
 from .library import create_library_model
-from .names import check_file, parse_name
+from .names import Name, check_file, parse_name
 from .published import fetch_clip
 from .weights import sha256_of
 
@@ -97,6 +99,20 @@ def create_encoder(
 
         return ImageEncoder(clip_mode, clip_root, dtype, resolution)
     return LibraryEncoder(name, dtype, resolution)
+
+
+# Which package builds a library's networks.
+_PACKAGES = {"timm": "timm", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
+
+
+def library_version(name: Name) -> str | None:
+    """The version of the library that builds a network; None for OpenAI's, or where the library is not installed."""
+    if name.library is None:
+        return None
+    try:
+        return importlib.metadata.version(_PACKAGES[name.library])
+    except importlib.metadata.PackageNotFoundError:  # which building the network then says
+        return None
 
 
 def encoder_sha256(clip_mode: str, clip_root: str) -> str:
