@@ -241,10 +241,6 @@ def install(device: Device) -> None:
 def serve(pipe) -> None:
     """Runs the commands that it is sent, until it is sent None; see ``PretendGpu``."""
     torch.set_num_threads(1)
-    for name, module in list(sys.modules.items()):  # the house is imported again, with the device's name
-        path = Path(getattr(module, "__file__", None) or "/")
-        if path.is_relative_to(ROOT) and ".venv" not in path.parts and name != __name__:
-            del sys.modules[name]
     device = Device(f"torch.{NAME}")
     install(device)
     import dataset
@@ -301,7 +297,7 @@ class PretendGpu:
     """A process that has one."""
 
     def __init__(self):
-        context = multiprocessing.get_context("fork")  # what is not of the house need not be imported again
+        context = multiprocessing.get_context("spawn")  # autograd keeps the devices that it has met first
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs,))
         self.process.start()

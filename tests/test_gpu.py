@@ -34,7 +34,8 @@ def both(train, train_on_gpu, tmp_path):
         options = ["--learning_rate", 0.001, "--epochs", 2, *options]
         on_cpu = train(*options, save_dir=tmp_path / "cpu")
         captures = train_on_gpu(*options, *cuda, free=free)
-        return on_cpu, tmp_path / "gpu" / on_cpu.parent.name / on_cpu.name, captures
+        (on_gpu,) = (tmp_path / "gpu" / on_cpu.parent.name).iterdir()
+        return on_cpu, on_gpu, captures
 
     return run
 
