@@ -13,44 +13,32 @@ from errors import InputError
 from .encoders import FrozenEncoder, TextEncoder
 from .names import short_name
 from .published import fetch_clip
-from .weights import is_torchscript, load_plain, load_torchscript
+from .weights import read_state
 
 _NORMALIZE = clip.clip._transform(224).transforms[-1]
 
 
 def load_clip(path: str | os.PathLike) -> CLIP:
-    """A CLIP from a TorchScript archive or a state dict, on the CPU, in ``eval()`` mode, without gradients.
+    """A CLIP from a TorchScript archive or a file of weights, on the CPU, in ``eval()`` mode, without gradients.
 
-    Weights that the published files hold in fp16 are fp16, as OpenAI's own loader leaves them.
+    Weights that the published files hold in fp16 are fp16, as OpenAI's own loader leaves them; those of a CLIP that was
+    fine-tuned in float32 stay so.
 
     Raises:
-        InputError: not a CLIP, or a file that holds anything but tensors.
+        InputError: not a CLIP, or a file that holds anything but plain data.
     """
-    state = _read_state(path)
+    state = read_state(path)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             build_model(dict(state))  # whether all fits, before memory is taken for the sizes that the file tells
-        model = build_model(state)
+        model = build_model(dict(state))
     except (KeyError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a CLIP in OpenAI's format ({reason})") from error
+    if state["visual.conv1.weight"].dtype == torch.float32:  # which build_model has rounded to fp16
+        model.float().load_state_dict({name: x for name, x in state.items() if name in model.state_dict()})
     return model.eval().requires_grad_(False)
-
-
-def _read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    try:
-        if is_torchscript(path):
-            # A mask is a tensor of the modules, but neither a parameter nor a buffer.
-            return {name: x for name, x in load_torchscript(path).items() if not name.endswith("attn_mask")}
-        state = load_plain(path)
-    except OSError:
-        raise
-    except Exception as error:  # on a damaged file torch's loaders raise whatever they stumble over
-        raise InputError(f"{path} is not a CLIP checkpoint, or holds more than tensors") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} is not a CLIP checkpoint: it holds more than named tensors")
-    return dict(state)
 
 
 def tokenize(texts: list[str]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from errors import InputError
 
+from .heads import check_sees_all
 from .library import check_library_model, import_library, library_network, torchvision_models
 from .names import Name, check_file, library_errors, unknown
 from .weights import read_state, sha256_of, sha256_of_state
@@ -124,6 +126,7 @@ class LibraryEncoder(FrozenEncoder):
             raise InputError(f"{self.name} cannot take images of {self.resolution} pixels ({reason})") from error
         if embedding.dim() != 2:
             raise InputError(f"{self.name} gives no pooled features, but {tuple(embedding.shape)}")
+        check_sees_all(self.net, self._pooled, self.name, self.resolution, "--teacher_resolution")
         return embedding.shape[1]
 
     def embed(self, image: Tensor) -> Tensor:
@@ -149,20 +152,59 @@ def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
     return net, (resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"], True)
 
 
-def _open_clip_model(name: Name, resolution: int | None = None) -> nn.Module:
-    """Both halves of a model of open_clip, in evaluation mode."""
+# Of open_clip's table of published weights, what says how pictures are fed.
+_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+
+
+def _open_clip_settings(name: Name) -> tuple[dict, bool]:
+    """How pictures are fed to weights of open_clip, and whether they were trained with OpenAI's approximate GELU.
+
+    The library knows both by the tag of published weights alone. A file without a tag gets what all tags of its
+    architecture have in common; where they differ, the library's defaults are assumed, which is printed.
+
+    Raises:
+        InputError: open_clip does not know the architecture or the tag.
+    """
     open_clip = import_library("open_clip", "open_clip_torch")
     arch, _, tag = name.name.partition("/")
     if arch not in open_clip.list_models():
         raise unknown("architecture of open_clip", arch, open_clip.list_models())
-    if name.path is not None:
-        read_state(name.path)  # refuses what is no file of weights before the library sees it
-    elif tag not in (tags := open_clip.list_pretrained_tags_by_model(arch)):
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if tag not in tags and (tag or name.path is None):
         raise InputError(
             f"open_clip:{name.name}: weights of {arch} are open_clip:{arch}/TAG with a TAG of {', '.join(tags)}, or "
             f"open_clip:{arch}=PATH"
         )
-    return open_clip.create_model(arch, pretrained=name.path or tag, force_image_size=resolution).eval()
+    table = [open_clip.get_pretrained_cfg(arch, each) for each in ([tag] if tag else tags)]
+    found = [{key: cfg[key] for key in _PREPROCESS if key in cfg} for cfg in table]
+    gelus = {bool(cfg.get("quick_gelu")) for cfg in table}
+    alike, assumed = len({repr(each) for each in found}) == 1, []
+    if not alike:
+        assumed.append("OpenAI's mean, std and interpolation")
+    if len(gelus) != 1:
+        assumed.append("the architecture's own GELU")
+    if assumed:
+        why = "the tags of this architecture differ in it: name one" if tags else "open_clip publishes no weights of it"
+        example = f", as open_clip:{arch}/{tags[0]}=PATH" if tags else ""
+        print(f"open_clip:{arch}={name.path}: takes {' and '.join(assumed)}; {why}{example}")
+    return found[0] if alike else {}, gelus == {True}
+
+
+def _open_clip_model(name: Name, resolution: int | None = None) -> nn.Module:
+    """Both halves of a model of open_clip, in evaluation mode."""
+    preprocess, quick_gelu = _open_clip_settings(name)
+    import open_clip
+
+    arch, _, tag = name.name.partition("/")
+    options = {"force_image_size": resolution, "force_quick_gelu": quick_gelu, "force_preprocess_cfg": preprocess}
+    if name.path is None:
+        return open_clip.create_model(arch, pretrained=tag, **options).eval()
+    state = read_state(name.path)
+    for fact in ("input_resolution", "context_length", "vocab_size"):  # of OpenAI's files
+        state.pop(fact, None)
+    # The library's own reader knows fewer kinds of files.
+    with mock.patch.object(open_clip.factory, "load_state_dict", return_value=state):
+        return open_clip.create_model(arch, pretrained=name.path, **options).eval()
 
 
 def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:

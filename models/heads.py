@@ -1,5 +1,7 @@
 """The linear heads of student and teacher, and what a network gives."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -109,7 +111,48 @@ def check_image_size(model: nn.Module, name: str, image_size: int, flag: str) ->
         raise InputError(
             f"{name} cannot take images of {model.resolution or image_size} pixels ({reason}); set {flag}"
         ) from error
+    backbone, size = model.backbone, model.resolution or image_size
+    check_sees_all(backbone, lambda image: backbone(image, is_feat=True)[0][-1], name, size, flag)
     model.train(mode)
+
+
+def _step(net: nn.Module) -> int:
+    """Pixels from one patch to the next: the product of the strides of convolutions that do not overlap."""
+    convolutions = (module for module in net.modules() if isinstance(module, nn.Conv2d))
+    return math.prod(x.stride[0] for x in convolutions if x.kernel_size == x.stride and x.padding in (0, (0, 0)))
+
+
+def check_sees_all(net: nn.Module, pooled: Callable[[Tensor], Tensor], name: str, resolution: int, flag: str) -> None:
+    """Refuse a size at which a network that cuts pictures into patches leaves out the last rows and columns.
+
+    Args:
+        net: the network, in evaluation mode.
+        pooled: what makes pooled features of images (1, 3, resolution, resolution).
+        name: of the network.
+        resolution: height and width of its input in pixels.
+        flag: the option that sets the size.
+
+    Raises:
+        InputError: its features do not depend on the last rows or columns.
+    """
+    step = _step(net)
+    if resolution % step == 0:
+        return
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, resolution, resolution, generator=generator).requires_grad_()
+    with torch.enable_grad():
+        features = pooled(image).float()
+        # Not their norm, which a last layer norm makes the same for every image.
+        (gradient,) = torch.autograd.grad((features * torch.randn(features.shape, generator=generator)).sum(), image)
+    seen = gradient.abs().amax(dim=(0, 1, 3)).nonzero().flatten()
+    unseen = resolution - 1 - int(seen.max()) if len(seen) else resolution
+    if unseen:
+        lower = resolution // step * step
+        advice = f"set {flag} to {lower} or {lower + step}" if lower else f"set another {flag}"
+        raise InputError(
+            f"{name} takes pictures in steps of {step} pixels: at {resolution} it sees nothing of the last {unseen} "
+            f"rows and columns; {advice}"
+        )
 
 
 class Student(nn.Module):

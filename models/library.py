@@ -13,7 +13,7 @@ from errors import InputError
 from .heads import Linear
 from .maps import Graph, Intermediates, take_maps
 from .names import Name, check_file, library_errors, unknown
-from .weights import read_state
+from .weights import load_weights, named_tensors, read_state
 
 # A size in pixels that a network refuses where it is built for another one.
 _ANY_SIZE = 256
@@ -149,11 +149,11 @@ def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Networ
     classifier = linear[-1]
     net.set_submodule(classifier, nn.Identity())
     if weighted:
-        state = read_state(name.path) if name.path is not None else _published(name.name)
+        state = read_state(name.path) if name.path is not None else named_tensors(_published(name.name), name.name)
         if isinstance(net, models.VisionTransformer):
             state = models.vision_transformer.interpolate_embeddings(net.image_size, net.patch_size, state)
         heads = (f"{classifier}.", "AuxLogits.", "aux1.", "aux2.")
-        net.load_state_dict({key: x for key, x in state.items() if not key.startswith(heads)})
+        load_weights(net, {key: x for key, x in state.items() if not key.startswith(heads)})
     return Network(net, classifier, options.get("image_size", size))
 
 
@@ -286,5 +286,5 @@ def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
             raise InputError(
                 f"--init_s: {name} {found}, this backbone's is {tuple(x.shape)}; give weights of this network"
             )
-    model.load_state_dict(own | fitting)
+    load_weights(model, own | fitting)
     return [name for name in state if name not in fitting]

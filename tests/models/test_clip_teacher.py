@@ -181,10 +181,10 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(clip_archives, tmp_path):
     state = dict(torch.jit.load(clip_archives["vit"]).state_dict())
     trap, path = tmp_path / "ran", tmp_path / "clip.pt"
     torch.save({**state, "extra": Code(trap)}, path)
-    with pytest.raises(ValueError, match="more than tensors"):
+    with pytest.raises(ValueError, match="more than plain data"):
         load_clip(path)
     path.write_bytes(pickle.dumps(Code(trap), protocol=2))
-    with pytest.raises(ValueError, match="more than tensors"):
+    with pytest.raises(ValueError, match="more than plain data"):
         load_clip(path)
     assert not trap.exists()
     pickle.loads(path.read_bytes())
@@ -199,7 +199,7 @@ def _written(path: Path, value) -> Path:
 @pytest.mark.parametrize("extra", [{"epoch": 3}, {"name": "clip"}, {"nested": {"weight": torch.ones(1)}}])
 def test_a_dictionary_of_more_than_tensors_is_refused(clip_archives, tmp_path, extra):
     state = dict(torch.jit.load(clip_archives["vit"]).state_dict())
-    with pytest.raises(ValueError, match="holds more than named tensors"):
+    with pytest.raises(ValueError, match="holds no named tensors alone"):
         load_clip(_written(tmp_path / "clip.pt", state | extra))
 
 
@@ -215,7 +215,7 @@ def test_a_dictionary_of_more_than_tensors_is_refused(clip_archives, tmp_path, e
     ],
 )
 def test_tensors_that_are_not_a_clip_are_refused(tmp_path, value):
-    with pytest.raises(ValueError, match="not a CLIP"):
+    with pytest.raises(ValueError, match="not a CLIP|no file of weights"):
         load_clip(_written(tmp_path / "clip.pt", value))
 
 
@@ -223,10 +223,10 @@ def test_tensors_that_are_not_a_clip_are_refused(tmp_path, value):
 def test_a_clip_that_lacks_a_tensor_or_has_one_of_another_shape_is_refused(clip_archives, tmp_path, kind):
     state = dict(torch.jit.load(clip_archives[kind]).state_dict())
     for name in ("text_projection", "visual.conv1.weight", "ln_final.bias", "positional_embedding"):
-        with pytest.raises(ValueError, match="not a CLIP"):
+        with pytest.raises(ValueError, match="not a CLIP|no file of weights"):
             load_clip(_written(tmp_path / "less.pt", {k: v for k, v in state.items() if k != name}))
     other = state | {"ln_final.bias": torch.zeros(3)}
-    with pytest.raises(ValueError, match="not a CLIP"):
+    with pytest.raises(ValueError, match="not a CLIP|no file of weights"):
         load_clip(_written(tmp_path / "other.pt", other))
 
 
@@ -235,7 +235,7 @@ def test_another_torchscript_module_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), str(path))
-    with pytest.raises(ValueError, match="not a CLIP"):
+    with pytest.raises(ValueError, match="not a CLIP|no file of weights"):
         load_clip(path)
 
 
@@ -247,7 +247,7 @@ def test_a_truncated_file_is_refused(clip_archives, tmp_path, share, form):
         path = _written(tmp_path / "whole.pt", dict(torch.jit.load(path).state_dict()))
     content = path.read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match="not a CLIP"):
+    with pytest.raises(ValueError, match="not a CLIP|no file of weights"):
         load_clip(tmp_path / "cut.pt")
 
 
@@ -260,5 +260,5 @@ BROKEN_ZIP = bytes(46) + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, 46, 
 )
 def test_another_kind_of_file_is_refused(tmp_path, content):
     (tmp_path / "clip.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="not a CLIP"):
+    with pytest.raises(ValueError, match="not a CLIP|no file of weights"):
         load_clip(tmp_path / "clip.pt")

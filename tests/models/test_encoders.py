@@ -3,6 +3,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import clip
 import huggingface_hub.constants
 import open_clip
 import pytest
@@ -12,9 +13,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from conftest import Code
-from models import create_encoder, create_text_encoder
-from models.encoders import CPU_BATCH
+from conftest import TINY_VIT, Code
+from errors import InputError
+from models import create_encoder, create_student, create_text_encoder
+from models.encoders import CPU_BATCH, _open_clip_settings
+from models.heads import check_image_size
+from models.names import parse_name
 from models.weights import sha256_of
 
 TINY_TOWER = {
@@ -232,3 +236,70 @@ def test_who_has_no_text_encoder_says_so(make, library):
     _, name, _ = make(library)
     with pytest.raises(ValueError, match="understands no text"):
         create_text_encoder(name, "unused")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("timm:vit_tiny_patch16_224", 150, "the last 6 rows and columns; set --teacher_resolution to 144 or 160"),
+        ("timm:test_convnext", 70, "set --teacher_resolution to 64 or 96"),
+    ],
+)
+def test_a_size_at_which_the_teacher_would_not_see_all_is_refused(name, size, words, tmp_path):
+    library = name.partition(":")[2]
+    path = save(timm.create_model(library).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(InputError, match=words):
+        create_encoder(f"{name}={path}", "unused", resolution=size)
+    create_encoder(f"{name}={path}", "unused", resolution=int(words[-3:]))
+
+
+def test_a_student_and_a_tower_of_open_clip_that_would_not_see_all_are_refused(make, tmp_path):
+    name = make("open_clip")[1]  # in patches of 16 pixels
+    with pytest.raises(InputError, match="last 8 rows and columns; set --teacher_resolution to 32 or 48"):
+        create_encoder(name, "unused", resolution=40)
+    with pytest.raises(InputError, match="last 4 rows and columns; set --student_resolution to 32 or 48"):
+        check_image_size(
+            create_student("timm:test_vit", 8, 5, resolution=36), "timm:test_vit", 36, "--student_resolution"
+        )
+
+
+# Architecture, tag or None, and what open_clip's own table has: mean, interpolation, approximate GELU.
+FED = [
+    ("ViT-B-32/openai", 0.48145466, "bicubic", True),
+    ("ViT-B-32/laion2b_s34b_b79k", 0.48145466, "bicubic", False),
+    ("MobileCLIP-S1", 0.0, "bilinear", False),
+    ("ViT-B-16-SigLIP", 0.5, "bicubic", False),
+    ("PE-Core-B-16", 0.5, "bilinear", False),
+    ("ViT-L-14/datacomp_xl_s13b_b90k", 0.48145466, "bicubic", False),
+]
+
+
+@pytest.mark.parametrize(("name", "mean", "interpolation", "quick"), FED)
+def test_a_file_for_open_clip_is_fed_as_the_published_weights_are(name, mean, interpolation, quick, capsys):
+    preprocess, quick_gelu = _open_clip_settings(parse_name(f"open_clip:{name}=weights.pth"))
+    assert (preprocess["mean"][0], preprocess["interpolation"], quick_gelu) == (mean, interpolation, quick)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_assumed_of_a_file_for_open_clip_is_told(tower, capsys):
+    assert _open_clip_settings(parse_name("open_clip:ViT-B-32=weights.pth"))[1] is False
+    told = capsys.readouterr().out
+    assert "takes the architecture's own GELU; the tags of this architecture differ in it" in told
+    _open_clip_settings(parse_name("open_clip:ViT-L-14=weights.pth"))
+    assert "OpenAI's mean, std and interpolation and the architecture's own GELU" in capsys.readouterr().out
+    _open_clip_settings(parse_name(f"open_clip:{tower}=weights.pth"))
+    assert "open_clip publishes no weights of it" in capsys.readouterr().out
+    with pytest.raises(InputError, match="ViT-B-32/TAG with a TAG of openai"):
+        _open_clip_settings(parse_name("open_clip:ViT-B-32/nobody=weights.pth"))
+
+
+def test_openai_s_weights_get_their_approximate_gelu_in_open_clip(tower, tmp_path, monkeypatch):
+    """The embeddings are those of OpenAI's own code."""
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tower, {"openai": {"quick_gelu": True}})
+    torch.manual_seed(0)
+    own = clip.model.CLIP(*TINY_VIT).float().eval()
+    path = save({"epoch": 1, "model_state_dict": own.state_dict()}, tmp_path / "clip.pt")
+    with torch.no_grad():
+        expected = own.encode_image(images(32))
+        for name in (f"open_clip:{tower}/openai={path}", f"open_clip:{tower}={path}"):
+            torch.testing.assert_close(create_encoder(name, "unused")(images(32)), expected)
