@@ -101,8 +101,8 @@ class LibraryEncoder(FrozenEncoder):
         self.name = name.short
         self.dtype = dtype
         with library_errors(name, resolution):
-            self.net, facts = _MAKERS[name.library](name, resolution)
-        self.resolution, mean, std, self.interpolation, self.antialias = facts
+            self.net, fed = _MAKERS[name.library](name, resolution)
+        self.resolution, mean, std, self.interpolation, self.antialias = fed
         self.normalization = (tuple(mean), tuple(std))
         self.net.eval().requires_grad_(False)
         self.sha256 = sha256_of_state(self.net.state_dict()) if name.path is None else sha256_of(name.path)
@@ -115,7 +115,8 @@ class LibraryEncoder(FrozenEncoder):
     @property
     def facts(self) -> dict:
         seen = {"interpolation": self.interpolation, "antialias": self.antialias}
-        return super().facts | {"network": self.name} | seen
+        gelu = {"quick_gelu": True} if any(type(x).__name__ == "QuickGELU" for x in self.net.modules()) else {}
+        return super().facts | {"network": self.name} | seen | gelu
 
     def _measure(self) -> int:
         """The width of the embedding; finds out whether the network takes the resolution."""
@@ -141,15 +142,22 @@ class LibraryEncoder(FrozenEncoder):
         return x[0] if isinstance(x, tuple) else x  # open_clip's CoCa gives its tokens too
 
 
-_Facts = tuple[int, tuple[float, ...], tuple[float, ...], str, bool]
+class _Input(NamedTuple):
+    """How a library feeds a network: resolution in pixels, mean and std per channel, and how pictures are resized."""
+
+    resolution: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    antialias: bool = True
 
 
-def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Input]:
     net = library_network(name, resolution, pretrained=True).net
     import timm
 
     config = timm.data.resolve_model_data_config(net)
-    return net, (resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"], True)
+    return net, _Input(resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"])
 
 
 # Of open_clip's table of published weights, what says how pictures are fed.
@@ -207,11 +215,11 @@ def _open_clip_model(name: Name, resolution: int | None = None) -> nn.Module:
         return open_clip.create_model(arch, pretrained=name.path, **options).eval()
 
 
-def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+def _make_open_clip(name: Name, resolution: int | None) -> tuple[nn.Module, _Input]:
     visual = _open_clip_model(name, resolution).visual
     config = visual.preprocess_cfg
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    return visual, (size, config["mean"], config["std"], config["interpolation"], True)
+    return visual, _Input(size, config["mean"], config["std"], config["interpolation"])
 
 
 def open_clip_text_encoder(name: Name) -> TextEncoder:
@@ -227,11 +235,11 @@ def open_clip_text_encoder(name: Name) -> TextEncoder:
     return TextEncoder(tokenizer, model.encode_text, model.encode_text(tokenizer(["a"])).shape[1])
 
 
-def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Facts]:
+def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _Input]:
     config = torchvision_models().get_model_weights(name.name).DEFAULT.transforms()
     size = resolution or config.crop_size[0]
     net = library_network(name, size, pretrained=True).net
-    return net, (size, config.mean, config.std, config.interpolation.value, bool(config.antialias))
+    return net, _Input(size, config.mean, config.std, config.interpolation.value, bool(config.antialias))
 
 
 _MAKERS = {"timm": _make_timm, "open_clip": _make_open_clip, "torchvision": _make_torchvision}
