@@ -1,5 +1,6 @@
 """The teacher: a frozen encoder's embeddings and the head on them, or a frozen CNN."""
 
+import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from errors import InputError
 from models import check_model_name, create_classifier, create_model, model_dict
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, Outputs, TeacNet, check_image_size, enlarge
-from models.library import synchronize_norms
-from models.weights import sha256_of
+from models.library import own_names, synchronize_norms
+from models.weights import load_weights, named_tensors, sha256_of
 
 from . import checkpoint
 from .bank import OnTheFly, open_bank
@@ -236,18 +237,20 @@ def _read(path: str) -> dict:
     if not Path(path).is_file():
         raise InputError(f"--path_t {path}: no such file")
     state = checkpoint.load(Path(path))
-    if not isinstance(state.get("model"), dict):
+    try:
+        return state | {"model": named_tensors(state, path)}
+    except InputError:
         raise InputError(
             f"--path_t {path} holds no model: give the head of a CLIP that train_teacher.py wrote, or a CNN"
-        )
-    return state
+        ) from None
 
 
 def architecture(path: str) -> str | None:
     """Which CNN a checkpoint holds; None for the head of a frozen encoder.
 
-    Our own files say so, in the grammar of ``models.names``. RepDistiller's teachers are in a folder that begins with
-    the name, resnet32x4_vanilla; its students' files begin with it themselves, resnet8x4_best.pth.
+    Our own files say so, in the grammar of ``models.names``, and so do those of timm's training script. RepDistiller's
+    teachers are in a folder that begins with the name, resnet32x4_vanilla; its students' files begin with it
+    themselves, resnet8x4_best.pth.
 
     Raises:
         InputError: the file is neither, or does not tell.
@@ -258,6 +261,8 @@ def architecture(path: str) -> str | None:
     told = (Path(path).absolute().parent.name, Path(path).stem)
     named = [name for name in model_dict if any(text == name or text.startswith(f"{name}_") for text in told)]
     arch = state.get("arch") or max(named, key=len, default=None)
+    if isinstance(state.get("args"), argparse.Namespace) and arch == getattr(state["args"], "model", None):
+        arch = f"timm:{arch}"
     try:
         check_model_name(arch or "")
     except ValueError:
@@ -289,9 +294,9 @@ def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int 
     state = _read(path)
     resolution = state.get("resolution")
     model = create_model(architecture(path), num_classes, maps=needs.maps, preact=needs.preact_t, resolution=resolution)
-    weights = state["model"]
+    weights = own_names(model, state["model"])
     _check_shapes(path, weights, model, "--dataset; a student under the paper's protocol has no classifier of its own")
-    model.load_state_dict(weights)
+    load_weights(model, weights)
     return model, resolution
 
 

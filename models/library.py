@@ -258,6 +258,14 @@ def synchronize_norms(model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's weights by its own names; those of a library's network may go by the library's."""
+    if not isinstance(model, LibraryModel) or any(name.startswith("net.") for name in state):
+        return state
+    old, new = f"{model.classifier_name}.", "classifier."
+    return {new + name.removeprefix(old) if name.startswith(old) else f"net.{name}": x for name, x in state.items()}
+
+
 def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Load weights into a backbone, of the house or of a library, but for their classifier.
 
@@ -271,12 +279,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     Raises:
         InputError: a tensor of the backbone is missing or has another shape.
     """
-    own = model.state_dict()
-    if isinstance(model, LibraryModel) and not any(name.startswith("net.") for name in state):
-        old, new = f"{model.classifier_name}.", "classifier."
-        state = {
-            new + name.removeprefix(old) if name.startswith(old) else f"net.{name}": x for name, x in state.items()
-        }
+    own, state = model.state_dict(), own_names(model, state)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     head = f"{linear[-1]}." if linear else "\0"
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}

@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from conftest import TINY_VIT
+from distiller_zoo import Needs
 from errors import InputError
+from helper.teacher import load_cnn
 from models import create_model
 from models.clip_teacher import load_clip
 from models.library import library_network, load_into
@@ -180,3 +182,21 @@ def test_named_tensors_alone_load_into_a_network_with_versions():
     one, two = (torchvision.models.mnasnet0_5() for _ in range(2))
     load_weights(two, dict(one.state_dict()))
     assert all(torch.equal(x, two.state_dict()[name]) for name, x in one.state_dict().items())
+
+
+@pytest.mark.parametrize("saved", ["RepDistiller's", "DataParallel", "the recipe of PyTorch's tutorials", "nested"])
+def test_a_cnn_teacher_is_read_from_each(saved, tmp_path):
+    net = network()
+    torch.save(SAVED[saved](net), tmp_path / "resnet8_vanilla.pth")
+    found, _ = load_cnn(str(tmp_path / "resnet8_vanilla.pth"), 5, Needs())
+    assert all(torch.equal(x, net.state_dict()[name]) for name, x in found.state_dict().items())
+
+
+def test_a_teacher_that_timm_trained_tells_its_architecture(tmp_path):
+    net = timm.create_model("test_resnet", num_classes=5)
+    saved = {"arch": "test_resnet", "args": argparse.Namespace(model="test_resnet"), "state_dict": net.state_dict()}
+    torch.save(saved, tmp_path / "model_best.pth.tar")
+    found, _ = load_cnn(str(tmp_path / "model_best.pth.tar"), 5, Needs())
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(image), net.eval()(image))
