@@ -110,7 +110,8 @@ def _network_lines(config: dict, imports: list[str]) -> list[str]:
     elif config["library"] == "torchvision":
         imports += ["import torchvision", "from safetensors.torch import load_file"]
         run = [f'network = torchvision.models.get_model("{name}", {options}).eval()']
-        run += [f'network.load_state_dict(load_file("{file}"))']
+        run += ["state = network.state_dict()  # with the versions of its layers, which the file lacks"]
+        run += [f'state.update(load_file("{file}"))', "network.load_state_dict(state)"]
     else:
         imports += ["from safetensors.torch import load_file", "from models import model_dict  # RepDistiller's"]
         run = [f'network = model_dict["{name}"]({options}).eval()', f'network.load_state_dict(load_file("{file}"))']

@@ -18,6 +18,7 @@ from errors import InputError
 from evaluation.student import image_transform
 from models import create_model
 from models.heads import enlarge
+from models.weights import load_weights
 
 # From images (B, 3, H, W), normalised or 8-bit, to logits and, where the file gives them, embeddings.
 Runner = Callable[[Tensor], list[Tensor]]
@@ -73,7 +74,7 @@ def open_weights(path: Path, config: dict) -> Runner:
         else:
             build = torchvision.models.get_model if config["library"] == "torchvision" else create_model
             network = build(name, **options)
-            network.load_state_dict(safetensors.torch.load_file(path))
+            load_weights(network, safetensors.torch.load_file(path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{config['library']}'s own {name} does not take the weights ({reason})") from error
