@@ -1,1 +1,1 @@
-"""What ties data, models and losses together: options, runs, loops, checkpoints, logs, pictures."""
+"""Training: options, loaders, teacher and bank, student, objective, step, run, processes."""

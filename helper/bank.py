@@ -33,7 +33,7 @@ def encode_view(encoder: FrozenEncoder, views: Views, images: Tensor, index: Ten
 
 
 class OnTheFly:
-    """Encodes each view when it is asked for, as the paper's release does."""
+    """Encodes each view on demand, as the paper's release does."""
 
     def __init__(self, dataset: ImageDataset, encoder: FrozenEncoder, device: torch.device):
         self.encoder = encoder
@@ -41,7 +41,7 @@ class OnTheFly:
         self.views = dataset.views
         splits = {"train": dataset.train, "test": dataset.test}
         self.images = {name: on_device(split.images, device) for name, split in splits.items()}
-        # Where the images are: those that do not fit on the GPU stay on the host.
+        # Images that do not fit on the GPU stay on the host.
         self.lookup_device = self.images["train"].device
 
     def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
@@ -51,10 +51,10 @@ class OnTheFly:
 
 
 class EmbeddingBank:
-    """Looks embeddings up in a bank; called as ``OnTheFly`` is.
+    """Looks embeddings up in a bank; it is called as ``OnTheFly`` is.
 
-    Row order in the file: the test split's one view, then for each of an image's first N views the whole training
-    split. A bank of more views thus begins with every smaller one.
+    The file begins with the test split's one view. The whole training split follows, once for each of the first N
+    views. A bank of more views thus begins with every smaller one.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class EmbeddingBank:
         self.num_train = num_train
         self.num_test = num_test
         self.device = device
-        # Where the looking up is done; rows that stay on the host are copied to the GPU from pinned memory.
+        # Look-ups are done here; rows that stay on the host are copied to the GPU from pinned memory.
         self.lookup_device = rows.device
         self.order = views.order(num_train, num_views, self.lookup_device) if num_views > 1 else None
 
     def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
         """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,).
 
-        Both are best given on ``lookup_device``: nothing then waits for a GPU.
+        Give both on ``lookup_device``: nothing then waits for a GPU.
         """
         row, view = index.to(self.lookup_device), view.to(self.lookup_device)
         if split == "train":
@@ -94,7 +94,7 @@ def open_bank(
 ) -> EmbeddingBank:
     """Open the bank of a teacher on a data set, first encoding what it lacks.
 
-    Every chunk of the file has a checksum beside it: one that was half written, cut off or changed does not
+    Every chunk of the file has a checksum beside it. A chunk that was half written, cut off or changed does not
     match and is encoded again. Runs that want the same bank wait for one another; the processes of one run encode
     it together.
 
@@ -102,7 +102,7 @@ def open_bank(
         root: the folder of all banks.
         encoder: the frozen encoder, on ``device``; see ``models.encoders.FrozenEncoder``.
         num_views: views per training image.
-        precision: the encoder's, part of the key.
+        precision: the encoder's precision, part of the key.
 
     Raises:
         InputError: the folder holds another bank, or the encoder gives embeddings that fp16 cannot hold.
@@ -110,7 +110,7 @@ def open_bank(
     """
     key = {"clip": encoder.name, "dataset": dataset.name, "dataset_sha256": dataset.fingerprint()}
     key |= dataset.views.facts | encoder.facts | {"precision": precision, "chunk": CHUNK}
-    # The CLIP's name is for people: the same weights under another name or path share the bank.
+    # The encoder's name is for people: the same weights under another name or path share the bank.
     identity = {name: value for name, value in key.items() if name != "clip"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{dataset.name}_{digest}"
@@ -142,7 +142,7 @@ def open_bank(
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
-    """Lock for all processes, in the first of them."""
+    """Take the lock in the first process, for all of them."""
     patience = 0.0
     while True:
         if distributed.rank() == 0:
@@ -152,22 +152,22 @@ def _acquire(lock: FileLock, folder: Path) -> None:
             return
         if not patience:
             print(f"another run is encoding into {folder}: waiting for it", flush=True)
-        patience = 60.0  # in turns, so that the others' waiting for the first does not time out
+        patience = 60.0  # a minute at a time, so that the others' waiting for the first does not time out
 
 
 def _short_lock(folder: Path) -> Path:
-    """Of what takes a moment, while another run may hold the other lock for as long as it encodes."""
+    """The lock for short work; another run may hold the other lock for as long as it encodes."""
     return folder / "shared.lock"
 
 
 def _describe(folder: Path, identity: dict, key: dict) -> None:
-    """Write what the bank depends on into bank.json; where it is there, check that it is the same."""
+    """Write what the bank depends on into bank.json; if the file exists, check that it says the same."""
     with checkpoint.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     described = folder / "bank.json"
     if not described.exists():
         with checkpoint.writing(folder), FileLock(_short_lock(folder)):
-            for left in folder.glob("*.tmp"):  # by a run that was killed while it wrote
+            for left in folder.glob("*.tmp"):  # left by a run that was killed while it wrote
                 left.unlink()
             if not described.exists():
                 checkpoint.write_json(key, described)
@@ -180,14 +180,14 @@ def _describe(folder: Path, identity: dict, key: dict) -> None:
 
 
 def _place(rows: Tensor, device: torch.device) -> Tensor:
-    """On the GPU when it takes less than half of its free memory, else mapped from the file into the host's."""
+    """The rows on the GPU if they take less than half of its free memory, else as they are mapped from the file."""
     if device.type == "cuda" and rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
         return rows.to(device)
     return rows
 
 
 def _chunks(dataset: ImageDataset, num_views: int) -> list[Chunk]:
-    """Every chunk of the file: of the test split, then of each view of the training split."""
+    """All chunks of the file: the test split's, then those of each view of the training split."""
     chunks, start = [], 0
     for rows in [len(dataset.test)] + [len(dataset.train)] * num_views:
         end = start + rows
@@ -210,7 +210,7 @@ def _build(
     order = views.order(num_train, num_views)
     quiet = distributed.rank() > 0
     shown = {"unit": "chunk", "smoothing": 0.05, "mininterval": 1, "disable": quiet}
-    with tqdm(missing, "teacher's embeddings", **shown) as left:  # whose line ends where it is interrupted
+    with tqdm(missing, "teacher's embeddings", **shown) as left:  # ends its line if it is interrupted
         for chunk in left:
             if chunk.start < num_test:
                 split, section, start = dataset.test, None, chunk.start

@@ -1,4 +1,4 @@
-"""A training step recorded once and replayed, as a CUDA graph: the GPU no longer waits for Python."""
+"""A training step recorded once as a CUDA graph and replayed: the GPU no longer waits for Python."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from .bank import EmbeddingBank
 from .optim import capturable
 from .step import Step
 
-# Steps before one is recorded. What a first step makes is then there: buffers, algorithms, compiled code.
+# Steps before one is recorded: the first steps make buffers, choose algorithms and compile code.
 _STEPS_BEFORE = 3
 
 
@@ -25,13 +25,13 @@ def build_step(
 ) -> Step:
     """The step that ``--graph`` asks for.
 
-    Whether images and bank fit on the GPU shows when they are there. Where they do not, a step reads from the host, and
-    is not recorded; nor is it with an encoder that encodes every batch, which gains nothing.
+    Whether images and bank fit on the GPU is known once they are loaded. A step that reads from the host is not
+    recorded. A step with an encoder that encodes every batch would gain nothing and is not recorded either.
 
     Args:
         graph: 'on' or 'off', as ``helper.runtime.resolve`` gives it.
         losses, optimizers, scaler, loader: see ``Step``.
-        teacher: None where the step looks at none.
+        teacher: None where the step uses none.
     """
     embed = getattr(teacher, "embed", None)
     on_device = embed is None or (isinstance(embed, EmbeddingBank) and embed.rows.is_cuda)
@@ -44,15 +44,15 @@ def build_step(
 
 
 class CapturedStep(Step):
-    """A step that is recorded on a full batch and replayed on those that follow; all else is as in ``Step``.
+    """A step that is recorded on a full batch and replayed on later ones; all else is as in ``Step``.
 
-    A recording has all of a step in it, the making of the batch included, which begins with the numbers that the loader
-    draws. The learning rates and the weight b are constants in it: where one changes, the step is recorded anew. Where
-    recording fails, steps go on without.
+    A recording holds the whole step, from the numbers that the loader draws to the optimisers. The recorded kernels
+    contain the learning rates and the weight b; the step is recorded again when one changes. Where recording fails,
+    steps go on without it.
 
     Args:
         losses, optimizers, scaler, loader: see ``Step``.
-        record: records what a function does; the result does it again.
+        record: records what a function does, and returns a function that does it again.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class CapturedStep(Step):
             super().__call__(draw, epoch)
 
     def _recorded(self, draw: Draw, epoch: int) -> bool:
-        """Whether there is a recording with the constants of this epoch, or could be made."""
+        """Whether a recording with the constants of this epoch exists or could be made."""
         constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         constants.append(self.losses.objective.beta_in(epoch))
         if constants == self._constants:
@@ -92,8 +92,8 @@ class CapturedStep(Step):
         try:
             with capturable(self.optimizers):
                 self._replay = self.record(lambda: Step.__call__(self, still, epoch))
-        except RuntimeError as error:  # a driver or a library that cannot; nothing that was recorded has run
-            # PyTorch ends a recording that broke with an error that says only that it did; the one before says why.
+        except RuntimeError as error:  # the driver or a library cannot record; nothing that was recorded has run
+            # PyTorch's last error says only that the recording broke; the error before it says why.
             reason = str(error.__context__ or error).partition("\n")[0]
             print(f"steps are not captured, which makes them slower: {reason}", flush=True)
             self.record = None
@@ -103,10 +103,13 @@ class CapturedStep(Step):
 
 
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Record the kernels that a function launches, without running them; the result launches them all at once.
+    """Record the kernels that a function launches, without running them.
+
+    Returns:
+        A function that launches them all at once.
 
     Raises:
-        RuntimeError: one of them cannot be recorded; what comes next runs as if nothing had been tried.
+        RuntimeError: a kernel cannot be recorded; PyTorch is then in the same state as before.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:

@@ -16,10 +16,10 @@ from models.weights import load_plain
 
 
 def write_bytes(data: bytes, path: Path) -> None:
-    """Replace a file's content; after a crash at any moment it holds the old or the new, nothing between.
+    """Replace a file's content; after a crash at any moment the file holds the old or the new, nothing between.
 
     Raises:
-        WriteError: it cannot be written; it holds the old content.
+        WriteError: the file cannot be written; it keeps the old content.
     """
     with writing(path):
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -61,7 +61,7 @@ def save(state: dict, path: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """Load what ``save`` wrote, or RepDistiller, onto the CPU.
+    """Load a file that ``save`` or RepDistiller wrote onto the CPU.
 
     Raises:
         InputError: the file is corrupt, or holds more than plain data.

@@ -1,4 +1,4 @@
-"""What pretrain_clip.py trains on and tests on: images at the CLIP's resolution, and captions."""
+"""The data of pretrain_clip.py: images at the CLIP's resolution, and captions."""
 
 from dataclasses import dataclass
 
@@ -34,10 +34,10 @@ class ClipData:
 
 
 def build_clip_data(opt, dataset: ImageDataset, captioned: Split) -> ClipData:
-    """The loaders that the options describe; each of many processes gets its share.
+    """The loaders that the options describe; with many processes each gets its share.
 
     Args:
-        captioned: what ``dataset.captioned()`` gave. Its images without a label have no caption, and are left out.
+        captioned: the result of ``dataset.captioned()``; images without a label have no caption and are left out.
     """
     device, views = torch.device(opt.device), dataset.views
     # The loader only draws the teacher's views, which are resized to the teacher's resolution.

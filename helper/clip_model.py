@@ -42,10 +42,10 @@ def build_clip(opt: argparse.Namespace) -> CLIP:
 
 
 def check_batch_norm(opt: argparse.Namespace, loader: Loader) -> None:
-    """Raise an InputError where a ResNet would have to normalise the last maps, of a pixel each, of a single image.
+    """Raise an InputError where a ResNet's batch norm would see a single image with maps of one pixel.
 
-    A loader joins one image that would be left alone to others, as ``chunks`` does; those of ``--micro_batch 1`` and a
-    data set of one image stay.
+    A loader and ``chunks`` join an image that would be left alone to others. Two cases remain: ``--micro_batch 1``
+    and a data set of one image.
     """
     if opt.sync_bn or opt.resolution > 32 or not isinstance(opt.vision_layers, tuple):
         return
@@ -61,11 +61,11 @@ def published_state(model: CLIP, image: torch.Tensor) -> dict[str, torch.Tensor]
     """The state dict as OpenAI publishes one: on the CPU, in fp16 where ``clip.load`` wants it so.
 
     Training leaves the length of the image embeddings open, as the loss normalises them. The last linear map is
-    scaled so that it is, on average, ``EMBEDDING_NORM``: heads take the embeddings as they come, and the
-    learning rates for them were chosen on the published models.
+    scaled so that their mean length is ``EMBEDDING_NORM``: heads take the embeddings as they are, and the heads'
+    learning rates were chosen on the published models.
 
     Args:
-        image: (B, 3, H, W), the normalised images of the average.
+        image: normalised images (B, 3, H, W) to take the mean over.
     """
     model = copy.deepcopy(model).eval()
     scale = EMBEDDING_NORM / model.encode_image(image).norm(dim=1).mean()

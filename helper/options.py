@@ -44,14 +44,14 @@ _NETWORKS = f"{', '.join(model_dict)}; timm:NAME or torchvision:NAME, any classi
 
 
 def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> argparse._ArgumentGroup:
-    """Where a run is, how long it is, what it prints, and what it computes on; the group of the last."""
+    """Add the flags that every run has; returns the group "speed", which other flags may join."""
     group = parser.add_argument_group("run")
     group.add_argument("--save_dir", default="./save", help="folder of all results")
     group.add_argument(
         "-t", "--trial", type=trial_name, default="1", help="a word that tells otherwise equal runs apart"
     )
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order and views")
-    what = "the run's folder; if unset, a name that tells runs apart by every option and file that changes the result"
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, order and views")
+    what = "name of the run's folder; if unset, it depends on every option and file that changes the result"
     group.add_argument("--name", type=run_name, metavar="NAME", help=what)
     what = "auto: go on with the run of this name, if there is one; none: begin anew; PATH: go on from this resume.pth"
     group.add_argument("--resume", default="auto", metavar="auto|none|PATH", help=what)
@@ -63,11 +63,11 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
     group.add_argument("--max_steps", type=positive_int, help="at most so many steps per epoch, for trials")
     group.add_argument("--eval_freq", type=positive_int, default=1, help="test after every so many epochs")
     group.add_argument("--print_freq", type=positive_int, default=100, help="print after every so many steps")
-    group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint of every so many epochs")
-    what = "an interrupted run goes on after the last of every so many steps; if unset, after the last epoch"
+    group.add_argument("--save_freq", type=positive_int, default=40, help="keep a checkpoint every so many epochs")
+    what = "save every N steps, so that an interrupted run goes on from there; if unset, it goes on from its last epoch"
     group.add_argument("--save_steps", type=positive_int, metavar="N", help=what)
-    what = "a checkpoint after an epoch at most so often; a run that is killed goes on from its last, one that is "
-    what += "stopped by a signal from its last epoch; 0: after every epoch"
+    what = "write a checkpoint after an epoch at most every S seconds; a killed run goes on from its last checkpoint, "
+    what += "a run stopped by a signal from its last epoch; 0: after every epoch"
     group.add_argument("--save_seconds", type=number(float, 0), default=30, metavar="S", help=what)
 
     group = parser.add_argument_group("speed")
@@ -82,11 +82,11 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
 
 
 def add_data_options(parser: Parser) -> argparse._ArgumentGroup:
-    """The data set and where it lies."""
+    """Add the flags of the data set."""
     group = parser.add_argument_group("data")
     choices = (*DATASETS, *FROM_FILES)
-    group.add_argument("--dataset", choices=choices, default="cifar100", help="data set; folder: images of one's own")
-    what = "folder of the data sets; of --dataset folder, the one with train/CLASS/ and test/CLASS/ or val/CLASS/"
+    group.add_argument("--dataset", choices=choices, default="cifar100", help="data set; folder: your own images")
+    what = "folder of the data sets; --dataset folder: the folder with train/CLASS/ and test/CLASS/ or val/CLASS/"
     group.add_argument("--data_dir", default="./data", help=what)
     group.add_argument(
         "--image_size",
@@ -100,18 +100,18 @@ def add_data_options(parser: Parser) -> argparse._ArgumentGroup:
 
 
 def add_holdout_option(parser: Parser) -> None:
-    """The rows that the best epoch is chosen on."""
+    """Add ``--holdout``, the rows that choose the best epoch."""
     parser.add_argument_group("selection").add_argument(
         "--holdout",
         type=number(float, 0, 0.5, above=True),
         metavar="F",
-        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set; of a "
+        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set; in a "
         "folder without test images it becomes the test set",
     )
 
 
 def check_data(parser: Parser, opt: argparse.Namespace) -> None:
-    """Whether the options of the data set go together."""
+    """Refuse options of the data set that do not go together."""
     try:
         check_image_size(opt.dataset, opt.image_size)
     except ValueError as error:
@@ -121,11 +121,11 @@ def check_data(parser: Parser, opt: argparse.Namespace) -> None:
 
 
 def add_label_options(parser: Parser, what: str, low: float | None = None) -> None:
-    """The share of the training images that has a label.
+    """Add ``--labels``, the share of the training images that has a label.
 
     Args:
-        what: becomes of the others.
-        low: what the share is above; None where it may be 0.
+        what: says what becomes of the other images.
+        low: the share must be above this number; None where it may be 0.
     """
     group = parser.add_argument_group("labels")
     group.add_argument(
@@ -133,31 +133,31 @@ def add_label_options(parser: Parser, what: str, low: float | None = None) -> No
         type=number(float, low or 0, 1, above=low is not None),
         default=1.0,
         metavar="F",
-        help=f"share of the training images that has a label, of each class, the same for every seed; {what}",
+        help=f"share of each class's training images that has a label, the same images for every seed; {what}",
     )
 
 
 def add_optimizer_options(parser: Parser, learning_rate: str) -> argparse._ArgumentGroup:
-    """The optimiser and its schedule; the defaults are the paper's.
+    """Add the flags of the optimiser and its schedule; the defaults are the paper's.
 
     Args:
-        learning_rate: whose it is, and what it becomes when it is unset.
+        learning_rate: what it trains, and its value when it is unset.
     """
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd, with momentum, is the paper's")
-    add("--learning_rate", type=positive, help=f"of the {learning_rate}; adamw {_ADAMW['learning_rate']}")
+    add("--learning_rate", type=positive, help=f"that of the {learning_rate}; adamw {_ADAMW['learning_rate']}")
     add("--schedule", choices=("step", "cosine"), default="step", help="cosine: from the learning rate to zero")
     add("--lr_decay_epochs", type=epoch_list, default="150,180,210", help="step: decay after these epochs")
     add("--lr_decay_rate", type=positive, default=0.1, help="step: factor of each decay")
     add("--warmup_epochs", type=number(int, 0), default=0, help="the learning rate first grows over so many epochs")
     add("--weight_decay", type=weight, help=f"if unset, {_WEIGHT_DECAY}; adamw {_ADAMW['weight_decay']}")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="sgd: momentum")
     return group
 
 
 def _resolve_optimizer(parser: Parser, opt: argparse.Namespace, learning_rate: float) -> None:
-    """The learning rate and the weight decay, where they are unset."""
+    """Fill in the learning rate and the weight decay where they are unset."""
     defaults = {"learning_rate": learning_rate, "weight_decay": _WEIGHT_DECAY}
     for name, default in (_ADAMW if opt.optimizer == "adamw" else defaults).items():
         if getattr(opt, name) is None:
@@ -167,7 +167,7 @@ def _resolve_optimizer(parser: Parser, opt: argparse.Namespace, learning_rate: f
 
 
 def add_bank_options(group: argparse._ArgumentGroup) -> None:
-    """The frozen encoder's weights and input, and the bank of its embeddings."""
+    """Add the flags of the frozen encoder's weights, its input and the bank of its embeddings."""
     group.add_argument("--clip_root", default="./CLIP", help="folder of OpenAI's published weights")
     group.add_argument(
         "--teacher_resolution", type=positive_int, metavar="R", help="input of the teacher in pixels; if unset, its own"
@@ -177,16 +177,16 @@ def add_bank_options(group: argparse._ArgumentGroup) -> None:
         type=teacher_views,
         default="auto",
         metavar="auto|0|N|all",
-        help="views of each image that the teacher encodes, once; 0 encodes every batch; auto: "
+        help="views of each image that the teacher encodes once; 0: it encodes every batch; auto: "
         f"{AUTO_VIEWS['cuda']} on CUDA, {AUTO_VIEWS['cpu']} on a CPU",
     )
 
 
 def add_training_speed_options(speed: argparse._ArgumentGroup, what: str, graph: bool = True) -> None:
-    """Whether to compile a network and to replay steps; what batch norm sees of a batch that many processes share.
+    """Add ``--compile``, ``--graph`` and ``--sync_bn``.
 
     Args:
-        what: is compiled.
+        what: the network that is compiled.
         graph: whether steps can be replayed.
     """
     speed.add_argument(
@@ -230,13 +230,15 @@ def student_parser() -> Parser:
         metavar="N",
         help="epochs over which -b grows to its value; if unset, the method's own",
     )
-    group.add_argument("--init_epochs", type=positive_int, default=30, help="abound, factor, fsp: of the first stage")
+    group.add_argument(
+        "--init_epochs", type=positive_int, default=30, help="abound, factor, fsp: epochs of the first stage"
+    )
     group.add_argument("--hint_layer", type=int, choices=range(5), default=2, help="hint: which features, stem first")
     group.add_argument(
         "--feat_dim", type=positive_int, default=128, help="crd, correlation: dimension of the embeddings"
     )
     group.add_argument(
-        "--mode", choices=("exact", "relax"), default="exact", help="crd: positives are the image, or its class"
+        "--mode", choices=("exact", "relax"), default="exact", help="crd: positives are the image itself, or its class"
     )
     group.add_argument("--nce_k", type=positive_int, default=16384, help="crd: negatives per image")
     group.add_argument("--nce_t", type=positive, default=0.07, help="crd: temperature")
@@ -248,8 +250,8 @@ def student_parser() -> Parser:
     group.add_argument(
         "--model_s", type=network_name, default="resnet8x4", metavar="NAME", help=f"student's backbone: {_NETWORKS}"
     )
-    group.add_argument("--pretrained_s", action="store_true", help="start from its library's weights")
-    group.add_argument("--init_s", metavar="PATH", help="start from these weights, of this backbone")
+    group.add_argument("--pretrained_s", action="store_true", help="start from the library's own weights")
+    group.add_argument("--init_s", metavar="PATH", help="start from these weights of the same backbone")
     group.add_argument(
         "--student_resolution", type=positive_int, metavar="R", help="enlarge the student's images to so many pixels"
     )
@@ -260,8 +262,8 @@ def student_parser() -> Parser:
         "--joint",
         choices=("projected", "teacher"),
         default="projected",
-        help="projected: each side has a head that leads to the joint space; teacher: it is the frozen encoder's own, "
-        "whose side has no head and needs no label",
+        help="projected: each side has a head that leads to the joint space; teacher: the joint space is the frozen "
+        "encoder's own, and the teacher has no head and needs no label",
     )
     group.add_argument(
         "--clip_mode", type=encoder_name, default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}"
@@ -275,8 +277,8 @@ def student_parser() -> Parser:
     )
     group.add_argument(
         "--path_t",
-        help="checkpoint of a CNN, the teacher; or an encoder's head that train_teacher.py trained, frozen. If unset, "
-        "the head is trained jointly",
+        help="checkpoint of a CNN teacher, or of a frozen encoder's head that train_teacher.py trained; if unset, the "
+        "head is trained with the student",
     )
     add_bank_options(group)
     group.add_argument(
@@ -291,29 +293,31 @@ def student_parser() -> Parser:
         "--leave_out",
         type=names_file,
         metavar="FILE",
-        help="do without the images of the classes that are named in this file, one a line: what a student makes of "
-        "classes that it has never seen, evaluate.py --zero_shot tells",
+        help="leave out the images of the classes that this file names, one a line; evaluate.py --zero_shot then tells "
+        "how well the student recognises classes that it has never seen",
     )
-    add_label_options(parser, "from the others the student learns by distillation alone")
+    add_label_options(parser, "the student learns from the others by distillation alone")
     add_holdout_option(parser)
     group = add_optimizer_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
-    group.add_argument("--learning_rate_t", type=positive, default=0.01, help="of the teacher's head; never decayed")
+    group.add_argument(
+        "--learning_rate_t", type=positive, default=0.01, help="that of the teacher's head; it never decays"
+    )
     add_training_speed_options(add_run_options(parser), "the student")
     return parser
 
 
 def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check train_student.py's options; what is unset becomes the method's and the teacher's own."""
+    """Parse and check train_student.py's options; unset ones get the values of the method and the teacher."""
     parser = student_parser()
     opt = parser.parse_args(argv)
     check_data(parser, opt)
     _resolve_teacher(parser, opt)
-    opt.stem = sized_name(opt.model_s, opt.student_resolution)  # of the files of its weights
+    opt.stem = sized_name(opt.model_s, opt.student_resolution)  # begins the names of its files of weights
     method, clip = METHODS[opt.distill], bool(opt.clip_tn)
     if clip and method.needs_maps:
         able = ", ".join(name for name, other in METHODS.items() if not other.needs_maps)
         parser.error(
-            f"--distill {opt.distill} needs feature maps, which a CLIP does not give; use a CNN teacher "
+            f"--distill {opt.distill} needs feature maps, which a frozen encoder does not give; use a CNN teacher "
             f"(--path_t), or one of {able}"
         )
     for name, default in zip(("gamma", "alpha", "beta"), method.default_weights(clip), strict=True):
@@ -349,11 +353,11 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_labels(opt, share: float) -> None:
-    """Raise an InputError where the options need labels that there are not.
+    """Raise an InputError where the options need labels that are missing.
 
     Args:
-        opt: train_student.py's, or train_teacher.py's, whose training needs labels, but not for every image.
-        share: of the training images that have a label.
+        opt: the options of train_student.py or train_teacher.py; the latter needs labels, but not for every image.
+        share: share of the training images that have a label.
     """
     if share == 1:
         return
@@ -363,7 +367,7 @@ def check_labels(opt, share: float) -> None:
         able = ", ".join(name for name, other in others.items() if not (opt.clip_tn and other.needs_maps))
         what = f"{distill} --mode relax" if distill == "crd" else distill
         raise InputError(
-            f"--distill {what} needs the class of every image, and only {share:.3g} of them have a label: use "
+            f"--distill {what} needs the class of every image, but only a share of {share:.3g} has a label: use "
             f"{'' if opt.labels == 1 else '--labels 1, or '}one of {able}"
         )
     if share > 0:
@@ -374,7 +378,7 @@ def check_labels(opt, share: float) -> None:
         raise InputError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
     untrained = "the teacher's head would be trained by the classes of the images, but none has a label"
     if opt.clip_tn and opt.path_t is None and opt.joint == "projected":
-        raise InputError(f"{untrained}: use --joint teacher, which has no head, or --path_t, a head that is trained")
+        raise InputError(f"{untrained}: use --joint teacher, which has no head, or --path_t with a trained head")
     if not opt.clip_tn and METHODS[distill].needs(clip=False).joint:
         raise InputError(
             f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
@@ -382,27 +386,27 @@ def check_labels(opt, share: float) -> None:
 
 
 def _check_joint(parser: Parser, opt: argparse.Namespace) -> None:
-    """Whether ``--joint teacher`` has what it needs, a frozen encoder, and nothing asks for its head."""
+    """Refuse ``--joint teacher`` without a teacher, or with options that need the teacher's head."""
     if opt.joint == "projected":
         return
     if opt.distill == "none":
-        parser.error("--joint teacher: --distill none has no teacher whose space could be the joint one")
+        parser.error("--joint teacher needs a teacher, but --distill none has none")
     if opt.path_t is not None:
-        parser.error("--joint teacher is a frozen encoder's own space, without a head: leave --path_t out")
+        parser.error("--joint teacher uses a frozen encoder's own space, without a head: leave --path_t out")
     if METHODS[opt.distill].compares_logits(opt):
         able = (name for name, other in METHODS.items() if other.build and not other.needs_maps)
         able = ", ".join(name for name in able if "logit_t" not in METHODS[name].with_teacher(clip=True)[1])
         parser.error(
-            f"--joint teacher gives no logits of the teacher for {'KD (-a)' if opt.alpha else opt.distill} to compare: "
-            f"use --joint projected, or one of {able} with -a 0"
+            f"with --joint teacher the teacher has no classifier, so {'KD (-a)' if opt.alpha else opt.distill} has no "
+            f"logits to compare: use --joint projected, or one of {able} with -a 0"
         )
     if opt.feature_dim != _FEATURE_DIM:
-        parser.error(f"--feature_dim {opt.feature_dim}: with --joint teacher it is the encoder's own; leave it out")
+        parser.error(f"--feature_dim {opt.feature_dim}: --joint teacher takes the encoder's dimension; leave it out")
     opt.feature_dim = None
 
 
 def _resolve_teacher(parser: Parser, opt: argparse.Namespace) -> None:
-    """Whether the teacher is a CLIP or a CNN (``clip_tn``), and its name (``model_t``)."""
+    """Set ``clip_tn``, whether the teacher is a frozen encoder or a CNN, and ``model_t``, its name."""
     arch = None
     if opt.path_t is not None:
         from .teacher import architecture  # here, as it reads the file with torch
@@ -412,18 +416,18 @@ def _resolve_teacher(parser: Parser, opt: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             parser.error(" ".join(str(error).split()))
     if opt.clip_tn == 0 and opt.path_t is None and opt.distill != "none":
-        parser.error("--clip_tn 0 needs --path_t, the checkpoint of the CNN to use in CLIP's place")
+        parser.error("--clip_tn 0 needs --path_t, the checkpoint of the CNN teacher")
     if opt.clip_tn == 0 and opt.path_t is not None and arch is None:
-        parser.error(f"--clip_tn 0 asks for a CNN, but --path_t {opt.path_t} is the head of a CLIP")
+        parser.error(f"--clip_tn 0 asks for a CNN, but --path_t {opt.path_t} is the head of a frozen encoder")
     if arch is not None:
         opt.clip_tn = 0
     if opt.clip_tn == 0 and (opt.teacher_views != "auto" or opt.views == "shared" or opt.teacher_resolution):
         parser.error(
-            "--teacher_views, --views and --teacher_resolution are a frozen encoder's: a CNN teacher always sees the "
-            "student's own view, as it was trained"
+            "--teacher_views, --views and --teacher_resolution are for a frozen encoder: a CNN teacher always sees the "
+            "student's own view, as in its training"
         )
     if opt.views == "shared" and opt.teacher_views == "auto":
-        parser.error("--views shared limits the student's views too: say to how many, --teacher_views N, all or 0")
+        parser.error("--views shared limits the student's views too: set their number by --teacher_views N, all or 0")
     if opt.clip_tn == 0:
         opt.teacher_views = None
     opt.model_t = "none" if opt.distill == "none" else arch and parse_name(arch).short
@@ -447,15 +451,17 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--clip_tn",
         type=int,
         choices=(0, 1),
-        help="1: a head on the frozen encoder; 0: a CNN from scratch; if unset, 0 for the house's own networks alone",
+        help="1: a head on the frozen encoder; 0: a CNN from scratch; if unset, 0 for this project's own CNNs, else 1",
     )
-    group.add_argument("--feature_dim", type=positive_int, default=_FEATURE_DIM, help="head: dimension of joint space")
+    group.add_argument(
+        "--feature_dim", type=positive_int, default=_FEATURE_DIM, help="head: dimension of the joint space"
+    )
     add_bank_options(group)
     add_data_options(parser)
     add_label_options(parser, "the others are left out", low=0)
     add_holdout_option(parser)
     slow = " and ".join(_LEARNING_RATES)
-    add_optimizer_options(parser, f"head; if unset, 0.01; of a CNN {_LEARNING_RATE}, {slow} 0.01")
+    add_optimizer_options(parser, f"head or the CNN; if unset, head 0.01, CNN {_LEARNING_RATE}, {slow} 0.01")
     add_training_speed_options(add_run_options(parser), "a CNN")
     opt = parser.parse_args(argv)
     check_data(parser, opt)
@@ -472,7 +478,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         _resolve_optimizer(parser, opt, 0.01)
         return opt
     if opt.teacher_views != "auto":
-        parser.error("--teacher_views is a frozen encoder's: a CNN sees every view")
+        parser.error("--teacher_views is for a frozen encoder: a CNN sees every view")
     opt.model_t, opt.teacher_views = sized_name(opt.model, opt.teacher_resolution), None
     _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model, _LEARNING_RATE))
     _check_network(parser, "--model", opt.model)
@@ -480,7 +486,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_network(parser: Parser, flag: str, model: str) -> None:
-    """Whether there is such a network. This comes last, as it may import the network's library."""
+    """Refuse a network that does not exist. This comes last, as it may import the network's library."""
     try:
         check_model_name(model)
     except ValueError as error:
@@ -488,5 +494,5 @@ def _check_network(parser: Parser, flag: str, model: str) -> None:
 
 
 def recorded_options(opt: argparse.Namespace) -> dict:
-    """The options that a run records: all but its name, and from where it is resumed."""
+    """The options that a run records: all but ``name`` and ``resume``."""
     return {name: value for name, value in vars(opt).items() if name not in ("name", "resume")}

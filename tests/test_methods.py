@@ -345,7 +345,7 @@ def test_the_head_of_a_clip_is_no_cnn(tiny_clip, save_dir, tmp_path, capsys):
     (path,) = Path(teacher_dir).glob("models/*/tiny_clip_last.pth")
     with pytest.raises(SystemExit):
         distil(save_dir, "--path_t", path, "--clip_tn", 0)
-    assert "is the head of a CLIP" in capsys.readouterr().err
+    assert "is the head of a frozen encoder" in capsys.readouterr().err
 
 
 def test_a_cnn_teacher_trains_resumes_and_learns(tmp_path):

@@ -132,5 +132,5 @@ def test_a_method_that_needs_the_class_of_every_image_says_so(run, capsys):
         run("--distill", "nce")
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "--distill nce needs the class of every image, and only 0.375 of them have a label: use one of" in said
+    assert "--distill nce needs the class of every image, but only a share of 0.375 has a label: use one of" in said
     assert "--labels 1" not in said  # would change nothing

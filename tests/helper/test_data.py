@@ -91,7 +91,7 @@ def test_a_data_set_may_lack_labels_of_itself():
     assert sum(target < 0 for target in seen(loaders(data=partly_labelled()).train).values()) == 20
     assert set(seen(loaders("--distill", "none", data=partly_labelled()).train)) == set(range(50))
     assert loaders("--labels", "0.5", data=partly_labelled()).labelled == 25
-    with pytest.raises(ValueError, match=r"nce needs the class of every image, and only 0.714 of them"):
+    with pytest.raises(ValueError, match=r"nce needs the class of every image, but only a share of 0.714 has"):
         loaders("--distill", "nce", data=partly_labelled())
 
 
