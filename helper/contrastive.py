@@ -53,22 +53,22 @@ def contrastive_loss(
 
     Equal captions are positives of one another: the targets of an image are uniform over the batch's texts that
     equal its own, and those of a text over the images that it describes. The B x B loss follows exactly from the
-    K distinct captions, a caption that occurs n times counting n times in the denominators.
+    K distinct captions: a caption that occurs n times counts n times in the denominators.
 
-    Of a batch that is spread over many processes, each has its share of the images and of the distinct captions, the
-    latter as ``deal`` gives it. The texts are gathered, and each process holds the logits of its own images alone: the
-    normaliser of a text, which is over all images, is added up.
+    With many processes each has its share of the images and of the distinct captions, the latter as ``deal`` gives it.
+    The texts are gathered, and each process holds the logits of its own images alone. The processes add up each
+    text's normaliser, which is over all images.
 
     Args:
-        image: embeddings, (B, D), of any norm; of many processes, this one's.
-        text: embeddings of the distinct captions, (K, D), of any norm; likewise.
-        caption: (B,) integers, the row of ``text`` of each image of all processes; every row occurs.
+        image: embeddings, (B, D), of any norm; with many processes, this one's.
+        text: embeddings of the distinct captions, (K, D), of any norm; with many processes, this one's.
+        caption: (B,) integers, each image's row of ``text``, for all processes' images; every row occurs.
         logit_scale: scalar, the inverse temperature.
         shares: images on each process, in order of rank, where there are several.
 
     Returns:
-        Scalar, the mean over the batch and both directions, computed in float32 or better. Of many processes, each has
-        its part; the loss is the mean of these, as the gradient is.
+        Scalar, the mean over the batch and both directions, computed in float32 or better. With many processes each
+        returns its part; the loss is the mean of the parts, as the gradient is.
     """
     processes = 1 if shares is None else len(shares)
     with torch.autocast(image.device.type, enabled=False):
@@ -90,8 +90,8 @@ class Images:
     Args:
         split: the images that the loader's rows refer to.
         resolution: height and width of the result, in pixels.
-        device: where the pixels are made, and the images kept where they fit.
-        views: of the data set.
+        device: where the pixels are made, and where the images are kept if they fit.
+        views: the data set's views.
     """
 
     def __init__(self, split: Split, resolution: int, device: torch.device, views: Views = CIFAR_VIEWS):
@@ -112,7 +112,7 @@ class Encoders(nn.Module):
     Args:
         model: the CLIP.
         opt: ``device``, ``amp`` and ``compile``.
-        full: so many images are encoded at once in most passes, for which the image encoder is compiled.
+        full: number of images in most passes; the image encoder is compiled for it.
     """
 
     def __init__(self, model: CLIP, opt, full: int):
@@ -121,9 +121,9 @@ class Encoders(nn.Module):
         self.compiled = torch.compile(lambda image: model.encode_image(image)) if opt.compile == "on" else None
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of pixels (B, 3, H, W) and of captions (K, L), and the factor of their products."""
+        """Embeddings of pixels (B, 3, H, W) and of captions (K, L), and the scale of their products."""
         encode_image = self.compiled if self.compiled and len(image) == self.full else self.model.encode_image
-        # A context of its own each time: autocast would hand weights that it cast without a graph to the next pass.
+        # Each pass has its own context: autocast would reuse weights that an earlier pass cast without a graph.
         with autocast(self.opt.device, self.opt.amp):
             image, text = self._encode(encode_image, image), self._encode(self.model.encode_text, tokens)
         return image, text, self.model.logit_scale.exp()
@@ -131,33 +131,33 @@ class Encoders(nn.Module):
     def _encode(self, encoder: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         if len(inputs):
             return encoder(inputs)
-        # CLIP's encoders take no empty batch. The gradient is asked for all the same: its exchange needs every process.
+        # CLIP's encoders take no empty batch. The result requires a gradient: its exchange needs every process.
         return torch.zeros(0, self.model.text_projection.shape[1], device=inputs.device, requires_grad=True)
 
 
 def chunks(count: int, size: int) -> list[slice]:
-    """So many rows in parts of ``size``; a last row that is alone, which batch norm may not take, joins the others."""
+    """Slices of ``size`` rows that cover ``count`` rows; a single last row joins the slice before it, for batch norm."""
     ends = [*range(size, count - 1, size), count]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class ContrastiveStep(Step):
-    """A step of contrastive training, in memory that ``opt.micro_batch`` bounds.
+    """A step of contrastive training; ``opt.micro_batch`` bounds its memory.
 
-    More images than that are encoded twice (GradCache, Gao et al., RepL4NLP 2021): once without a graph, for the loss
-    and its gradients at the embeddings, and once more, chunk by chunk, to carry these on to the weights. The result is
-    that of the whole batch at once, up to rounding, where an encoder's samples do not see one another; batch norm sees
-    the chunks, and updates its running statistics in both passes. Of many processes, each has chunks of its own share.
+    A larger batch is encoded twice (GradCache, Gao et al., RepL4NLP 2021). The first pass, without a graph, gives the
+    loss and its gradients at the embeddings. The second carries these on to the weights, chunk by chunk. The result is
+    that of the whole batch, up to rounding, where an encoder's samples do not see one another. Batch norm sees the
+    chunks, and updates its running statistics in both passes. With many processes each splits its own share.
 
-    Each image's template is drawn anew from PyTorch's global generator, alike on every process.
+    Every step draws each image's template from PyTorch's global generator, alike on every process.
 
     Args:
         model: the CLIP.
         pixels: turns the loader's batches into images.
         tokens: (classes, templates, length), see ``caption_tokens``.
-        optimizer: of all weights.
-        scaler: of the gradients.
-        loader: whose batches they are.
+        optimizer: optimiser of all weights.
+        scaler: scales the gradients.
+        loader: makes the batches.
         opt: ``device``, ``amp``, ``compile`` and ``micro_batch``.
     """
 
@@ -180,7 +180,7 @@ class ContrastiveStep(Step):
     def _backward(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tokens, caption = self._captions(batch)
         image, tokens = self.pixels(batch), distributed.own(tokens, deal(len(tokens), self.loader.processes))
-        most = len(image) if batch.shares is None else max(batch.shares)  # as every process decides
+        most = len(image) if batch.shares is None else max(batch.shares)  # so that all processes decide alike
         if self.micro_batch is None or most <= self.micro_batch:
             embeddings = self.losses(image, tokens)
             loss = contrastive_loss(*embeddings[:2], caption, embeddings[2], batch.shares)
@@ -210,7 +210,7 @@ class ContrastiveStep(Step):
         loss = contrastive_loss(images, texts, caption, scale, shares)
         self.scaler.scale(loss).backward()
         for part in parts:
-            last = part == parts[-1]  # whose pass shares what all have added up
+            last = part == parts[-1]  # its pass shares what all have added up
             with contextlib.nullcontext() if last else distributed.unsynchronised(self.losses):
                 outputs = self.losses(image[part], tokens[part])
                 of_scale = scale.grad if last else torch.zeros_like(scale)
@@ -263,10 +263,10 @@ def zero_shot_accuracy(model: CLIP, loader: Loader, pixels: Images, tokens: Tens
 
 
 def train_clip(opt, model: CLIP, pixels: Images, tokens: Tensor, loader: Loader) -> Training:
-    """A CLIP from scratch, by contrasting images and captions, with CLIP's own AdamW and schedule.
+    """The training of a CLIP from scratch on images and captions, with CLIP's own AdamW and schedule.
 
-    CLIP decays all weights that are not gains or biases (section 2.5), positions and captions' tokens included. The
-    class token, a vector, goes with gains and biases, as in open_clip.
+    CLIP decays all weights but gains and biases (section 2.5); positions and token embeddings are decayed too. The
+    class token is a vector, and is not decayed, as in open_clip.
     """
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]

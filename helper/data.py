@@ -1,4 +1,4 @@
-"""The loaders of a run: what it trains on, tests on, and chooses its best epoch by."""
+"""The loaders of a run: for training, for testing, and for choosing the best epoch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class Loaders:
     """A run's loaders.
 
     Attributes:
-        train, test: of the two splits.
-        val: of the rows that are held out of the training split; None where none are.
+        train, test: loaders of the two splits.
+        val: loader of the rows that are held out of the training split; None where none are.
         targets: (N,) class of every training row, -1 for the rows that are not trained on; an image without a label
             is a class of its own.
         image_size: height and width of what a student sees.
         labelled: how many of the rows that are trained on have a label.
-        classes: their names, in the order of the targets.
-        stored_size: height and width of the images as they are stored, of which a student's test view is the centre.
+        classes: the classes' names, in the order of the targets.
+        stored_size: height and width of the stored images; a student's test view is their centre.
     """
 
     train: Loader
@@ -47,7 +47,7 @@ class Loaders:
 
 
 def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
-    """The loaders that the options describe; of many processes, each gets its share.
+    """The loaders that the options describe; with many processes each gets its share.
 
     Under the paper's protocol images are normalised as CLIP's are, under RepDistiller's as its own. An image that has
     no label, of itself or by ``--labels``, is trained on where something is distilled, with target -1; the hold-out

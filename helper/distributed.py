@@ -1,8 +1,8 @@
-"""What many processes tell one another. With one process nothing here does anything.
+"""What the processes of a job tell one another. With one process these functions do nothing.
 
-DistributedDataParallel takes the mean of the processes' gradients. A loss that is a mean over samples therefore
-counts ``Batch.weight`` times on each process; a loss of the whole batch, which every process computes alike, counts
-once, and the gradients that it sends to a process's own samples count as often as there are processes.
+DistributedDataParallel takes the mean of the processes' gradients. Each process therefore multiplies a loss that is a
+mean over samples by ``Batch.weight``. A loss of the whole batch is computed alike by every process and counts once; its
+gradients at a process's own samples are multiplied by the number of processes.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import InputError
 
-# A network's file system may take so many seconds to show one machine what another one wrote.
+# Seconds that a network's file system may take to show one machine what another one wrote.
 _SEEN_WITHIN = 10.0
 
 
@@ -37,7 +37,7 @@ def rank() -> int:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     if count() > 1:
         dist.barrier()
 
@@ -64,8 +64,10 @@ def collect(value: object) -> list:
 
 
 def in_first(function: Callable[[], object]) -> None:
-    """Call a function in the first process alone, while the others wait; where it raises an OSError or an InputError,
-    they end too."""
+    """Call a function in the first process alone, while the others wait.
+
+    The others end too where it raises an OSError or an InputError.
+    """
     error = None
     if rank() == 0:
         try:
@@ -107,7 +109,7 @@ def check_shared(folder: Path, lock: Path | None = None) -> None:
     def leave_mark() -> None:
         if lock is not None:
             held.enter_context(FileLock(lock))
-        for left in folder.glob("shared-*.tmp"):  # by a job that was killed meanwhile
+        for left in folder.glob("shared-*.tmp"):  # left by a job that was killed meanwhile
             left.unlink()
         mark.touch()
 
@@ -129,20 +131,20 @@ def check_shared(folder: Path, lock: Path | None = None) -> None:
 
 @torch.no_grad()
 def total(x: Tensor) -> Tensor:
-    """The sum over all processes, in the place of ``x``."""
+    """Replace ``x`` by its sum over all processes."""
     if count() > 1:
         dist.all_reduce(x)
     return x
 
 
 def of_any(fact: bool) -> bool:
-    """Whether it is true of any process."""
+    """Whether a fact is true on any process."""
     return bool(total(torch.tensor(int(fact))))
 
 
 @torch.no_grad()
 def least(x: Tensor) -> Tensor:
-    """The least over all processes, element by element, in the place of ``x``."""
+    """Replace ``x`` by its minimum over all processes, element by element."""
     if count() > 1:
         dist.all_reduce(x, dist.ReduceOp.MIN)
     return x
@@ -157,24 +159,24 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module, its gradients the mean over all processes."""
+    """Wrap a module, so that its gradients are the mean over all processes."""
     if count() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
-    # Which weights a step uses depends on the method, and on a process without a share none of its loss's. Buffers
-    # are shared once an epoch instead, when they are read.
+    # A step may leave weights unused: the method decides, and a process without a share uses none of the loss's.
+    # Buffers are shared once an epoch instead, when they are read.
     return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def unsynchronised(module: nn.Module) -> contextlib.AbstractContextManager:
-    """In it, passes through what ``parallel`` gave leave their gradients on this process.
+    """A context in which passes through a ``parallel`` module keep their gradients on this process.
 
-    They are added up until a pass outside of it shares them.
+    The gradients add up until a pass outside of the context shares them.
     """
     return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def own(x: Tensor, shares: Sequence[int] | None) -> Tensor:
-    """This process's rows of all, (share, ...) of (B, ...).
+    """This process's rows (share, ...) of all rows (B, ...).
 
     Args:
         shares: rows on each process; None where there is one process.
@@ -187,7 +189,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x: Tensor, shares: Sequence[int], alike: bool) -> Tensor:
         start = sum(shares[: rank()])
         ctx.own, ctx.alike = slice(start, start + len(x)), alike
-        # A sum in which one process has each row and the others zeros, so that shares may differ in size.
+        # One process has a row and the others zeros in its place; a sum of these lets shares differ in size.
         rows = x.new_zeros(sum(shares), *x.shape[1:])
         rows[ctx.own] = x
         return total(rows)
@@ -199,13 +201,14 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None, alike: bool = True) -> Tensor | list[Tensor]:
-    """The rows of all processes, (B, ...), in order of rank, of this one's (share, ...); of each tensor of a list.
+    """Join this process's rows (share, ...) and the others' to (B, ...), in order of rank.
 
-    The gradient is that of the sum of the losses that the processes compute of the result.
+    The gradient is that of the sum of the losses that the processes compute from the result.
 
     Args:
+        x: this process's rows, a tensor or a list of tensors.
         shares: rows on each process; None where there is one process.
-        alike: these losses are the same; otherwise their gradients are exchanged too.
+        alike: the processes compute the same loss; otherwise they exchange their gradients too.
     """
     if shares is None:
         return x
@@ -215,12 +218,12 @@ def gather(x: Tensor | list[Tensor], shares: Sequence[int] | None, alike: bool =
 
 
 def logsumexp(x: Tensor) -> Tensor:
-    """The logarithm of each column's sum of exponentials over the rows of all processes, (K,) of (share, K).
+    """Log-sum-exp of each column over the rows of all processes, (share, K) to (K,).
 
-    The gradient is that of the sum of the processes' losses, each the same.
+    The gradient is that of the sum of the processes' losses, which are all the same.
 
     Args:
-        x: this process's rows; not every process's share may be empty.
+        x: this process's rows; at least one process has some.
     """
     if count() == 1:
         return torch.logsumexp(x, dim=0)

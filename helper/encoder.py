@@ -1,8 +1,8 @@
-"""A frozen encoder by its facts: what a bank of its embeddings needs is known without building the network.
+"""The facts of a frozen encoder: a bank of its embeddings needs them, and not the network.
 
-To learn the facts a network is built once; a small file beside the banks keeps them. The file's name is a hash of all
-that they follow from: the network's name, the SHA-256 of its weights, the resolution that is asked for, and the
-version of the library that builds it.
+The network is built once to learn its facts; a small file beside the banks keeps them. The file's name is a hash of
+everything that decides them: the network's name, the SHA-256 of its weights, the resolution that is asked for, and
+the version of the library that builds it.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _KEPT = ("name", "sha256", "resolution", "normalization", "interpolation", "anti
 
 
 class KnownEncoder:
-    """A frozen encoder whose facts are known: called as ``FrozenEncoder`` is; its first call builds the network.
+    """A frozen encoder with known facts; it is called as ``FrozenEncoder`` is, and builds the network at first.
 
     Attributes:
         name, sha256, resolution, normalization, interpolation, antialias, dim, published, facts: see ``FrozenEncoder``.
@@ -54,10 +54,10 @@ def load_encoder(clip_mode: str, clip_root: str, device: str, amp: str, resoluti
 
 
 def encoder_facts(clip_mode: str, clip_root: str, resolution: int | None, save_dir: str) -> dict:
-    """What has to be known of a frozen encoder: the attributes of a ``KnownEncoder``.
+    """The facts of a frozen encoder, which are the attributes of a ``KnownEncoder``.
 
-    The file of its weights is hashed every time, so that other weights are other facts. A network of which a library
-    has the weights is built every time, as they are in no file of one's own.
+    The file of its weights is hashed every time, so that other weights have other facts. A network with a library's
+    own weights is built every time, as there is no file to hash.
 
     Args:
         clip_mode, clip_root, resolution: see ``create_encoder``.

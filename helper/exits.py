@@ -1,7 +1,7 @@
 """How a script ends: with one line that says why and how to go on, and with an exit code.
 
-2 bad input, 3 a loss that is not finite, 4 a file that cannot be written, 5 out of memory, 130 Ctrl-C, 143 SIGTERM;
-1 where another process of the job is gone. Whatever ends a run, the same command goes on after what it saved last.
+The codes are 2 bad input, 3 a loss that is not finite, 4 a file that cannot be written, 5 out of memory, 130 Ctrl-C,
+143 SIGTERM, 1 another process of the job is gone. The same command goes on after what the run saved last.
 """
 
 import contextlib
@@ -20,25 +20,25 @@ from errors import InputError, NonFiniteLoss, WriteError
 
 from . import launch
 
-# Many processes agree so seldom on whether one of them was asked to save: it costs a message to each.
+# Steps after which many processes agree on whether one of them was asked to save; each time costs messages.
 _AGREE_EVERY = 10
 
-# A scheduler may send a signal to a process and to all of its group: what comes within so many seconds is one.
+# A scheduler may signal a process and its whole group: signals within so many seconds count as one.
 _SAME_SIGNAL = 2.0
 
-# One that came where Python can raise nothing is sent again after so many.
+# A signal that came where Python can raise nothing is sent again after so many seconds.
 _SENT_AGAIN = 0.05
 
-# What ended another process of the job, a signal say, may take so many seconds to reach this one.
+# A signal that ended another process of the job may take so many seconds to reach this one.
 _GRACE = 1.0
 
 
 class Stopped(BaseException):
-    """Ctrl-C, or SIGTERM; as KeyboardInterrupt, nothing takes it for an error."""
+    """Raised by Ctrl-C and SIGTERM; like KeyboardInterrupt it is no Exception, so nothing takes it for an error."""
 
 
 class _Signals:
-    """What was asked for since the script began, and what the same command would go on after."""
+    """The signals since the script began, and what the same command would go on after."""
 
     def __init__(self):
         self.stop: int | None = None
@@ -50,13 +50,13 @@ class _Signals:
         self.write: Callable[[], None] | None = None
 
     def take(self) -> dict:
-        """Handle the signals from now on; gives the handlers that they had."""
-        if threading.current_thread() is not threading.main_thread():  # which alone may set them
+        """Handle the signals from now on; returns the handlers before."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             return {}
         handlers = {signal.SIGINT: self.on_stop, signal.SIGTERM: self.on_stop, signal.SIGUSR1: self.on_save}
         before = {number: signal.getsignal(number) for number in handlers}
         for number, handler in handlers.items():
-            if before[number] is not signal.SIG_IGN or number == signal.SIGUSR1:  # torchrun has to ignore that itself
+            if before[number] is not signal.SIG_IGN or number == signal.SIGUSR1:  # torchrun must ignore SIGUSR1
                 signal.signal(number, handler)
         return before
 
@@ -72,7 +72,7 @@ class _Signals:
         self.save = True
 
     def on_dropped(self, dropped) -> None:
-        """Python drops what is raised in a finaliser: of a signal that came in one, send it again after it."""
+        """Send a signal again that came in a finaliser: Python drops what is raised there."""
         if not isinstance(dropped.exc_value, Stopped):
             sys.__unraisablehook__(dropped)
             return
@@ -86,18 +86,18 @@ _signals = _Signals()
 
 
 def resumes(folder, where: str) -> None:
-    """Say what the same command would go on after, from now on: 'epoch 3' of the run in a folder."""
+    """Note what the same command would go on after from now on: 'epoch 3', say, of the run in a folder."""
     _signals.next = f"the same command resumes {folder} after {where}"
 
 
 def write_at_end(write: Callable[[], None] | None) -> None:
-    """Call this where the script ends early, to save what a run has in memory alone; None where there is nothing."""
+    """Have ``write`` called if the script ends early; it saves what a run has in memory alone. None calls nothing."""
     _signals.write = write
 
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """What is done in it is done to its end: Ctrl-C and SIGTERM wait for it."""
+    """A context that runs to its end: Ctrl-C and SIGTERM wait for it."""
     _signals.held += 1
     try:
         yield
@@ -108,13 +108,13 @@ def unbroken() -> Iterator[None]:
 
 
 def save_asked(step: int) -> bool:
-    """Whether SIGUSR1 came since the last call that said so, to any process: they agree at every tenth step.
+    """Whether any process got SIGUSR1 since the last call that said so; processes agree at every tenth step.
 
     Args:
-        step: of the epoch, the same on every process.
+        step: the epoch's step, the same on every process.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came, and what was running then has swallowed it.
+        Stopped: Ctrl-C or SIGTERM came, and the code that it interrupted swallowed it.
     """
     if _signals.stop is not None:
         raise Stopped
@@ -130,10 +130,10 @@ def save_asked(step: int) -> bool:
 
 @contextlib.contextmanager
 def exit_on_bad_input(program: str) -> Iterator[None]:
-    """End with exit code 2 and one line where what the user gave cannot be worked with.
+    """End with exit code 2 and one line where the user's input cannot be used.
 
-    Wraps what happens before training: the house raises InputError and OSError, with a message that says
-    what is wrong and what to do.
+    It wraps what happens before training. InputError and OSError then have a message that says what is wrong and
+    what to do.
     """
     try:
         yield
@@ -147,12 +147,12 @@ def exit_on_bad_input(program: str) -> Iterator[None]:
 def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
     """Have a script's ``main`` end with one line and an exit code of this module's, where it cannot go on.
 
-    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. What ends a script and was ignored when it was
-    started, by nohup say, stays so.
+    SIGUSR1 asks for a checkpoint inside the epoch, see ``save_asked``. A signal that was ignored when the script was
+    started, by nohup say, stays ignored.
 
     Args:
-        program: its name in the line.
-        memory: what lowers what it takes of that.
+        program: the script's name in the line.
+        memory: says how the script takes less memory.
     """
 
     def decorate(main: Callable) -> Callable:
@@ -161,8 +161,8 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
             global _signals
             _signals, error, hook = _Signals(), None, sys.unraisablehook
             before, sys.unraisablehook = _signals.take(), _signals.on_dropped
-            # Python looks for signals where functions are called. No call comes before they are held, so that none
-            # breaks in after what is caught here.
+            # Python looks for signals where functions are called. Signals are held before the next call, so that none
+            # breaks in after the catch.
             try:
                 main(*args, **kwargs)
             except BaseException as caught:
@@ -187,7 +187,7 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
 
 
 def _saved(error: BaseException) -> BaseException:
-    """Save what a run has in memory alone before its script ends by an error; the error to end it by."""
+    """Save what a run has in memory alone, before an error ends its script; returns the error to end it by."""
     write, _signals.write = _signals.write, None
     if write is None:
         return error
@@ -199,7 +199,7 @@ def _saved(error: BaseException) -> BaseException:
 
 
 def _end(program: str, memory: str, error: BaseException) -> None:
-    """Print the line and exit, or raise the error where it is a mistake of the program, or has been told."""
+    """Print the line and exit; raise the error where it is a mistake of the program, or is already reported."""
     if launch.count() > 1 and isinstance(error, RuntimeError) and _is_of_messages(error):
         time.sleep(_GRACE)
         if _signals.stop is None:
@@ -218,10 +218,10 @@ def _end(program: str, memory: str, error: BaseException) -> None:
 
 
 def _torchs(name: str) -> type | tuple:
-    """A class of error by its name in torch; none where torch was not imported and so raised nothing."""
+    """A class of error by its name in torch; no class where torch was not imported and so raised nothing."""
     try:
         return operator.attrgetter(name)(sys.modules["torch"])
-    except (KeyError, AttributeError):  # or was imported in part
+    except (KeyError, AttributeError):  # torch was not imported, or only in part
         return ()
 
 
@@ -237,7 +237,7 @@ def _out_of_memory(error: BaseException, advice: str) -> str:
 
 
 def _exit(program: str, line: str, code: int, error: BaseException, everybody: bool = False) -> None:
-    """Print the line, of many processes in the first unless ``everybody`` may have something of its own to say."""
+    """Print the line and exit; only the first process prints, unless ``everybody`` has something of its own to say."""
     if everybody or launch.rank() == 0:
         sys.stdout.flush()
         print(f"{program}: {' '.join(line.split())}", file=sys.stderr, flush=True)

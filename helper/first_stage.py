@@ -21,9 +21,9 @@ from .training import Training
 
 
 def open_first_stage(opt, objective: Objective, run: Run) -> Run | None:
-    """The first stage's run of ``--init_epochs`` epochs, in the folder ``init`` of the second's; None without one.
+    """The first stage's run, in the folder ``init`` of the second stage's; None for a method without one.
 
-    It resumes as every run does.
+    It has ``--init_epochs`` epochs, and resumes as every run does.
 
     Args:
         run: the second stage's; the first stage records the same options.
@@ -42,7 +42,7 @@ def open_first_stage(opt, objective: Objective, run: Run) -> Run | None:
 
 
 class _FirstStage(nn.Module):
-    """What a step of the first stage computes before its backward pass; see ``Distillation``."""
+    """The losses of a step of the first stage; see ``Distillation``."""
 
     def __init__(self, student: Classifier, teacher: CnnTeacher, criterion: TwoStage, loader: Loader, opt):
         super().__init__()
@@ -52,7 +52,7 @@ class _FirstStage(nn.Module):
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         with autocast(self.opt.device, self.opt.amp):
             out_s = self.student(batch.image)
-        if not len(batch.target):  # of many processes, one without a share
+        if not len(batch.target):  # a process without a share
             return sum(x.sum() for x in out_s.features), {}, {}
         out_t = self.teacher(self.split, batch)
         feat_s, feat_t = ([x.float() for x in out.features] for out in (out_s, out_t))
@@ -61,7 +61,7 @@ class _FirstStage(nn.Module):
 
 
 def init(stage: Run, student: Classifier, teacher: CnnTeacher, criterion: TwoStage, loader: Loader, opt) -> None:
-    """Train what the method's first stage trains; student and criterion then have the weights to go on with.
+    """Train the method's first stage; student and criterion then have the weights that the second goes on with.
 
     Args:
         stage: see ``open_first_stage``.
@@ -84,7 +84,7 @@ def init(stage: Run, student: Classifier, teacher: CnnTeacher, criterion: TwoSta
     if stage.state is not None:
         training.load_state_dict(stage.state)
 
-    student.eval()  # what the first stage does not train keeps still, as in RepDistiller
+    student.eval()  # layers that the first stage does not train stay unchanged, as in RepDistiller
     for epoch in range(stage.first_epoch, opt.epochs + 1):
         start = time.perf_counter()
         record = training.epoch(epoch, stage.save_inside)

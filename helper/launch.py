@@ -1,4 +1,4 @@
-"""What torchrun's environment variables say of this process; known before torch is imported."""
+"""This process's place in its job, from torchrun's environment variables; reading them needs no torch."""
 
 import contextlib
 import datetime
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# What one process may do while the others wait: check a bank, write a checkpoint. One that dies ends the job at once.
+# The others wait so long while one process checks a bank or writes a checkpoint. One that dies ends the job at once.
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -37,8 +37,8 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(local)
     store, number, processes = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps one store for all starts of a job, and a process that met the address of one that is dead there
-        # would wait for it. Each agent counts its own starts.
+        # torchrun keeps one store for all starts of a job. A process that found a dead one's address there would wait
+        # for it. Each agent counts its own starts.
         if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
             if number == 0:
                 what = (
@@ -53,8 +53,9 @@ def processes() -> Iterator[None]:
         if number > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
-    # Only where all went well: after an error the others may not be there to agree. gloo's threads need the interpreter
-    # to let go of the last tensors, and destroying the group holds it while it waits for them: let them be done first.
+    # This is done only where all went well: after an error the others may not be there to agree. gloo's threads need
+    # the interpreter to free the last tensors. Destroying the group holds it while it waits for them, so they get time
+    # to finish first.
     dist.barrier()
     time.sleep(0.2)
     dist.destroy_process_group()

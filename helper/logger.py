@@ -19,19 +19,19 @@ class Logger:
     Both logs are derived: the checkpoint holds every record, and a resumed run writes them anew from it.
 
     Args:
-        folder: of metrics.jsonl.
-        tb_folder: of the TensorBoard events; those that it holds are replaced.
+        folder: the folder of metrics.jsonl.
+        tb_folder: the folder of the TensorBoard events; those that it holds are replaced.
         history: the records of the epochs that are done.
 
     Raises:
-        WriteError: from here and from ``append``: one of them cannot be written.
+        WriteError: a log cannot be written; ``append`` raises it too.
     """
 
     def __init__(self, folder: Path, tb_folder: Path, history: list[dict]):
         self._metrics, self._tb_folder = folder / "metrics.jsonl", tb_folder
         checkpoint.write_bytes("".join(map(_line, history)).encode(), self._metrics)
         with checkpoint.writing(tb_folder):
-            for events in tb_folder.glob("events.*"):  # and no folder: a first stage's is in it
+            for events in tb_folder.glob("events.*"):  # the first stage's folder in it stays
                 events.unlink()
             self._events = tensorboard_logger.Logger(str(tb_folder), flush_secs=2)
             for record in history:

@@ -1,4 +1,4 @@
-"""What an epoch measures and prints."""
+"""An epoch's averages, and the lines that it prints."""
 
 import time
 
@@ -13,14 +13,15 @@ from .util import format_seconds
 
 _NEVER = torch.iinfo(torch.int64).max
 
-# Averages over the samples that have a label; all else is over all samples.
+# These are averages over the samples that have a label; all others are over all samples.
 _OF_LABELLED = {"loss_cls", "loss_teacher", "train_acc"}
 
 
 class Totals:
     """Sums over the samples of an epoch, and the first step at which each loss was not finite.
 
-    Kept on the device and added to in place, so that a step can be captured and replayed; reading them waits for it.
+    They are kept on the device and added to in place, so that a step can be captured and replayed. Reading them waits
+    for the device.
 
     Args:
         device: where the steps compute.
@@ -63,7 +64,7 @@ class Totals:
         self.first_bad = torch.full((losses,), _NEVER, device=device)
 
     def _share_names(self) -> None:
-        """Let a process that has had no sample know what the others measure."""
+        """Tell a process without a sample what the others measure."""
         if not self._shared:
             known = distributed.collect((self.names, self.losses))
             if self.sums is None:
@@ -75,11 +76,11 @@ class Totals:
 
     @torch.no_grad()
     def add(self, losses: dict[str, Tensor], others: dict[str, Tensor], n: int, labelled: Tensor | None = None) -> None:
-        """Add a step's values, each the mean of ``n`` samples, which may be none; always the same names.
+        """Add a step's values, each the mean of ``n`` samples; ``n`` may be 0, and the names never change.
 
         Args:
-            labelled: how many of them have a label; None where all have. Those without count as zero in the losses and
-                the accuracy that ask for it, whose average is over those with one.
+            labelled: how many samples have a label; None where all have one. The others count as zero in the losses
+                and the accuracy that need labels, and are left out of their averages.
         """
         if n == 0:
             self.step += 1
@@ -94,10 +95,10 @@ class Totals:
         self.first_bad.copy_(torch.where(bad, self.first_bad.minimum(self.step), self.first_bad))
 
     def averages(self, title: str) -> dict[str, float]:
-        """Means by name over all samples of all processes so far; none by a name of which there were no samples.
+        """Means by name over all samples of all processes so far; a name without samples is left out.
 
         Raises:
-            NonFiniteLoss: a loss was not finite, on whichever process.
+            NonFiniteLoss: a loss was not finite, on any process.
         """
         self._share_names()
         first_bad = distributed.least(self.first_bad.clone()).tolist()
@@ -114,9 +115,9 @@ class EpochLog:
 
     Args:
         title: 'Epoch 3', say.
-        loader: whose epoch it is.
+        loader: makes the epoch's batches.
         print_freq: steps from one print to the next.
-        epochs_left: after this one.
+        epochs_left: epochs after this one.
         totals: what the steps add to.
     """
 
@@ -129,7 +130,7 @@ class EpochLog:
         totals.reset()
 
     def state_dict(self) -> dict:
-        """What an epoch that is interrupted here goes on from.
+        """The state that an epoch goes on from if it is interrupted here.
 
         Raises:
             NonFiniteLoss: a loss was not finite.
@@ -144,7 +145,7 @@ class EpochLog:
         self.totals.load_state_dict(state["totals"], self.device)
 
     def update(self, step: int, n: int) -> None:
-        """A step of so many samples on all processes is done, counted from 1."""
+        """Note that a step, counted from 1, is done; it had ``n`` samples on all processes."""
         self.count += n
         if step % self.print_freq == 0 or step == self.steps:
             averages = "  ".join(f"{name} {value:.3f}" for name, value in self.totals.averages(self.title).items())

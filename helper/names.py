@@ -11,7 +11,7 @@ _LONGEST = 72
 
 
 def sized_name(model: str, resolution: int | None) -> str:
-    """The name of a student or a CNN in the names of files, with the size of its input where that is enlarged."""
+    """A student's or a CNN's name in file names, with the size of its input where that is enlarged."""
     short = parse_name(model).short
     return short if resolution is None else f"{short}@{resolution}px"
 
@@ -20,8 +20,8 @@ def student_run_name(opt: argparse.Namespace, data: str, identity: dict[str, str
     """The name of a run of train_student.py: student, teacher, data, method, seed, trial and a hash.
 
     The hash has six characters. It tells apart runs that differ in any option that changes the result, or in the
-    content of their files. The options count as they are given, so that one command has one name on every machine,
-    whatever becomes of ``auto``. A name that would be too long loses the ends of its longest parts.
+    content of their files. The options count as they are given: one command has one name on every machine, whatever
+    ``auto`` means there. A name that would be too long loses the ends of its longest parts.
 
     Args:
         opt: the parsed options; ``opt.name`` is the name, where it is set.

@@ -1,4 +1,4 @@
-"""The student's loss, of one batch."""
+"""The student's loss on one batch."""
 
 import copy
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ from .teacher import CnnTeacher, EncoderTeacher
 
 
 def mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Of logits (B, classes) in a batch, over its images; that of an image without a label is zero.
+    """The cross-entropy of logits (B, classes), averaged over the images of a batch.
 
-    A labelled image thus weighs what it does in a batch where all are. The mean over the labelled ones would weigh the
-    one that a batch may have as much as a whole batch: a head on a frozen encoder's embeddings diverges with it.
+    Only labelled images enter the sum; it is divided by the batch size. A labelled image thus weighs the same in every
+    batch. With a mean over labelled images alone, the only one of a batch would weigh as much as a whole batch, and a
+    head on a frozen encoder's embeddings diverges.
     """
     if batch.labelled is None and len(batch.target):
         return F.cross_entropy(logits, batch.target)
@@ -29,7 +30,7 @@ def mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def total_loss(terms: dict[str, Tensor]) -> Tensor:
-    """The sum of an objective's terms, of this process's share, by name."""
+    """The sum of an objective's terms, given by name, for this process's share."""
     return sum(terms[name] for name in ("cls", "kd", "distill") if name in terms)
 
 
@@ -39,7 +40,7 @@ class Objective:
 
     Attributes:
         criterion: the method's loss, or None.
-        feeds: what it is fed, in order (see ``Method``).
+        feeds: names of its arguments, in order (see ``Method``).
         gamma, alpha, beta: the weights r, a and b.
         kd_T: temperature of the kd term.
         clip: whether f_s and f_t are projected embeddings (a frozen encoder's protocol) or pooled features.
@@ -66,7 +67,7 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a term looks at the teacher at all; a method's first stage alone does not make one."""
+        """Whether a term uses the teacher; a method's first stage is no term."""
         return bool(self.alpha or (self.feeds and self.beta))
 
     @property
@@ -83,16 +84,16 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its weighted terms by name; no gradient reaches the teacher.
 
-        Of a batch spread over many processes: the loss whose mean over processes is that of the whole batch, and the
-        terms, of this process's share where they are means over samples; without any, zero and no such terms. In the
-        classification an image without a label counts as zero.
+        With many processes, the mean of their losses is the loss of the whole batch. A term that is a mean over
+        samples is that of this process's share; without a sample there is no such term, and the loss is zero. An image
+        without a label counts as zero in the classification.
         """
         terms, parts = {}, {}
         if len(batch.target):
             terms["cls"] = self.gamma * mean_cross_entropy(out_s.logits.float(), batch)
             if self.alpha and out_t is not None:
                 terms["kd"] = self.alpha * kd_loss(*self._fed(("logit_s", "logit_t"), out_s, out_t, batch), self.kd_T)
-        # Of no samples: zero, yet not without a gradient, which DDP waits for.
+        # Without a sample the loss is zero, but has a gradient: DDP waits for it.
         loss = batch.weight * total_loss(terms) if terms else out_s.features[-1].sum()
         if self.feeds and self.beta and out_t is not None and (self.relational or terms):
             fed = self._fed(self.feeds, out_s, out_t, batch)
@@ -110,7 +111,7 @@ class Objective:
         return loss, {**terms, **parts}
 
     def _fed(self, names: tuple[str, ...], out_s: Outputs, out_t: Outputs, batch: Batch) -> list:
-        """What a method's row calls by these names, in float32; the teacher's without a gradient."""
+        """The values that a method's row names, in float32; no gradient reaches the teacher's."""
 
         def s(x: Tensor) -> Tensor:
             return x.float()
@@ -165,13 +166,13 @@ def check_lone_image(
     teacher: EncoderTeacher | CnnTeacher | None = None,
     objective: Objective | None = None,
 ) -> None:
-    """Try a step of one image, where the run has one; a loader joins a single last image to others, where there are.
+    """Try a step of one image, if the run has one; a loader joins a single last image to others, if there are any.
 
     Args:
-        objective: its criterion may have batch norm too, with a CNN teacher.
+        objective: with a CNN teacher its criterion may have batch norm too.
 
     Raises:
-        InputError: a batch norm in training has a single value of each channel, which it cannot normalise.
+        InputError: a batch norm in training sees a single value of each channel, which it cannot normalise.
     """
     if loaders.train.last > 1:
         return

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-# The paper's weight decay of the teacher's head, which its SGD keeps whatever the student is trained with.
+# The paper's weight decay of the teacher's head; the head's SGD keeps it whatever trains the student.
 _HEAD_WEIGHT_DECAY = 5e-4
 
 
 def sgd(parameters: Iterable[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
-    """SGD as the paper uses it, its step fused into one kernel."""
+    """SGD as the paper uses it, with its step fused into one kernel."""
     decay = opt.weight_decay if opt.optimizer == "sgd" else _HEAD_WEIGHT_DECAY
     parameters = list(parameters)
     optimizer = torch.optim.SGD(parameters, lr, momentum=opt.momentum, weight_decay=decay, fused=True)
     if opt.momentum:
-        # Left alone, PyTorch makes them in the first step and does not fill them where that step's gradients are not
+        # PyTorch would make the buffers in the first step, and leave them unfilled where that step's gradients are not
         # finite, as fp16's first ones may be.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -27,9 +27,9 @@ def sgd(parameters: Iterable[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
 def build_optimizer(modules: Iterable[nn.Module], opt) -> torch.optim.Optimizer:
     """The optimiser of these modules that the options describe, at ``opt.learning_rate``.
 
-    AdamW (Loshchilov and Hutter, ICLR 2019) decays matrices and kernels. Gains, biases and what a network's own
-    ``no_weight_decay`` names, such as a transformer's positions and its class token, are left alone: the rule of
-    ``timm.optim.param_groups_weight_decay``.
+    AdamW (Loshchilov and Hutter, ICLR 2019) decays matrices and kernels. It exempts gains, biases and the weights that
+    a network's own ``no_weight_decay`` names, such as a transformer's positions and its class token. This is the rule
+    of ``timm.optim.param_groups_weight_decay``.
     """
     modules = list(modules)
     if opt.optimizer == "sgd":
@@ -45,14 +45,14 @@ def build_optimizer(modules: Iterable[nn.Module], opt) -> torch.optim.Optimizer:
 
 
 def _exempt(module: nn.Module) -> set[str]:
-    """The names of the parameters that a network in it wants to keep from weight decay, as timm's networks say it."""
+    """The names of the parameters that a module's networks exempt from weight decay, as timm's networks do."""
     told = [(path, part.no_weight_decay()) for path, part in module.named_modules() if hasattr(part, "no_weight_decay")]
     return {f"{path}.{name}" if path else name for path, names in told for name in names}
 
 
 @contextlib.contextmanager
 def capturable(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Let their steps be captured: without being told so Adam refuses, though its fused step is the same either way."""
+    """Let the optimisers' steps be captured; Adam refuses unless told, though its fused step is the same either way."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups if "capturable" in group]
     for group in groups:
         group["capturable"] = True
@@ -64,9 +64,9 @@ def capturable(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
 
 
 def learning_rate(epoch: int, opt) -> float:
-    """Of an epoch, counted from 1.
+    """The learning rate of an epoch, counted from 1.
 
-    step: times ``lr_decay_rate`` after each decay epoch. cosine: half a period from the learning rate to zero
+    step: it is multiplied by ``lr_decay_rate`` after each decay epoch. cosine: it falls to zero over half a period
     (Loshchilov and Hutter, ICLR 2017). Over the first ``warmup_epochs`` it grows in equal steps.
     """
     warmup = opt.warmup_epochs

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str):
-        if launch.rank() == 0:  # all processes are given the same
+        if launch.rank() == 0:  # all processes have the same arguments
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -68,7 +68,7 @@ def epoch_list(text: str) -> list[int]:
 
 
 def teacher_views(text: str) -> str | int:
-    """auto, all, or a number from 0 on; what the data set makes of them is known when it is there."""
+    """auto, all, or a number from 0 on; only the data set tells how many views there are."""
     if text not in ("auto", "all") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 on")
     return text if text in ("auto", "all") else int(text)
@@ -84,7 +84,7 @@ def network_name(text: str) -> str:
 
 
 def encoder_name(text: str) -> str:
-    """A frozen encoder's name, or the path of one; whether there is such a one shows when it is loaded."""
+    """A frozen encoder's name, or the path of one; loading it shows whether it exists."""
     return _checked(parse_name, text)
 
 

@@ -1,4 +1,4 @@
-"""What a run records, options.json and metrics.jsonl: written by ``helper.run``, read by all that look at runs."""
+"""A run's records, options.json and metrics.jsonl: ``helper.run`` writes them, all that look at runs read them."""
 
 import hashlib
 import json
@@ -91,9 +91,9 @@ class StoredRun:
 
 
 def read_record(folder: str | Path) -> tuple[dict, list[dict]]:
-    """What options.json and metrics.jsonl hold of a finished run.
+    """The content of a finished run's options.json and metrics.jsonl.
 
-    The hash in options.json is written when the run has ended, so that a run which was killed has none.
+    The hash in options.json is written when the run has ended, so that a killed run has none.
 
     Raises:
         InputError: the folder holds no run, or one that is not finished; or a file is damaged.
@@ -126,7 +126,7 @@ def read_run(folder: str | Path) -> StoredRun:
     """Read a finished run of train_student.py.
 
     Raises:
-        InputError, OSError: see ``read_record``; or the run is of another script.
+        InputError, OSError: see ``read_record``; or another script made the run.
     """
     options, history = read_record(folder)
     if "distill" not in options:
