@@ -136,7 +136,7 @@ class Encoders(nn.Module):
 
 
 def chunks(count: int, size: int) -> list[slice]:
-    """Slices of ``size`` rows that cover ``count`` rows; a single last row joins the slice before it, for batch norm."""
+    """Slices of ``size`` rows that cover ``count`` rows; a single last row joins the one before, for batch norm."""
     ends = [*range(size, count - 1, size), count]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -19,37 +19,37 @@ class Run:
     """A run of a number of epochs, which can be killed at any moment and resumed.
 
     A checkpoint is everything that the run goes on from, in one file, ``resume.pth``. It is written after the first
-    epoch, the last, and the others that end ``save_seconds`` or more after the checkpoint before. In between the newest
-    state is kept in memory and written where the script ends early, see ``helper.exits``. A run that is killed goes on
-    from its last checkpoint; what the logs say beyond it is dropped. Of many processes, the first writes and all read.
+    epoch, after the last, and after each that ends ``save_seconds`` or more after the checkpoint before. In between the
+    newest state is kept in memory, and written if the script ends early, see ``helper.exits``. A killed run goes on
+    from its last checkpoint; later lines of the logs are dropped. The first process writes, all processes read.
 
     Attributes:
         folder: the folder of its files.
         identity: as given.
         recorded: the options of the resumed run; None for a new one.
         history: a record for every finished epoch.
-        state: what the last ``end_epoch`` or ``save_inside`` was given, when the run was resumed; else None.
-        steps: how many of the first epoch's steps are done, when the run was resumed inside it; else 0.
+        state: the state that the last ``end_epoch`` or ``save_inside`` saved, if the run was resumed; else None.
+        steps: steps of the first epoch that are done, if the run was resumed inside it; else 0.
 
     Args:
-        opt: the parsed options; ``save_dir``, ``resume``, ``epochs`` and ``save_seconds`` are read here. All but those
-            that are still ``auto`` or ``all`` are compared with those of the run that is resumed.
+        opt: the parsed options; ``save_dir``, ``resume``, ``epochs`` and ``save_seconds`` are read here. Options that
+            are no longer ``auto`` or ``all`` are compared with those of the run that is resumed.
         identity: the hashes of data and weights, by name; they are compared and recorded too.
         kind: the folder in SAVE of such runs: 'student_model', say.
         tb_kind: the folder in SAVE of their TensorBoard events.
         name: the run's name.
-        stem: the beginning of the names of the best model's file, {stem}_best.pth, and the last's, {stem}_last.pth.
+        stem: begins the names of the files of the best model, {stem}_best.pth, and of the last, {stem}_last.pth.
 
     Raises:
-        InputError: the folder holds a run that is not to be resumed, in use, or of other options; or ``--resume`` names
-            no run.
+        InputError: the folder holds a run that is in use, has other options or is not to be resumed; or ``--resume``
+            names no run.
         OSError: the folder cannot be written.
     """
 
     def __init__(self, opt, identity: dict[str, str], kind: str, tb_kind: str, name: str, stem: str):
         given = {key: value for key, value in vars(opt).items() if key not in FREE and value not in ("auto", "all")}
         given |= identity
-        distributed.check_alike(given)  # before the folder, which they name
+        distributed.check_alike(given)  # first, as they name the folder
         self.folder = Path(opt.save_dir) / kind / name
         self.epochs, self.save_seconds = opt.epochs, opt.save_seconds
         self.identity = identity
@@ -73,7 +73,7 @@ class Run:
         distributed.check_shared(self.folder)
         self._load(opt.resume)
         hashes = {} if self.recorded is None else {key: None for key in self.recorded if key.endswith("_sha256")}
-        self._check(hashes | given)  # a file that is left out now makes another run too
+        self._check(hashes | given)  # a file that is left out makes another run too
         if self.steps and len(self.history) >= self.epochs and not self.finished:
             raise InputError(
                 f"{self.folder} is inside epoch {self.first_epoch}: use --epochs {self.first_epoch} or more"
@@ -90,7 +90,7 @@ class Run:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
 
     def _load(self, resume: str) -> None:
-        if distributed.restarted() and self._resume.exists():  # the first start has done as it was told
+        if distributed.restarted() and self._resume.exists():  # the first start has obeyed --resume
             resume = "auto"
         path = self._resume if resume in ("auto", "none") else Path(resume)
         if resume not in ("auto", "none") and not path.is_file():
@@ -107,7 +107,7 @@ class Run:
         self._note(self.steps)
 
     def _note(self, steps: int = 0) -> None:
-        """Say after what it would be resumed."""
+        """Note where the run would be resumed."""
         epoch = len(self.history)
         resumes(self.folder, f"step {steps} of epoch {epoch + 1}" if steps else f"epoch {epoch}")
 
@@ -115,7 +115,7 @@ class Run:
         """Record the options, each ``auto`` resolved.
 
         Raises:
-            InputError: one that may not change differs from the resumed run's, or from another process's.
+            InputError: an option that may not change differs from the resumed run's, or from another process's.
         """
         self._check(values)
         self.options = values | self.options
@@ -140,24 +140,24 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, and their logs and last file are written."""
+        """Whether all epochs are done, and the logs and the last file are written."""
         if len(self.history) < self.epochs:
             return False
         try:
             read_record(self.folder)
-            # The last file of a run that was then begun to be extended is of an earlier epoch.
+            # A run that is being extended still has the last file of an earlier epoch.
             return checkpoint.load(self._last).get("epoch") == self.history[-1]["epoch"]
-        except (InputError, FileNotFoundError):  # damaged, or not there: it is written again
+        except (InputError, FileNotFoundError):  # a damaged or missing file is written again
             return False
 
     def start(self) -> None:
-        """Write the options, and the logs of what is done."""
+        """Write the options, and the logs of the epochs that are done."""
         if not self._writes:
             return
         with checkpoint.writing(self.folder):
-            for left in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
+            for left in self.folder.glob("*.tmp"):  # left by a run that was killed while it wrote
                 left.unlink()
-        if self._next_best.exists():  # killed while it wrote a checkpoint
+        if self._next_best.exists():  # the run was killed while it wrote a checkpoint
             self._settle_best()
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
@@ -182,9 +182,9 @@ class Run:
 
         Args:
             record: the line of metrics.jsonl.
-            state: what ``self.state`` will be when the run is resumed.
-            model: the content of the model's file, written when the epoch is the best so far, see ``best_record``.
-            save_freq: write it every so many epochs besides.
+            state: the content of ``self.state`` when the run is resumed.
+            model: the content of the model's file, written if the epoch is the best so far, see ``best_record``.
+            save_freq: the model's file is also kept every so many epochs.
         """
         with unbroken():
             self.history.append(record)
@@ -194,7 +194,7 @@ class Run:
             keeps = save_freq is not None and record["epoch"] % save_freq == 0
             due = keeps or len(self.history) >= self.epochs
             due = due or time.monotonic() - self._saved_at >= self.save_seconds
-            # The next epoch changes what is not written now.
+            # The next epoch changes these tensors: what is not written now is copied.
             kept = (lambda content: content) if due else checkpoint.in_memory
             if self.best is record:
                 self._unsaved_best = kept(model | record)
@@ -208,7 +208,7 @@ class Run:
             self._logger.append(record)
 
     def _write(self) -> None:
-        """Write what is in memory alone: the state, and the best model's file if it is of an epoch since then.
+        """Write what is in memory alone: the state, and the best model's file if it is new since the last checkpoint.
 
         A run that is resumed must find the best model of the epochs that resume.pth knows. The new one therefore waits
         beside the old one until resume.pth is written.
@@ -235,8 +235,8 @@ class Run:
     def finish(self, model: dict) -> None:
         """Write the record's hash and the last model's file, which mark the run as finished.
 
-        The hash comes after the last line of metrics.jsonl, so that a run which is killed in between has no hash: it
-        is unfinished, not damaged.
+        The hash is written after the last line of metrics.jsonl. A run that is killed in between has no hash: it is
+        unfinished, not damaged.
         """
         if self._writes:
             options = self.options | {HASH: record_hash(self.options, self.history)}
@@ -244,10 +244,10 @@ class Run:
             checkpoint.save(model | self.history[-1], self._last)
 
     def print_result(self) -> None:
-        """One line: where the run is, and its accuracy."""
+        """Print one line: the run's accuracy, and its folder."""
         best = self.best
         if best["test_acc"] is None:
-            print(f"{len(self.history)} epochs without labels, which measure no accuracy, in {self.folder}")
+            print(f"{len(self.history)} epochs without labels measured no accuracy, in {self.folder}")
             return
         last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"

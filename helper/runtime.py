@@ -19,8 +19,8 @@ from errors import InputError
 from . import distributed
 from .options import AUTO_VIEWS
 
-# torch.compile takes some 46 s for resnet8x4 on two cores; with AMX it saves 9 ms a step, so that many steps earn it
-# back. Without, the convolutions are all that counts, and a compiled step is no faster (docs/performance.md).
+# torch.compile takes some 46 s for resnet8x4 on two cores; with AMX it saves 9 ms a step, and so many steps earn it
+# back. Without AMX the convolutions decide the time, and a compiled step is no faster (docs/performance.md).
 COMPILE_PAYS_AFTER_STEPS = 5000
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-# What decides a processor's speed at bf16, fp32 and 8 bits, as Linux and as people call it.
+# Instructions that decide a processor's speed at bf16, fp32 and 8 bits: Linux's name for them, and the common one.
 _INSTRUCTIONS = {
     "amx_bf16": "AMX",
     "avx512_bf16": "AVX-512-BF16",
@@ -66,20 +66,20 @@ def processor() -> str:
 
 
 def resolve_device(device: str) -> str:
-    """'cpu' or 'cuda', where convolutions are then chosen by trying them.
+    """'cpu' or 'cuda'; on a GPU, PyTorch then chooses convolutions by trying them.
 
     Raises:
-        InputError: cuda is asked for and there is none, or fewer GPUs than processes on this machine.
+        InputError: cuda is asked for, but this machine has no GPU, or fewer GPUs than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    local = os.environ.get("LOCAL_RANK")  # of torchrun
+    local = os.environ.get("LOCAL_RANK")  # set by torchrun
     if device == "cuda" and local is not None and int(local) >= torch.cuda.device_count():
         raise InputError(f"more processes than GPUs: start at most {torch.cuda.device_count()}, or use --device cpu")
     torch.backends.cudnn.benchmark = True  # shapes never change, but for the last batch
-    # float32 is float32: PyTorch's convolutions would be in TF32 by default. What may be rounded is --amp's to say.
+    # PyTorch's convolutions use TF32 by default. Here float32 is float32; --amp alone decides what may be rounded.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
@@ -106,9 +106,9 @@ def resolve_compile(compile_: str, device: str, steps: int) -> str:
         steps: training steps of the whole run.
 
     Raises:
-        InputError: compilation is asked for and there is no compiler: of C++ for a CPU, of C for CUDA.
+        InputError: compilation is asked for, but there is no compiler: C++'s for a CPU, C's for CUDA.
     """
-    # As inductor and Triton look for it.
+    # Inductor and Triton look for it in this way.
     variable, *names = ("CC", "gcc", "clang") if device == "cuda" else ("CXX", "g++")
     named = [os.environ[variable]] if variable in os.environ else names
     able = any(shutil.which(name) is not None for name in named)
@@ -129,7 +129,7 @@ def resolve_graph(opt: argparse.Namespace) -> str:
         opt: ``graph`` as parsed; device, processes and teacher_views are resolved.
 
     Raises:
-        InputError: it is asked for and cannot be.
+        InputError: a recording is asked for, but cannot be made.
     """
     method = getattr(opt, "distill", None)
     if opt.device != "cuda":
@@ -137,9 +137,9 @@ def resolve_graph(opt: argparse.Namespace) -> str:
     elif opt.processes > 1:
         lacks = f"needs a single process, not {opt.processes}"
     elif method is not None and METHODS[method].waits:
-        lacks = f"cannot be with --distill {method}, which waits for the GPU in every step"
+        lacks = f"does not work with --distill {method}, which waits for the GPU in every step"
     elif method not in (None, "none") and opt.teacher_views == 0:
-        lacks = "cannot be with --teacher_views 0, which encodes every batch"
+        lacks = "does not work with --teacher_views 0, which encodes every batch"
     else:
         return "off" if opt.graph == "off" else "on"
     if opt.graph == "on":
@@ -148,7 +148,7 @@ def resolve_graph(opt: argparse.Namespace) -> str:
 
 
 def teacher_precision(device: str, amp: str, published: bool = True) -> str:
-    """The frozen teacher's: on CUDA fp16 for OpenAI's, as published; otherwise what ``--amp`` resolved to, or fp32.
+    """The frozen encoder's precision: fp16 for OpenAI's on CUDA, as published; otherwise ``amp``, or fp32 for 'off'.
 
     Args:
         published: the weights are in OpenAI's format.
@@ -164,15 +164,15 @@ def autocast(device: str, amp: str) -> contextlib.AbstractContextManager:
 
 
 def resolve_teacher_views(teacher_views: str | int, device: str, views: Views) -> int:
-    """How many views of each image the teacher encodes; 0 for each as it is asked for.
+    """How many views of each image the teacher encodes beforehand; 0 if it encodes every batch.
 
     Raises:
-        InputError: the images have not so many.
+        InputError: the images have fewer views.
     """
     if teacher_views == "auto":
         return AUTO_VIEWS[device] if views.count is None else min(AUTO_VIEWS[device], views.count)
     if teacher_views == "all" and views.count is None:
-        raise InputError("--teacher_views all: a photograph has views without end; use a number of them, or 0")
+        raise InputError("--teacher_views all: a photograph has endlessly many views; use a number of them, or 0")
     if teacher_views == "all":
         return views.count
     if views.count is not None and teacher_views > views.count:
@@ -185,18 +185,18 @@ def resolve_teacher_views(teacher_views: str | int, device: str, views: Views) -
 def resolve(
     opt: argparse.Namespace, recorded: dict | None, images: int, views: Views = CIFAR_VIEWS
 ) -> argparse.Namespace:
-    """The options with every word that stands for a value replaced by it, and the number of processes.
+    """A copy of the options with every ``auto`` and ``all`` resolved, and with the number of processes.
 
-    Prints what each became. A resumed run keeps what was resolved when it began.
+    It prints what each ``auto`` became. A resumed run keeps what was resolved when it began.
 
     Args:
-        opt: as parsed; not changed.
+        opt: the parsed options; they are not changed.
         recorded: the options of the run that is resumed, or None.
-        images: training images of the data set, which tell whether compiling pays.
-        views: of the data set.
+        images: number of training images, which decides whether compiling pays.
+        views: the data set's views.
 
     Raises:
-        InputError: the machine or the data set lacks what is asked for, or a cosine that is under way would get another
+        InputError: the machine or the data set lacks what is asked for, or a resumed run's cosine would get another
             end.
     """
     if recorded and recorded.get("schedule") == "cosine" and recorded["epochs"] != opt.epochs:
@@ -210,7 +210,7 @@ def resolve(
     opt = copy.copy(opt)
     for name in names:
         setattr(opt, name, (recorded or {}).get(name, "auto"))
-    opt.processes = distributed.count()  # each of which has batch norm's statistics of its own share
+    opt.processes = distributed.count()  # it counts: each has batch norm's statistics of its own share
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)
     if opt.batch_size < opt.processes:
@@ -218,7 +218,7 @@ def resolve(
     if getattr(opt, "sync_bn", False) and opt.device != "cuda":
         raise InputError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
     if getattr(opt, "sync_bn", False) and opt.compile == "auto":
-        opt.compile = "off"  # what it exchanges in every layer is not compiled
+        opt.compile = "off"  # its exchange in every layer is not compiled
     if getattr(opt, "teacher_views", None) is not None:
         opt.teacher_views = resolve_teacher_views(opt.teacher_views, opt.device, views)
     if hasattr(opt, "compile"):

@@ -15,13 +15,13 @@ from .util import accuracy
 
 
 class Distillation(nn.Module):
-    """What a step of distillation computes before its backward pass.
+    """The losses of a step of distillation, which are all that it computes before its backward pass.
 
     Args:
         student: its backbone and head.
         teacher: None to train the student alone.
         objective: the student's loss.
-        loader: whose batches it is given.
+        loader: makes the batches.
         opt: ``device``, ``amp`` and ``compile``.
         trains_head: add the cross-entropy of the teacher's own head.
     """
@@ -42,15 +42,15 @@ class Distillation(nn.Module):
         maps = objective.needs_maps
 
         def see(image: Tensor) -> Outputs:
-            # Without the maps that no loss looks at: compiled, gradients of zero would be added up for each of them.
+            # Maps that no loss uses are left out: a compiled network would add up gradients of zero for each of them.
             out = student(image)
             return out if maps else Outputs(out.embedding, out.logits, out.features[-1:])
 
         self.compiled = torch.compile(see) if opt.compile == "on" else see
 
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """What the gradients are of, and by name the losses and what else is measured."""
-        # The last batch, of another size, would be compiled anew.
+        """The loss to differentiate, and by name the losses and the other measurements."""
+        # A last batch of another size would be compiled again.
         full = len(batch.target) == self.full
         with autocast(self.opt.device, self.opt.amp):
             out_s = (self.compiled if full else self.student)(batch.image)
@@ -62,13 +62,13 @@ class Distillation(nn.Module):
             loss_teacher = mean_cross_entropy(out_t.head_logits, batch)
             losses["loss_teacher"] = loss_teacher.detach()
             loss = loss + batch.weight * loss_teacher
-        # Last, so that a loss that is not finite is called by the term that made it so.
+        # The sum comes last: a loss that is not finite is then reported by the term that made it so.
         losses["train_loss"] = total_loss(terms)
         return loss, losses, {"train_acc": _accuracy(out_s.logits, batch.target)}
 
 
 class HeadTraining(nn.Module):
-    """What a step of training a teacher's head on the frozen embeddings computes before its backward pass."""
+    """The losses of a step that trains a teacher's head on the frozen embeddings."""
 
     def __init__(self, teacher: EncoderTeacher, loader: Loader):
         super().__init__()
@@ -82,19 +82,19 @@ class HeadTraining(nn.Module):
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """In percent; a sample without a label, whose target is -1, counts as missed."""
+    """Top-1 accuracy in percent; a sample without a label has target -1, and counts as missed."""
     (correct,) = accuracy(logits.detach(), target)
     return correct
 
 
 class Step:
-    """A training step; ``totals`` is what it measured. Nothing in it waits for the device.
+    """A training step; ``totals`` holds what it measured. Nothing in it waits for the device.
 
     Args:
-        losses: turns a batch and the epoch into what the gradients are of, the losses and what else is measured, by
-            name.
-        optimizers: the student's first.
-        scaler: of the gradients.
+        losses: turns a batch and the epoch into the loss to differentiate, and by name the losses and the other
+            measurements.
+        optimizers: the student's optimiser comes first.
+        scaler: scales the gradients.
         loader: makes the batches.
     """
 
@@ -121,7 +121,7 @@ class Step:
         self.totals.add(losses, others, len(batch.target), batch.labelled)
 
     def _backward(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Give the weights the gradients of a batch; returns what it measured."""
+        """Compute the gradients of a batch; returns what it measured."""
         loss, losses, others = self.losses(batch, epoch)
         self.scaler.scale(loss).backward()
         return losses, others

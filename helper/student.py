@@ -18,17 +18,17 @@ from .teacher import CnnTeacher, EncoderTeacher
 def build_student(
     opt, num_classes: int, image_size: int, needs: Needs, teacher: EncoderTeacher | CnnTeacher | None = None
 ) -> Student | Classifier:
-    """The student that the options describe, on the device; the same weights for a seed, whatever the teacher.
+    """The student that the options describe, on the device; its weights depend on the seed, not on the teacher.
 
     Args:
         num_classes: number of classes.
         image_size: height and width of the images in pixels.
         needs: what the method asks of it.
-        teacher: whose own space the student is projected to, with ``--joint teacher``.
+        teacher: with ``--joint teacher`` the student is projected to this teacher's own space.
 
     Raises:
-        InputError: a network that cannot give what is asked for or take such images, or weights that do not fit.
-        OSError: weights that are not there, nor to be downloaded.
+        InputError: the network cannot give what is asked for or take such images, or the weights do not fit.
+        OSError: the weights are not there and cannot be downloaded.
     """
     student, left_out = _create(opt, num_classes, needs, teacher.dim if opt.joint == "teacher" else None)
     if opt.init_s is not None:
@@ -46,7 +46,7 @@ def find_student(opt, needs: Needs, image_size: int | None) -> dict[str, str]:
         image_size: height and width of the images in pixels; None where only the images tell.
 
     Returns:
-        The hash of the file of weights that it starts from, by name, where one is given.
+        The hash of the file of start weights, by name; empty where no file is given.
 
     Raises:
         InputError: no such file; see also ``build_student``.
@@ -54,7 +54,7 @@ def find_student(opt, needs: Needs, image_size: int | None) -> dict[str, str]:
     """
     if opt.init_s is not None and not Path(opt.init_s).is_file():
         raise InputError(f"--init_s {opt.init_s}: no such file of weights")
-    student, _ = _create(opt, num_classes=2, needs=needs, teacher_dim=2)  # numbers that no check depends on
+    student, _ = _create(opt, num_classes=2, needs=needs, teacher_dim=2)  # no check depends on these numbers
     if image_size is not None:
         check_image_size(student, opt.model_s, image_size, "--student_resolution")
     path = parse_name(opt.model_s).path if opt.init_s is None else opt.init_s
@@ -62,7 +62,7 @@ def find_student(opt, needs: Needs, image_size: int | None) -> dict[str, str]:
 
 
 def _create(opt, num_classes: int, needs: Needs, teacher_dim: int | None) -> tuple[Student | Classifier, list[str]]:
-    """The student, on the CPU, and the tensors of ``--init_s`` that it has no use for."""
+    """The student, on the CPU, and the names of the tensors of ``--init_s`` that it does not use."""
     torch.manual_seed(opt.seed)
     options = {"resolution": opt.student_resolution, "maps": needs.maps, "pretrained": opt.pretrained_s}
     if opt.clip_tn:

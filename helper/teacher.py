@@ -25,13 +25,13 @@ from .runtime import autocast, teacher_precision
 
 
 class EncoderTeacher(nn.Module):
-    """A frozen encoder, CLIP's or another, and its head, if it has one: turns a batch into the teacher's outputs.
+    """A frozen encoder and its head, if it has one; together they turn a batch into the teacher's outputs.
 
     Without a head the joint space is the encoder's own, and there are no logits.
 
     Args:
-        embed: (split, index, view) to embeddings; a bank, or a fresh encoding. One with a ``lookup_device`` is given
-            index and view there. None until ``open`` is called.
+        embed: turns (split, index, view) into embeddings: a bank, or a fresh encoding. If it has a ``lookup_device``,
+            it is given index and view there. None until ``open`` is called.
         head: the projection and the classifier; frozen when its parameters need no gradient.
         dim: width of the encoder's embedding; needed without a head.
         encoder: gives the embeddings that ``open`` opens.
@@ -77,12 +77,12 @@ class CnnTeacher(nn.Module):
     """A frozen CNN, which sees the student's own view (RepDistiller's protocol).
 
     Args:
-        backbone: with its classifier.
-        head: projects the pooled features to the joint space, for the methods that act there; trained by its own
-            classifier's cross-entropy, as a CLIP's. None where no method asks for it.
+        backbone: the network with its classifier.
+        head: projects the pooled features to the joint space, for the methods that act there. Its own classifier's
+            cross-entropy trains it, as with a frozen encoder. None where the method does not need it.
         amp: see ``autocast``.
         preact: give the maps as they are before their last ReLU.
-        resolution: what its input is enlarged to; None for the images' own.
+        resolution: pixels that its input is enlarged to; None for the images' own.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class CnnTeacher(nn.Module):
 
 
 def find_teacher(opt) -> tuple[dict | None, dict[str, str]]:
-    """What is known of the teacher before it is built and before there are images.
+    """Find the teacher's facts and hashes before it is built and before there are images.
 
-    Its files are there and of the right kind; see ``encoder_facts``.
+    This checks that its files are there and of the right kind; see ``encoder_facts``.
 
     Returns:
-        The facts of a frozen encoder, None of a CNN; and the hashes of the files that it is made of, by name. Without
-        a teacher None and no hashes.
+        The facts of a frozen encoder, or None for a CNN; and the hashes of the teacher's files, by name. Without a
+        teacher None and no hashes.
 
     Raises:
-        InputError, OSError: a file is neither there nor to be downloaded, or is another thing than it has to be.
+        InputError, OSError: a file is missing and cannot be downloaded, or is of the wrong kind.
     """
     if getattr(opt, "distill", None) == "none":
         return None, {}
@@ -140,13 +140,13 @@ def find_teacher(opt) -> tuple[dict | None, dict[str, str]]:
             return facts, {"clip_sha256": facts["sha256"]}
         check_head(opt.path_t, facts)
         return facts, {"clip_sha256": facts["sha256"], "head_sha256": sha256_of(opt.path_t)}
-    return None, {"teacher_sha256": sha256_of(opt.path_t)}  # a CNN, which the parser has looked at
+    return None, {"teacher_sha256": sha256_of(opt.path_t)}  # the parser has checked the CNN
 
 
 def build_teacher(opt, facts: dict | None, num_classes: int, needs: Needs | None = None) -> EncoderTeacher | CnnTeacher:
-    """The teacher that the options describe, on the device; an encoder's embeddings are opened by themselves, later.
+    """The teacher that the options describe, on the device.
 
-    Frozen but for a head that is trained jointly.
+    All of it is frozen but for a head that is trained with the student. ``open`` opens an encoder's embeddings later.
 
     Args:
         facts: what ``find_teacher`` gave.
@@ -181,7 +181,7 @@ def open_embeddings(
     device: str,
     amp: str,
 ) -> Callable[[str, Tensor, Tensor], Tensor]:
-    """A bank of ``teacher_views`` views, built where it is missing, or for 0 the encoder itself."""
+    """A bank of ``teacher_views`` views, built if it is missing; for 0 views, the encoder itself."""
     if teacher_views == 0:
         return OnTheFly(dataset, encoder, torch.device(device))
     root = Path(save_dir) / "teacher_bank"
@@ -197,7 +197,7 @@ def build_cnn(opt, num_classes: int, image_size: int) -> Classifier:
         image_size: height and width of the images in pixels.
 
     Raises:
-        InputError: a network that cannot take the images.
+        InputError: the network cannot take the images.
     """
     torch.manual_seed(opt.seed)
     cnn = create_classifier(opt.model, num_classes, resolution=opt.teacher_resolution)
@@ -241,7 +241,7 @@ def _read(path: str) -> dict:
         return state | {"model": named_tensors(state, path)}
     except InputError:
         raise InputError(
-            f"--path_t {path} holds no model: give the head of a CLIP that train_teacher.py wrote, or a CNN"
+            f"--path_t {path} holds no model: give a frozen encoder's head that train_teacher.py wrote, or a CNN"
         ) from None
 
 
@@ -267,8 +267,8 @@ def architecture(path: str) -> str | None:
         check_model_name(arch or "")
     except ValueError:
         raise InputError(
-            f"--path_t {path}: which CNN it holds is told neither by the file nor by the beginning of its name or its "
-            "folder's, as RepDistiller's resnet32x4_vanilla does"
+            f"--path_t {path} does not say which CNN it holds, and neither its name nor its folder's begins with a "
+            "CNN's, as RepDistiller's resnet32x4_vanilla does: rename the folder"
         ) from None
     return arch
 
@@ -286,10 +286,10 @@ def _check_shapes(path: str, state: dict, model: nn.Module, check: str) -> None:
 
 
 def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int | None]:
-    """A CNN with its classifier, and what its input is enlarged to, from a checkpoint of ours or of RepDistiller's.
+    """A CNN with its classifier, and the pixels that its input is enlarged to, from our checkpoint or RepDistiller's.
 
     Raises:
-        InputError: not such a checkpoint, of another number of classes, or a CNN without the maps that are asked for.
+        InputError: the file is no such checkpoint or has another number of classes, or the CNN lacks the needed maps.
     """
     state = _read(path)
     resolution = state.get("resolution")
@@ -301,33 +301,33 @@ def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int 
 
 
 def check_head(path: str, facts: dict) -> dict:
-    """The content of the file of a head that ``train_teacher.py`` trained on this encoder.
+    """Read a head's file, which ``train_teacher.py`` must have trained on this encoder.
 
     Args:
-        facts: of the encoder, see ``encoder_facts``.
+        facts: the encoder's, see ``encoder_facts``.
 
     Raises:
-        InputError: not a head's file, or trained on another encoder.
+        InputError: the file holds no head, or one that was trained on another encoder.
     """
     state = _read(path)
     if "clip_sha256" not in state:
-        raise InputError(f"--path_t {path} is not the head of a CLIP teacher, as train_teacher.py writes it")
+        raise InputError(f"--path_t {path} is not a frozen encoder's head, as train_teacher.py writes it")
     if state["clip_sha256"] != facts["sha256"]:
         raise InputError(
-            f"--path_t {path} was trained on another CLIP (SHA-256 {state['clip_sha256'][:12]}) than "
+            f"--path_t {path} was trained on another encoder (SHA-256 {state['clip_sha256'][:12]}) than "
             f"--clip_mode {facts['name']} ({facts['sha256'][:12]}); train a head for this one"
         )
     return state
 
 
 def load_head(path: str, facts: dict, feature_dim: int, num_classes: int) -> TeacNet:
-    """A head that ``train_teacher.py`` trained, frozen.
+    """The frozen head that ``train_teacher.py`` trained.
 
     Args:
-        facts: of its encoder, see ``encoder_facts``.
+        facts: its encoder's, see ``encoder_facts``.
 
     Raises:
-        InputError: not a head's file, another shape, or trained on another encoder.
+        InputError: the file holds no head, or one of another shape or encoder.
     """
     state = check_head(path, facts)
     head = TeacNet(facts["dim"], feature_dim, num_classes)

@@ -20,18 +20,18 @@ from .teacher import CnnTeacher, EncoderTeacher
 
 
 class Training:
-    """A step, repeated for an epoch at a time.
+    """Repeats a step, an epoch at a time.
 
     Args:
         opt: ``seed``, ``device``, ``epochs``, ``print_freq``, ``save_steps`` and the learning rate's schedule.
-        step: what is repeated; the schedule is that of its first optimiser.
-        trained: the network whose training mode is on in an epoch.
+        step: the step; its first optimiser follows the schedule.
+        trained: the network that is in training mode during an epoch.
         stateful: all that the next epoch depends on, by name.
-        title: of an epoch, in what is printed.
-        rate: the learning rate in an epoch's step, both counted from 1; None where it is the epoch's, as ``opt`` says.
+        title: an epoch's title in what is printed.
+        rate: gives the learning rate for an epoch and a step, both counted from 1; None where ``opt`` gives an epoch's.
 
     Attributes:
-        earlier: seconds that the latest epoch had taken when it was interrupted, where it was.
+        earlier: seconds that the latest epoch took before it was interrupted; 0 where it was not.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Training:
         self._begun: dict | None = None
 
     def epoch(self, epoch: int, save: Callable[[int, dict], None]) -> dict:
-        """Train for one epoch, counted from 1, or for the rest of the one whose state was loaded.
+        """Train for one epoch, counted from 1, or for the rest of an interrupted one.
 
         Args:
-            save: after every ``save_steps`` steps, given how many are done and the state.
+            save: called after every ``save_steps`` steps with the number of steps done and the state.
 
         Returns:
-            What it measured, for metrics.jsonl.
+            The epoch's measurements, for metrics.jsonl.
 
         Raises:
             NonFiniteLoss: a loss is not finite; seen at the next print, or before the next ``save``.
@@ -80,7 +80,7 @@ class Training:
         return {"epoch": epoch, "lr": step.optimizers[0].param_groups[0]["lr"]} | measured
 
     def _inside(self, steps: int, log: EpochLog) -> dict:
-        """What an epoch goes on from after so many steps, beyond ``state_dict``.
+        """The state inside an epoch after so many steps, which ``state_dict`` lacks.
 
         Each process has drawn its own numbers and measured its own samples.
         """
@@ -90,7 +90,7 @@ class Training:
         return {"steps": steps, "processes": distributed.collect(own)}
 
     def _take_up(self, log: EpochLog) -> int:
-        """Go on from what ``_inside`` gave, where such a state was loaded; returns how many steps are done."""
+        """Restore what ``_inside`` gave, if such a state was loaded; returns how many steps are done."""
         begun, self._begun, self.earlier = self._begun, None, 0.0
         if begun is None:
             return 0
@@ -103,11 +103,11 @@ class Training:
         return begun["steps"]
 
     def state_dict(self) -> dict:
-        """What a run that is resumed between two epochs goes on from."""
+        """The state that a run goes on from between two epochs."""
         return {name: module.state_dict() for name, module in self.stateful.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what ``state_dict`` gave, or from the inside of an epoch."""
+        """Restore what ``state_dict`` gave, or a state inside an epoch."""
         for name, module in self.stateful.items():
             module.load_state_dict(state[name])
         self._begun = state.get("inside")
@@ -118,7 +118,7 @@ def build_scaler(opt) -> torch.amp.GradScaler:
 
 
 def _warn_of_rest(loader: Loader) -> None:
-    """Say so where an epoch ends, just before its test pass, in a step on so few images that batch norm fails."""
+    """Warn if an epoch's last step, just before the test pass, has so few images that batch norm fails."""
     size, rest = loader.batch_size, loader.last
     if 0 < rest < size / 8:
         better = next(n for n in range(size, 0, -1) if not 0 < loader.num_samples % n < n / 2)
@@ -132,7 +132,7 @@ def train_student(
     objective: Objective,
     loaders: Loaders,
 ) -> Training:
-    """Distillation: the student and the loss's own layers, and beside them the teacher's head where it is trained."""
+    """Distillation trains the student and the loss's own layers, and the teacher's head unless it is frozen."""
     stateful = {"student": student} | ({} if objective.criterion is None else {"criterion": objective.criterion})
     optimizers = [build_optimizer(stateful.values(), opt)]
     stateful["optimizer"] = optimizers[0]
@@ -150,7 +150,7 @@ def train_student(
 
 
 def train_head(opt, teacher: EncoderTeacher, loaders: Loaders) -> Training:
-    """A head on the frozen embeddings, which needs no scaled gradients."""
+    """The training of a head on the frozen embeddings, which needs no scaled gradients."""
     optimizer = build_optimizer([teacher.head], opt)
     scaler = torch.amp.GradScaler(opt.device, enabled=False)
     step = Step(HeadTraining(teacher, loaders.train), [optimizer], scaler, loaders.train)
@@ -158,7 +158,7 @@ def train_head(opt, teacher: EncoderTeacher, loaders: Loaders) -> Training:
 
 
 def train_cnn(opt, cnn: Classifier, loaders: Loaders) -> Training:
-    """A CNN from scratch, by cross-entropy alone."""
+    """The training of a CNN from scratch, by cross-entropy alone."""
     optimizer = build_optimizer([cnn], opt)
     objective = Objective(None, (), gamma=1, alpha=0, beta=0, kd_T=1)
     _warn_of_rest(loaders.train)

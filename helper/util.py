@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 class AverageMeter:
-    """Keeps a running average; of a vector too, which stays on its device until it is read."""
+    """Keeps a running average of numbers or of tensors, which stay on their device until they are read."""
 
     def __init__(self):
         self.reset()
@@ -25,7 +25,7 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
     Args:
         output: logits, (B, classes).
         target: (B,) classes.
-        topk: each k; one above the number of classes counts all of them.
+        topk: each k; a k above the number of classes counts all classes.
     """
     highest = {k: output.topk(min(k, output.shape[1]), dim=1).indices for k in topk if k > 1}
     highest[1] = output.argmax(dim=1, keepdim=True)

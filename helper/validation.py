@@ -15,7 +15,7 @@ from .util import accuracy
 
 
 def scores(logits: Tensor, target: Tensor) -> Tensor:
-    """(3,): mean cross-entropy, top-1 and top-5 accuracy in percent, of logits (B, classes)."""
+    """Mean cross-entropy, top-1 and top-5 accuracy in percent, (3,), of logits (B, classes)."""
     return torch.stack([F.cross_entropy(logits, target), *accuracy(logits, target, topk=(1, 5))])
 
 
@@ -49,7 +49,7 @@ def validate(
             values += accuracy(out_t.logits, batch.target)
         sums += torch.stack(values) * len(batch.target)
         count += len(batch.target)
-    # Every process has seen its share, which may be none; in the mean each counts as many samples as it has seen.
+    # Every process has seen its share, which may be empty; in the mean it counts by its number of samples.
     means = distributed.total(sums) / distributed.total(torch.full_like(sums, count))
     return dict(zip(names, means.tolist(), strict=True))
 
@@ -60,12 +60,12 @@ def _eval_student(student: Student | Classifier, batch: Batch, opt) -> Outputs:
 
 
 class Evaluation:
-    """The test pass after an epoch: of student and teacher on the test set, of what is trained on what is held out.
+    """The test pass after an epoch: student and teacher on the test set, the trained one on the hold-out too.
 
     Args:
-        loaders: the run's.
-        student: whose accuracy decides; None to test a teacher alone.
-        teacher: None where there is none. A frozen CNN, which gives the same in every epoch, is tested once, here. An
+        loaders: the run's loaders.
+        student: its accuracy decides; None to test a teacher alone.
+        teacher: None where there is none. A frozen CNN gives the same in every epoch, and is tested once, here. An
             encoder without a head does not classify, and is not tested.
         opt: ``device``, ``amp``, ``epochs`` and ``eval_freq``.
         classifies: whether anything trains the student to classify; otherwise its accuracy says nothing, and is None.
@@ -89,7 +89,7 @@ class Evaluation:
             self.teacher, self.fixed = None, {"teacher_acc": accuracy}
 
     def __call__(self, epoch: int) -> dict[str, float]:
-        """What ``validate`` finds, after every so many epochs and the last; nothing after the others."""
+        """The result of ``validate`` after every ``eval_freq`` epochs and the last; empty after the others."""
         if epoch % self.opt.eval_freq and epoch != self.opt.epochs:
             return {}
         if not self.classifies:

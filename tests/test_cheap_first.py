@@ -53,7 +53,7 @@ BAD_STUDENTS = {
     "weights of no CLIP": (["--clip_mode", "{weights}"], "not a CLIP in OpenAI's format"),
     "weights of no such library's network": (["--clip_mode", f"{LIBRARY}={{weights}}"], "does not fit"),
     "a resolution that the encoder cannot take": (["--teacher_resolution", "48"], "takes 32 pixels alone"),
-    "a head of another encoder": (["--path_t", "{head}"], "was trained on another CLIP"),
+    "a head of another encoder": (["--path_t", "{head}"], "was trained on another encoder"),
     "no teacher": (["--path_t", "{nowhere}"], "no such file"),
 }
 

@@ -143,7 +143,7 @@ def test_photographs_have_views_without_end(train, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as stopped:
         train("--dataset", "photos", "--teacher_views", "all")
     assert stopped.value.code == 2
-    assert "error: --teacher_views all: a photograph has views without end; use a number" in capsys.readouterr().err
+    assert "error: --teacher_views all: a photograph has endlessly many views; use a number" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train("--teacher_views", 163)
     assert "error: --teacher_views 163: an image of 32 pixels has 162 views; use all" in capsys.readouterr().err

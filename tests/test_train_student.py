@@ -306,7 +306,7 @@ def test_a_head_of_another_shape_or_clip_is_refused(train, capsys, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         train("--epochs", 1, "--path_t", tmp_path / "other.pth")
     assert exit_.value.code == 2
-    assert_refused(capsys, 2, "another CLIP")
+    assert_refused(capsys, 2, "another encoder")
 
 
 def test_train_teacher_resumes(train, tmp_path):

@@ -328,7 +328,7 @@ def test_teacher_views_become_a_number_that_the_images_have(machine, views, give
     [
         (CIFAR_VIEWS, "163", "--teacher_views 163: an image of 32 pixels has 162 views"),
         (CropViews(64), "579", "--teacher_views 579: an image of 64 pixels has 578 views"),
-        (ResizedCropViews(224), "all", "--teacher_views all: a photograph has views without end"),
+        (ResizedCropViews(224), "all", "--teacher_views all: a photograph has endlessly many views"),
     ],
 )
 def test_views_that_the_images_have_not_are_refused(machine, views, given, message):

@@ -520,4 +520,4 @@ def test_without_labels_the_last_is_the_best(tmp_path, capsys):
     assert run.best["epoch"] == 2
     assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == 2
     run.print_result()
-    assert f"3 epochs without labels, which measure no accuracy, in {run.folder}" in capsys.readouterr().out
+    assert f"3 epochs without labels measured no accuracy, in {run.folder}" in capsys.readouterr().out
