@@ -38,7 +38,8 @@ def train(opt: argparse.Namespace) -> None:
     # or decoded after the networks were looked at, and embeddings are encoded last.
     with exit_on_bad_input("train_student.py"):
         facts, identity = find_teacher(opt)
-        identity |= find_student(opt, needs, student_size(opt.dataset, opt.image_size))
+        normalization, own = find_student(opt, needs, student_size(opt.dataset, opt.image_size))
+        identity |= own
         dataset = open_dataset(vars(opt))
         identity["dataset_sha256"] = dataset.fingerprint()
         name = student_run_name(opt, dataset.name, identity)
@@ -47,12 +48,13 @@ def train(opt: argparse.Namespace) -> None:
             print_result(run)
             return
         opt = resolve(opt, run.recorded, len(dataset.train), dataset.views)
-        loaders = build_loaders(opt, dataset)
-        teacher = None if opt.distill == "none" else build_teacher(opt, facts, len(dataset.classes), needs)
-        student = build_student(opt, len(dataset.classes), loaders.image_size, needs, teacher)
+        loaders = build_loaders(opt, dataset, normalization=normalization)
+        classes = len(dataset.classes)
+        teacher = None if opt.distill == "none" else build_teacher(opt, facts, classes, needs, normalization)
+        student = build_student(opt, classes, loaders.image_size, needs, teacher)
         objective = build_objective(opt, student, teacher, loaders)
         check_lone_image(loaders, student, teacher, objective)
-        run.record(**recorded_options(opt))
+        run.record(normalization=list(map(list, normalization)), **recorded_options(opt))
         stage = None if run.state else first_stage.open_first_stage(opt, objective, run)
         if teacher is not None:
             teacher.open(opt, dataset)

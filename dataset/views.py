@@ -19,11 +19,13 @@ from .resize import mirror, resize, resize_boxes
 CLIP_NORMALIZATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CIFAR100_NORMALIZATION = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
 _CPU = torch.device("cpu")
 
 
-def normalization_of(clip: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of a student's images: CLIP's under the paper's protocol, RepDistiller's under its own."""
+def normalization_of(clip: bool) -> Normalization:
+    """Mean and std of the images of a network from scratch: CLIP's under the paper's protocol, else RepDistiller's."""
     return CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION
 
 

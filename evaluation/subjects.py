@@ -17,7 +17,7 @@ from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun
 from helper.runtime import autocast
-from helper.teacher import CnnTeacher, EncoderTeacher, architecture, load_cnn
+from helper.teacher import CnnTeacher, EncoderTeacher, architecture, cnn_normalization, load_cnn
 from models.heads import Classifier, Student
 
 from .student import TrainedStudent, open_student, restore_student
@@ -208,12 +208,14 @@ def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> t
             options = options | {"model_s": architecture(str(path)), "clip_tn": 0}
             backbone, resolution = load_cnn(str(path), len(classes), Needs())
             network = Classifier(backbone, resolution=resolution).eval()
+            state |= {"normalization": cnn_normalization(str(path), backbone)}
     except InputError as error:
         raise InputError(str(error).replace("--path_t ", "")) from error
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path} does not hold a student of the data set's {len(classes)} classes") from error
     run = StoredRun(path.absolute().parent, options | {"distill": path.name, "file": str(path)}, [])
-    stored_size, normalization = state.get("stored_size", size), normalization_of(options["clip_tn"])
+    stored_size = state.get("stored_size", size)
+    normalization = state.get("normalization", normalization_of(options["clip_tn"]))
     return TrainedStudent(run, path, state, network, classes, size, normalization, stored_size), dataset
 
 

@@ -7,7 +7,14 @@ from distiller_zoo import Needs
 from errors import InputError
 from helper.encoder import load_encoder
 from helper.records import StoredRun
-from helper.teacher import CnnTeacher, EncoderTeacher, architecture, load_cnn, open_embeddings
+from helper.teacher import (
+    CnnTeacher,
+    EncoderTeacher,
+    architecture,
+    cnn_normalization,
+    load_cnn,
+    open_embeddings,
+)
 from models.create import encoder_sha256
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, TeacNet
@@ -42,7 +49,8 @@ def open_teacher(
     amp = run.options["amp"] if same_device else "off"
     network, head = open_teacher_network(run, state, num_classes or len(dataset.classes), device, amp)
     if not isinstance(network, FrozenEncoder):
-        teacher = CnnTeacher(network.backbone, head, amp=amp, resolution=network.resolution)
+        seen = cnn_normalization(run.options["path_t"], network.backbone), state["normalization"]
+        teacher = CnnTeacher(network.backbone, head, amp, False, network.resolution, *seen)
         return teacher.to(device, memory_format=torch.channels_last)
     # One view is enough, as the test split has no more. A bank of another device is of another precision.
     views = min(run.options["teacher_views"], 1) if own and same_device else int(encode_once)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dataset import ImageDataset
 from dataset.loader import Loader, eval_batch_size
 from dataset.splits import holdout_rows, keep_labels
-from dataset.views import normalization_of
+from dataset.views import Normalization, normalization_of
 from errors import InputError
 
 from . import distributed
@@ -46,15 +46,17 @@ class Loaders:
         return {"classes": self.classes, "normalization": self.test.normalization} | sizes
 
 
-def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
+def build_loaders(
+    opt, dataset: ImageDataset, images: bool = True, normalization: Normalization | None = None
+) -> Loaders:
     """The loaders that the options describe; with many processes each gets its share.
 
-    Under the paper's protocol images are normalised as CLIP's are, under RepDistiller's as its own. An image that has
-    no label, of itself or by ``--labels``, is trained on where something is distilled, with target -1; the hold-out
-    keeps its labels.
+    An image that has no label, of itself or by ``--labels``, is trained on where something is distilled, with target
+    -1; the hold-out keeps its labels.
 
     Args:
         images: whether batches hold images: a head on a bank of embeddings needs none.
+        normalization: mean and std of the images' channels; by default the protocol's, see ``normalization_of``.
 
     Raises:
         InputError: a hold-out of classes of one image each; a share of labels that a class is too small for; labels
@@ -65,7 +67,7 @@ def build_loaders(opt, dataset: ImageDataset, images: bool = True) -> Loaders:
     device, clip = torch.device(opt.device), bool(opt.clip_tn)
     common = {
         "views": dataset.views,
-        "normalization": normalization_of(clip),
+        "normalization": normalization or normalization_of(clip),
         "images": images,
         "rank": distributed.rank(),
         "processes": distributed.count(),

@@ -1,9 +1,11 @@
 """The student: a backbone and its head, built for a run."""
 
+import contextlib
 from pathlib import Path
 
 import torch
 
+from dataset.views import Normalization, normalization_of
 from distiller_zoo import Needs
 from errors import InputError
 from models import create_classifier, create_student
@@ -12,6 +14,7 @@ from models.library import load_into, synchronize_norms
 from models.names import parse_name
 from models.weights import read_state, sha256_of
 
+from . import checkpoint
 from .teacher import CnnTeacher, EncoderTeacher
 
 
@@ -38,15 +41,18 @@ def build_student(
     return student.to(opt.device, memory_format=torch.channels_last)
 
 
-def find_student(opt, needs: Needs, image_size: int | None) -> dict[str, str]:
-    """Try to build the student before there are images, which may take hours to download or to decode.
+def find_student(opt, needs: Needs, image_size: int | None) -> tuple[Normalization, dict[str, str]]:
+    """What is known of the student before there are images, which may take hours to download or to decode.
+
+    It is built once, as a trial.
 
     Args:
         needs: what the method asks of it.
         image_size: height and width of the images in pixels; None where only the images tell.
 
     Returns:
-        The hash of the file of start weights, by name; empty where no file is given.
+        Mean and std of its images' channels; and the hash of the file of start weights, by name, which is empty where
+        no file is given.
 
     Raises:
         InputError: no such file; see also ``build_student``.
@@ -58,7 +64,23 @@ def find_student(opt, needs: Needs, image_size: int | None) -> dict[str, str]:
     if image_size is not None:
         check_image_size(student, opt.model_s, image_size, "--student_resolution")
     path = parse_name(opt.model_s).path if opt.init_s is None else opt.init_s
-    return {} if path is None else {"init_sha256": sha256_of(path)}
+    return _normalization(opt, student), {} if path is None else {"init_sha256": sha256_of(path)}
+
+
+def _normalization(opt, student: Student | Classifier) -> Normalization:
+    """A student that starts from weights sees images as they were trained; any other as its protocol has them.
+
+    A student's file of this project says how they were; weights of a library's network are taken for the library's.
+    """
+    own, name = normalization_of(bool(opt.clip_tn)), parse_name(opt.model_s)
+    if name.library is not None and (opt.pretrained_s or opt.init_s is not None or name.path is not None):
+        own = student.backbone.normalization
+    if opt.init_s is not None:
+        with contextlib.suppress(InputError):  # another project's file
+            own = tuple(map(tuple, checkpoint.load(Path(opt.init_s)).get("normalization", own)))
+    if own != normalization_of(bool(opt.clip_tn)):
+        print(f"{opt.model_s}: its images are normalised as those that its weights were trained on, mean and std {own}")
+    return own
 
 
 def _create(opt, num_classes: int, needs: Needs, teacher_dim: int | None) -> tuple[Student | Classifier, list[str]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dataset import ImageDataset
 from dataset.loader import Batch
+from dataset.views import CIFAR100_NORMALIZATION, Normalization
 from distiller_zoo import Needs
 from errors import InputError
 from models import check_model_name, create_classifier, create_model, model_dict
@@ -74,7 +75,7 @@ class EncoderTeacher(nn.Module):
 
 
 class CnnTeacher(nn.Module):
-    """A frozen CNN, which sees the student's own view (RepDistiller's protocol).
+    """A frozen CNN, which sees the student's own view (RepDistiller's protocol), normalised as it was trained.
 
     Args:
         backbone: the network with its classifier.
@@ -83,6 +84,8 @@ class CnnTeacher(nn.Module):
         amp: see ``autocast``.
         preact: give the maps as they are before their last ReLU.
         resolution: pixels that its input is enlarged to; None for the images' own.
+        normalization: mean and std of the images that it was trained on.
+        given: mean and std of the student's images; None for the same.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class CnnTeacher(nn.Module):
         amp: str,
         preact: bool = False,
         resolution: int | None = None,
+        normalization: Normalization = CIFAR100_NORMALIZATION,
+        given: Normalization | None = None,
     ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
@@ -99,6 +104,11 @@ class CnnTeacher(nn.Module):
         self.amp = amp
         self.preact = preact
         self.resolution = resolution
+        self.renormalizes = given not in (None, normalization)
+        if self.renormalizes:
+            (mean, std), (mean_s, std_s) = (torch.tensor(x)[..., None, None] for x in (normalization, given))
+            self.register_buffer("scale", std_s / std, persistent=False)
+            self.register_buffer("shift", (mean_s - mean) / std, persistent=False)
 
     @property
     def trains_head(self) -> bool:
@@ -109,7 +119,9 @@ class CnnTeacher(nn.Module):
         """A CNN sees the student's own images: it has no embeddings to open."""
 
     def features(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Maps and pooled features, and logits, of normalised images."""
+        """Maps and pooled features, and logits, of the student's images."""
+        if self.renormalizes:
+            image = image * self.scale + self.shift
         return self.backbone(enlarge(image, self.resolution), is_feat=True, preact=self.preact)
 
     def forward(self, split: str, batch: Batch) -> Outputs:
@@ -143,7 +155,9 @@ def find_teacher(opt) -> tuple[dict | None, dict[str, str]]:
     return None, {"teacher_sha256": sha256_of(opt.path_t)}  # the parser has checked the CNN
 
 
-def build_teacher(opt, facts: dict | None, num_classes: int, needs: Needs | None = None) -> EncoderTeacher | CnnTeacher:
+def build_teacher(
+    opt, facts: dict | None, num_classes: int, needs: Needs | None = None, given: Normalization | None = None
+) -> EncoderTeacher | CnnTeacher:
     """The teacher that the options describe, on the device.
 
     All of it is frozen but for a head that is trained with the student. ``open`` opens an encoder's embeddings later.
@@ -152,6 +166,7 @@ def build_teacher(opt, facts: dict | None, num_classes: int, needs: Needs | None
         facts: what ``find_teacher`` gave.
         num_classes: number of classes.
         needs: what the method asks of a CNN; a head alone asks nothing.
+        given: mean and std of the student's images, which a CNN sees.
 
     Raises:
         InputError, OSError: its file does not fit.
@@ -160,7 +175,8 @@ def build_teacher(opt, facts: dict | None, num_classes: int, needs: Needs | None
         backbone, resolution = load_cnn(opt.path_t, num_classes, needs)
         torch.manual_seed(opt.seed)
         head = TeacNet(backbone.num_features, opt.feature_dim, num_classes) if needs.joint else None
-        teacher = CnnTeacher(backbone, head, opt.amp, needs.preact_t, resolution)
+        seen = cnn_normalization(opt.path_t, backbone), given
+        teacher = CnnTeacher(backbone, head, opt.amp, needs.preact_t, resolution, *seen)
         return teacher.to(opt.device, memory_format=torch.channels_last)
     where = (opt.clip_mode, opt.clip_root, opt.device, opt.amp, opt.teacher_resolution)
     encoder = KnownEncoder(facts, functools.partial(load_encoder, *where))
@@ -229,7 +245,7 @@ def teacher_file(teacher: EncoderTeacher | Classifier, options: dict) -> dict:
     if isinstance(teacher, EncoderTeacher):
         return {"model": teacher.head.state_dict(), "clip_sha256": options["clip_sha256"], "options": options}
     about = {"arch": options["model"], "resolution": options["teacher_resolution"], "options": options}
-    return {"model": teacher.backbone.state_dict()} | about
+    return {"model": teacher.backbone.state_dict(), "normalization": CIFAR100_NORMALIZATION} | about
 
 
 def _read(path: str) -> dict:
@@ -298,6 +314,16 @@ def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int 
     _check_shapes(path, weights, model, "--dataset; a student under the paper's protocol has no classifier of its own")
     load_weights(model, weights)
     return model, resolution
+
+
+def cnn_normalization(path: str, backbone: nn.Module) -> Normalization:
+    """Mean and std of the images that a CNN was trained on: as its file says, else its library's or RepDistiller's.
+
+    Args:
+        backbone: what ``load_cnn`` gave.
+    """
+    other = getattr(backbone, "normalization", CIFAR100_NORMALIZATION)
+    return tuple(map(tuple, _read(path).get("normalization", other)))
 
 
 def check_head(path: str, facts: dict) -> dict:

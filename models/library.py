@@ -62,11 +62,13 @@ class Network(NamedTuple):
     net: without its classifier: it gives pooled features (B, D).
     classifier: what the library calls the classifier.
     size: a height and width of images, in pixels, that it takes.
+    normalization: mean and std of each channel of the images that its published weights were trained on.
     """
 
     net: nn.Module
     classifier: str
     size: int
+    normalization: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def library_network(name: Name, resolution: int | None = None, pretrained: bool = False) -> Network:
@@ -102,7 +104,9 @@ def _timm(name: Name, resolution: int | None, pretrained: bool) -> Network:
     sized = library_options(name, resolution)
     net = timm.create_model(name.name, **options, **sized)
     net.reset_classifier(0)
-    return Network(net, classifier, resolution if sized else net.pretrained_cfg.get("input_size", (3, 224))[1])
+    size = resolution if sized else net.pretrained_cfg.get("input_size", (3, 224))[1]
+    seen = timm.data.resolve_model_data_config(net)
+    return Network(net, classifier, size, (tuple(seen["mean"]), tuple(seen["std"])))
 
 
 def library_options(name: Name, resolution: int | None, weighted: bool = False) -> dict:
@@ -141,7 +145,7 @@ def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Networ
     builder = models.get_model_builder(name.name)
     weighted = pretrained or name.path is not None
     options = library_options(name, resolution, weighted)
-    size = models.get_model_weights(name.name).DEFAULT.transforms().crop_size[0]
+    seen = models.get_model_weights(name.name).DEFAULT.transforms()
     net = builder(weights=None, **options)
     linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear or net.get_submodule(linear[-1]).out_features != 1000:
@@ -154,7 +158,10 @@ def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Networ
             state = models.vision_transformer.interpolate_embeddings(net.image_size, net.patch_size, state)
         heads = (f"{classifier}.", "AuxLogits.", "aux1.", "aux2.")
         load_weights(net, {key: x for key, x in state.items() if not key.startswith(heads)})
-    return Network(net, classifier, options.get("image_size", size))
+    # Inceptions that do not transform their input themselves were trained on what they would make of it.
+    half = ((0.5,) * 3,) * 2
+    normalization = (tuple(seen.mean), tuple(seen.std)) if options.get("transform_input", True) else half
+    return Network(net, classifier, options.get("image_size", seen.crop_size[0]), normalization)
 
 
 def _published(name: str) -> dict[str, Tensor]:
@@ -192,7 +199,8 @@ def create_library_model(
 class LibraryModel(nn.Module):
     """A library's network without its classifier, and a linear classifier.
 
-    Its state dict is the library's under ``net.``, and the classifier's under ``classifier.``.
+    ``normalization`` is that of ``Network``. Its state dict is the library's under ``net.``, and the classifier's under
+    ``classifier.``.
 
     Args:
         label: its name, for messages.
@@ -204,6 +212,7 @@ class LibraryModel(nn.Module):
     def __init__(self, label: str, network: Network, num_classes: int, taps: Intermediates | Graph | None = None):
         super().__init__()
         self.net, self.label, self.classifier_name, self.taps = network.net, label, network.classifier, taps
+        self.normalization = network.normalization
         self.num_features = _width(label, network)
         self.classifier = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 

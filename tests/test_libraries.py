@@ -2,15 +2,28 @@
 
 import json
 import re
+from argparse import Namespace
+from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from runs import assert_equal_tensors, assert_refused, load, read_metrics
 
+import dataset.loader
+import evaluate
 import train_teacher
+from dataset.views import CIFAR100_NORMALIZATION, CLIP_NORMALIZATION, normalize
+from deploy.model_card import model_config
+from evaluation import load_student
+from evaluation.student import open_student
+from helper.teacher import CnnTeacher
+from models import create_model
 from models.weights import sha256_of
 
 STUDENT = "timm:test_efficientnet"
@@ -89,6 +102,102 @@ def test_a_student_starts_from_given_weights(train, tmp_path, capsys):
             torch.testing.assert_close(found[f"net.{name}"], x)
     torch.save({name: x + 1 for name, x in given.state_dict().items()}, path)
     assert train(*options, "--init_s", path) != folder
+
+
+HALF = ((0.5,) * 3,) * 2
+
+
+@pytest.fixture
+def half(tmp_path) -> Path:
+    """Weights of timm:test_resnet, which wants a mean and a std of 0.5."""
+    path = tmp_path / "half.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), path)
+    return path
+
+
+def options_of(folder: Path) -> dict:
+    return json.loads((folder / "options.json").read_text())
+
+
+@pytest.mark.parametrize("start", ["init_s", "path", "pretrained_s"])
+def test_a_pretrained_student_sees_images_as_its_weights_do(train, half, start, monkeypatch):
+    create, seen = timm.create_model, set()
+
+    def downloaded(name: str, pretrained: bool = False, **options):
+        net = create(name, **options)
+        if pretrained:
+            net.load_state_dict(torch.load(half), strict=False)
+        return net
+
+    def spy(pixels, normalization):
+        seen.add(normalization)
+        return normalize(pixels, normalization)
+
+    monkeypatch.setattr(timm, "create_model", downloaded if start == "pretrained_s" else create)
+    monkeypatch.setattr(dataset.loader, "normalize", spy)
+    given = {
+        "init_s": ("timm:test_resnet", "--init_s", half),
+        "path": (f"timm:test_resnet={half}",),
+        "pretrained_s": ("timm:test_resnet", "--pretrained_s"),
+    }
+    options = ("--distill", "none", "--epochs", 1, "--model_s")
+    folder = train(*options, *given[start])
+    (path,) = folder.glob("*_last.pth")
+    assert seen == {HALF}
+    assert options_of(folder)["normalization"] == [[0.5] * 3, [0.5] * 3]
+    assert load(path)["normalization"] == HALF
+    evaluate.main([str(folder), "--device", "cpu", "--checkpoint", "last"])
+    (answer,) = json.loads((folder / "evaluation.json").read_text())["accuracy"]["tiny"].values()
+    assert answer["student"]["top1"] == read_metrics(folder)[-1]["test_acc"]
+    assert seen == {HALF}
+    _, transform, _ = load_student(folder)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    expected = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1).float()
+    torch.testing.assert_close(transform(Image.fromarray(picture)), expected)
+    assert model_config(open_student(folder), "onnx", "x.onnx", False)["input"]["mean"] == [0.5] * 3
+
+
+def test_a_student_of_this_project_goes_on_with_the_images_that_it_had(train, half):
+    options = ("--distill", "none", "--epochs", 1, "--model_s", "timm:test_resnet")
+    first = train(*options)
+    assert options_of(first)["normalization"] == [list(values) for values in CLIP_NORMALIZATION]
+    second = train(*options, "--init_s", first / "timm-test_resnet_last.pth")
+    assert options_of(second)["normalization"] == options_of(first)["normalization"]
+
+
+def test_a_cnn_sees_its_own_images_whatever_its_student_sees(train, half):
+    cnn = train("--epochs", 2, "--model", "resnet14", script=train_teacher) / "resnet14_last.pth"
+    options = ("--distill", "kd", "--epochs", 1, "--path_t", cnn, "--model_s", "timm:test_resnet")
+    runs = [train(*options), train(*options, "--init_s", half)]
+    assert [options_of(run)["normalization"][1][0] for run in runs] == [CIFAR100_NORMALIZATION[1][0], 0.5]
+    answers = []
+    for run in runs:
+        evaluate.main([str(run), "--device", "cpu"])
+        (answer,) = json.loads((run / "evaluation.json").read_text())["accuracy"]["tiny"].values()
+        answers.append(answer["teacher"])
+    assert answers[0].pop("per_class") == answers[1].pop("per_class")
+    assert answers[0] == pytest.approx(answers[1], rel=1e-4)
+    backbone = create_model("resnet14", 5)
+    backbone.load_state_dict(load(cnn)["model"])
+    pixels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    expected = CnnTeacher(backbone, None, "off").features(normalize(pixels, CIFAR100_NORMALIZATION))
+    found = CnnTeacher(backbone, None, "off", given=HALF).features(normalize(pixels, HALF))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cnn_of_another_project_sees_images_as_its_library_s_weights_do(train, tiny_dataset, tmp_path):
+    cnn = timm.create_model("test_resnet", num_classes=5).eval()
+    told = {"arch": "test_resnet", "args": Namespace(model="test_resnet")}
+    torch.save(told | {"state_dict": cnn.state_dict()}, tmp_path / "model_best.pth.tar")
+    options = ("--distill", "kd", "--epochs", 1, "--path_t", tmp_path / "model_best.pth.tar")
+    folder = train(*options)
+    evaluate.main([str(folder), str(tmp_path / "model_best.pth.tar"), "--dataset", "tiny", "--device", "cpu"])
+    (answer,) = json.loads((folder / "evaluation.json").read_text())["accuracy"]["tiny"].values()
+    with torch.no_grad():
+        logits = cnn(normalize(tiny_dataset.test.images, HALF))
+    expected = F.cross_entropy(logits, tiny_dataset.test.targets)
+    assert answer["teacher"]["cross_entropy"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_maps_of_a_cnn_teach_another_librarys_student(train, capsys):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from dataset.views import normalize
 from models import create_classifier, create_model, create_student
 from models.heads import check_image_size
 from models.library import create_library_model, library_network, load_into, synchronize_norms
@@ -156,6 +157,21 @@ def test_what_a_network_cannot_give_is_refused_in_one_line(name, options, words)
     with pytest.raises(ValueError, match=words) as error:
         create_library_model(parse_name(name), 7, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_an_inception_is_given_images_as_its_published_weights_were(name, tmp_path):
+    """torchvision's transform of published weights turns ImageNet's mean and std into 0.5, within the network."""
+    torch.manual_seed(0)
+    given = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=True)
+    torch.save(given.state_dict(), tmp_path / "given.pth")
+    weighted = library_network(parse_name(f"torchvision:{name}={tmp_path / 'given.pth'}"))
+    alone = library_network(parse_name(f"torchvision:{name}"))
+    alone.net.load_state_dict(weighted.net.state_dict())
+    pixels = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
+    found, expected = (x.net.eval()(normalize(pixels, x.normalization)) for x in (alone, weighted))
+    assert alone.normalization != weighted.normalization
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
