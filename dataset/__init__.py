@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors in memory. A new one is one file and one row of ``DATASETS``.
 
-Their names are known without torch, for command lines; a data set's file is imported when it is loaded.
+Command lines need the names without torch: a data set's file is imported when it is loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def __getattr__(name: str):
 
 
 def _loader(file: str, name: str) -> Callable[..., ImageDataset]:
-    """A function of one of these files, which is imported when it is called."""
+    """A function of one of these files; the call imports the file."""
     return lambda *args: getattr(importlib.import_module(f".{file}", __name__), name)(*args)
 
 
@@ -35,7 +35,7 @@ DATASETS = {
     "shapes": _loader("shapes", "load_shapes"),
 }
 
-# Decoded once from image files, into the folder of all results.
+# These are decoded once from image files, into the folder of all results.
 FROM_FILES = {
     "tinyimagenet": _loader("tinyimagenet", "load_tinyimagenet"),
     "folder": _loader("folder", "load_folder"),
@@ -43,28 +43,28 @@ FROM_FILES = {
 
 
 def check_image_size(name: str, image_size: int | None) -> None:
-    """Raise an InputError where a size is given to a data set that has its own, or none to one that has not."""
+    """Raise an InputError where ``folder`` is given no size, or another data set is given one."""
     if name == "folder" and image_size is None:
-        raise InputError("--dataset folder needs --image_size R, what the images are resized to")
+        raise InputError("--dataset folder needs --image_size R, the size that the images are resized to")
     if name != "folder" and image_size is not None:
-        raise InputError(f"--image_size {image_size}: the images of {name} have a size of their own; leave it out")
+        raise InputError(f"--image_size {image_size}: the images of {name} have their own size; leave it out")
 
 
-# Height and width in pixels of what a student sees, where that is known before the images are there.
+# A student's images have this height and width in pixels, where it is known before the images are there.
 _SIZES = {"cifar100": 32, "cifar10": 32, "stl10": 96, "shapes": 32, "tinyimagenet": 64}
 
 
 def student_size(name: str, image_size: int | None) -> int | None:
-    """Height and width of what a student sees, by a data set's name; None where only its images tell.
+    """Height and width of a student's images, by a data set's name; None where only the images tell.
 
     Args:
-        image_size: as given for ``folder``.
+        image_size: the size that is given for ``folder``.
     """
     return image_size if name == "folder" else _SIZES.get(name)
 
 
 def folder_name(data_dir: str, image_size: int) -> str:
-    """The name of a data set of one's own images: the last part of its folder's path, and the images' size."""
+    """The name of a folder of images as a data set: the last part of the folder's path, and the images' size."""
     own = Path(os.path.abspath(data_dir)).name
     return f"folder-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in own)}@{image_size}px"
 
@@ -73,7 +73,7 @@ def open_dataset(options: dict) -> ImageDataset:
     """The data set that a run's options name, without the classes that they leave out.
 
     Args:
-        options: of the command line, or those that a run recorded.
+        options: the command line's, or those that a run recorded.
 
     Raises:
         InputError, OSError: see ``load_dataset`` and ``ImageDataset.without``.
@@ -95,15 +95,15 @@ def load_dataset(
     """Load a data set by name.
 
     Args:
-        name: of ``DATASETS`` or ``FROM_FILES``.
-        data_dir: where it lies, or is downloaded to.
-        image_size: see ``load_folder``; of no other data set.
-        save_dir, max_bad_images: see ``open_images``; of data sets that are image files.
+        name: a key of ``DATASETS`` or ``FROM_FILES``.
+        data_dir: the folder that it lies in, or is downloaded to.
+        image_size: see ``load_folder``; no other data set has it.
+        save_dir, max_bad_images: see ``open_images``; for data sets that are image files.
         holdout: see ``load_folder``.
 
     Raises:
-        InputError: for an unknown name, or a data set that is not as it has to be.
-        OSError: where its files are missing or corrupt, or there is no room for what is made of them.
+        InputError: the name is unknown, or the data set's files are not as described.
+        OSError: its files are missing or corrupt, or there is no room for the decoded images.
     """
     if name not in DATASETS and name not in FROM_FILES:
         raise InputError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *FROM_FILES])}")

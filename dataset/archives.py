@@ -1,4 +1,4 @@
-"""Published archives: found as they were extracted, or as they were downloaded, or fetched; checked by their md5."""
+"""Published archives: use what is extracted or downloaded already, or fetch it; md5s check each file."""
 
 import hashlib
 import os
@@ -11,13 +11,13 @@ from filelock import FileLock
 
 
 class Archive(NamedTuple):
-    """What is published.
+    """A published archive.
 
-    title: of the data set.
-    url: of the archive.
-    filename: of the archive.
-    md5: of the archive.
-    folder: what it is extracted to.
+    title: the data set's name.
+    url: where the archive is published.
+    filename: the archive's name.
+    md5: the archive's md5.
+    folder: the folder that it is extracted to.
     files: names and md5s of files in that folder, checked whenever it is opened.
     """
 
@@ -41,10 +41,10 @@ def _intact(path: Path, md5: str) -> bool:
 
 
 def fetch(archive: Archive, root: Path) -> Path:
-    """The folder of the extracted files, which are there and whole; downloaded to ``root`` if nothing is.
+    """The folder of the extracted files, all of them whole; the archive is downloaded to ``root`` if it is missing.
 
     Raises:
-        OSError: when a file is corrupt, or missing and not to be downloaded. Nothing is overwritten.
+        OSError: a file is corrupt, or is missing and cannot be downloaded. Nothing is overwritten.
     """
     folder, packed = root / archive.folder, root / archive.filename
 
@@ -60,7 +60,7 @@ def fetch(archive: Archive, root: Path) -> Path:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # Here, as it takes longer to import than a data set that is there takes to open.
+        # This import takes longer than opening a data set that is there, so it comes late.
         from torchvision.datasets.utils import download_and_extract_archive
 
         with FileLock(root / f".{archive.folder}.lock"):
@@ -68,7 +68,7 @@ def fetch(archive: Archive, root: Path) -> Path:
                 return folder
             if packed.exists() and not _intact(packed, archive.md5):
                 raise OSError(f"{packed} is corrupt (its md5 differs): delete it and run again")
-            # Into a folder of its own first, so that an interrupted download is never taken for the data.
+            # The download goes to its own folder first, so that an interrupted one is never taken for the data.
             with tempfile.TemporaryDirectory(dir=root, prefix=f".{archive.folder}-") as temporary:
                 if packed.exists():
                     os.link(packed, Path(temporary) / packed.name)

@@ -1,6 +1,6 @@
-"""Rows of one shape in a file, in chunks with a checksum each in a file beside them.
+"""Rows of one shape in a file, in chunks; a second file has a checksum for each chunk.
 
-A chunk is written in one piece, by whom and in whatever order: only one that is on disk whole matches its checksum.
+Any process may write a chunk, in any order: only a chunk that is whole on disk matches its checksum.
 """
 
 import os
@@ -17,9 +17,9 @@ from errors import writing
 
 
 class Chunk(NamedTuple):
-    """Rows ``start`` to ``end`` of the file, and the place of their checksum in the other.
+    """Rows ``start`` to ``end`` of the file; ``number`` is the place of their checksum in the other.
 
-    ``about`` is where the checksum begins: a hash of what else has to be as it was, beside the rows.
+    ``about`` is the checksum's start value: a hash of other things that must not change, beside the rows.
     """
 
     number: int
@@ -34,8 +34,8 @@ class ChunkFile:
     Args:
         rows: path of the rows.
         checksums: path of the checksums, a uint32 per chunk.
-        dtype: of the rows.
-        shape: of one row.
+        dtype: the rows' type.
+        shape: the shape of one row.
     """
 
     def __init__(self, rows: Path, checksums: Path, dtype: type, shape: tuple[int, ...]):
@@ -43,7 +43,7 @@ class ChunkFile:
         self.row_bytes = self.dtype.itemsize * int(np.prod(shape))
 
     def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Those that are not there whole."""
+        """The chunks that are not whole."""
         try:
             known = np.fromfile(self.checksums, dtype=np.uint32)
             rows = np.memmap(self.rows, dtype=np.uint8, mode="r")
@@ -53,13 +53,13 @@ class ChunkFile:
         def whole(chunk: Chunk) -> bool:
             start, end = chunk.start * self.row_bytes, chunk.end * self.row_bytes
             if chunk.number >= len(known) or not known[chunk.number] or end > len(rows):
-                return False  # what was never written is not read: it may be terabytes
+                return False  # parts that were never written are not read: they may be terabytes
             return _checksum(rows[start:end], chunk.about) == known[chunk.number]
 
         return [chunk for chunk in chunks if not whole(chunk)]
 
     def make_room(self, chunks: int, rows: int) -> None:
-        """For so many chunks and rows; what is there stays.
+        """Make room for so many chunks and rows; what is there stays.
 
         Raises:
             WriteError: the disk has no room for them.
@@ -67,11 +67,11 @@ class ChunkFile:
         for path, size in ((self.rows, self.row_bytes * rows), (self.checksums, 4 * chunks)):
             with writing(path), open(path, "ab") as file:
                 if file.tell() < size:
-                    # Reserved, not only named: a full disk is an error here, and a crash when met in a mapped page.
+                    # The room is reserved: a full disk is an error here, but would be a crash in a mapped page.
                     getattr(os, "posix_fallocate", _truncate)(file.fileno(), 0, size)
 
     def write(self, chunk: Chunk, rows: np.ndarray) -> None:
-        """The rows of a chunk and its checksum; there is room for them."""
+        """Write the rows of a chunk and its checksum; ``make_room`` has made room for them."""
         data = np.ascontiguousarray(rows, self.dtype)
         for path, start, written in (
             (self.rows, chunk.start * self.row_bytes, data),
@@ -84,20 +84,20 @@ class ChunkFile:
                     view = view[file.write(view) :]
 
     def flush(self) -> None:
-        """Until what was written is on the disk."""
+        """Wait until what was written is on the disk."""
         for path in (self.rows, self.checksums):
             with writing(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def map(self, start: int, end: int) -> Tensor:
         """Rows ``start`` to ``end``, mapped into memory."""
-        # Mapped copy-on-write: torch has no read-only tensors, and nobody writes to it.
+        # The mapping is copy-on-write, as torch has no read-only tensors; nobody writes to it.
         rows = np.memmap(self.rows, dtype=self.dtype, mode="c", shape=(end, *self.shape))
         return torch.from_numpy(rows)[start:]
 
 
 def _checksum(rows: np.ndarray, about: int) -> np.uint32:
-    # Zero stands for a chunk that is not there.
+    # A checksum of zero means that the chunk is not there.
     return np.uint32(zlib.crc32(rows, about) or 1)
 
 

@@ -12,7 +12,7 @@ from .images import ImageDataset, Split
 
 
 class Cifar(NamedTuple):
-    """A published archive, and what its files hold.
+    """A published archive, and the content of its files.
 
     archive: the archive; its files are pickles.
     train, test: names of the files of each split.
@@ -27,7 +27,7 @@ class Cifar(NamedTuple):
     key: str
 
 
-# Names and checksums are those that torchvision.datasets knows too, which takes longer to import than these to read.
+# torchvision.datasets knows the same names and checksums, but takes longer to import than these files to read.
 CIFAR10 = Cifar(
     Archive(
         title="CIFAR-10",
@@ -96,7 +96,7 @@ def _load(name: str, cifar: Cifar, data_dir: str) -> ImageDataset:
 
 
 def _read(path: Path) -> dict[bytes, list | np.ndarray]:
-    """The content of a file of the archive, which ``fetch`` has just compared with its md5."""
+    """The content of a file of the archive; ``fetch`` has just checked its md5."""
     with open(path, "rb") as file:
         return pickle.load(file, encoding="bytes")  # as text, each byte of the pixels would be decoded and encoded
 

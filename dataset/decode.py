@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Opened by another program, or by no decoder that comes with Pillow.
+# Pillow needs another program for these formats, or has no decoder for them.
 _NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 Image.init()
 _FORMATS = ["JPEG", "PNG", *sorted(Image.OPEN.keys() - {"JPEG", "PNG", *_NO_PICTURES})]
 EXTENSIONS = frozenset(extension for extension, name in Image.registered_extensions().items() if name in _FORMATS)
 
-# What is done to a picture, for the key of what holds the result; another way of doing it needs another name.
+# The way a picture is resized, in the key of the file of results; another way needs another name.
 RESAMPLING = "short side, Pillow's bicubic, centre"
 
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -29,8 +29,8 @@ def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
     """The centre of a picture, its short side resized to ``side`` pixels.
 
     The pixels are those of torchvision's ``Resize(side)`` with bicubic interpolation and ``CenterCrop(side)`` on the
-    PIL image, as in the usual evaluation on ImageNet: what a wide picture has at its sides, and a high one above and
-    below, is cut off. A JPEG is decoded at its full size: Pillow's draft mode, which is faster, gives other pixels.
+    PIL image, as in the usual evaluation on ImageNet. A wide picture loses its sides, a high one its top and bottom.
+    A JPEG is decoded at its full size: Pillow's draft mode is faster, but gives other pixels.
 
     Returns:
         (side, side, 3) uint8.
@@ -42,19 +42,19 @@ def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
 
 
 def read_rgb(path: str | os.PathLike, use: Callable[[Image.Image], Any] = Image.Image.copy) -> Any:
-    """A picture from a file, see ``upright_rgb``, or what is made of it; of a file with many the first.
+    """Read the first picture of a file, see ``upright_rgb``, and return what ``use`` makes of it.
 
     Args:
         use: makes something of the picture, while its file is open.
 
     Raises:
-        BadImage: the file is no image, damaged, of more pixels than Pillow thinks safe, or of a kind that has no one
-            way to 8 bits.
-        OSError: it cannot be read at all.
+        BadImage: the file is no image, is damaged, has more pixels than Pillow thinks safe, or has no single way to
+            8 bits.
+        OSError: the file cannot be read at all.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF blocks that are corrupt, say
+            warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF blocks, say
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
                 return use(upright_rgb(image))
@@ -62,15 +62,15 @@ def read_rgb(path: str | os.PathLike, use: Callable[[Image.Image], Any] = Image.
         raise BadImage("not an image, or damaged at its beginning") from None
     except Exception as error:  # a damaged file makes Pillow raise whatever it stumbles over
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the picture's
+            raise  # the disk's error, not the picture's
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture in 8-bit RGB: upright, as EXIF's orientation says; what is transparent shows white; 16 bits scaled.
+    """A picture in 8-bit RGB: upright by EXIF's orientation, white where it is transparent, 16 bits scaled to 8.
 
     Raises:
-        BadImage: it has no one way to 8 bits.
+        BadImage: the picture has no single way to 8 bits.
     """
     return _to_rgb(_upright(image))
 
@@ -86,7 +86,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage("pixels are floating-point numbers, of no known range")
-    if image.mode.startswith("I"):  # grey, of 16 bits; convert() would clip them to 8
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to 8 bits
         grey = np.asarray(image).astype(np.int32)
         if grey.min() < 0 or grey.max() > 65535:
             raise BadImage("pixels have more than 16 bits")

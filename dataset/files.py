@@ -1,4 +1,4 @@
-"""Image files as one file of squares: decoded once, by all cores, and mapped from then on."""
+"""Image files as one file of squares: all cores decode it once, later runs map it."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ CHUNK = 64
 
 
 class ImageFile(NamedTuple):
-    """Name below the data set's folder, bytes, and time of the last change in ns."""
+    """An image file: its name below the data set's folder, bytes, and time of the last change in ns."""
 
     name: str
     size: int
@@ -41,7 +41,7 @@ class ImageFile(NamedTuple):
 
 
 class Squares(NamedTuple):
-    """The images of one split and which of its files each is of.
+    """The images of one split, and the number of each image's file.
 
     images: (N, 3, side, side) uint8 in channels_last memory format, mapped.
     files: (N,) int64.
@@ -52,19 +52,19 @@ class Squares(NamedTuple):
 
 
 def shown(name: str) -> str:
-    """A file's name as it can be printed anywhere, in one line."""
+    """A file's name in one line that can be printed anywhere."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name: not hidden, and of an extension of a format that Pillow reads."""
+    """Whether a file's name is an image's: it is not hidden, and has the extension of a format that Pillow reads."""
     return not os.path.basename(name).startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def list_images(root: Path, folder: str) -> tuple[list[ImageFile], list[str]]:
     """The image files in a folder below ``root`` and in all folders in it, by name; and the names of other files.
 
-    What is hidden is neither.
+    Hidden files are left out of both.
     """
     images, others = [], []
 
@@ -77,7 +77,7 @@ def list_images(root: Path, folder: str) -> tuple[list[ImageFile], list[str]]:
                 about = entry.stat()
                 if entry.is_dir():
                     place = (about.st_dev, about.st_ino)
-                    if place not in above:  # a link to a folder that it is in
+                    if place not in above:  # else it is a link to a folder that it lies in
                         scan(name, (*above, place))
                 elif is_image(name):
                     images.append(ImageFile(name, about.st_size, about.st_mtime_ns))
@@ -92,16 +92,16 @@ def list_images(root: Path, folder: str) -> tuple[list[ImageFile], list[str]]:
 def open_images(
     name: str, root: Path, splits: Sequence[Sequence[ImageFile]], side: int, save_dir: str, max_bad: int = 0
 ) -> tuple[list[Squares], str]:
-    """The images of each split, first decoding what is not there yet; and a fingerprint of all of them.
+    """Decode the images that are not there yet; returns each split's images and a fingerprint of all.
 
-    They lie in ``SAVE/images/NAME_KEY/``; the key stands for the files' names, sizes and times, for the side and for
-    the resampling. However many processes and runs want them, each decodes with all its cores what no other is
-    decoding, and waits for the rest. What was interrupted goes on, and a chunk that was damaged is decoded again.
+    The images lie in ``SAVE/images/NAME_KEY/``; the key stands for the files' names, sizes and times, for the side and
+    for the resampling. Processes and runs that want the same images share the work: each decodes with all its cores
+    what no other is decoding, and waits for the rest. An interrupted run goes on, and a damaged chunk is decoded again.
 
     Args:
-        name: of the data set.
+        name: the data set's name.
         root: the folder that the files' names begin in.
-        splits: the files of each.
+        splits: the files of each split.
         side: height and width in pixels; see ``read_square``.
         save_dir: folder of all results.
         max_bad: files that cannot be decoded are left out, up to so many.
@@ -109,7 +109,7 @@ def open_images(
     Raises:
         InputError: more files cannot be decoded, or none of a split can.
         WriteError: there is no room for the images, or their file cannot be written.
-        OSError: their folder cannot be made, or a file not be read.
+        OSError: the images' folder cannot be made, or a file cannot be read.
     """
     about = {"side": side, "resampling": RESAMPLING, "chunk": CHUNK}
     key = hashlib.sha256(json.dumps([about, splits]).encode()).hexdigest()
@@ -153,9 +153,9 @@ def _recorded(path: Path) -> list | None:
 class _Store:
     """The file of squares, with room for every image of each split, one split after the other.
 
-    What is known of bad files is in bad.jsonl, a line for each. A split's last good files take their rows, so that the
-    good ones come first and few others move. A chunk's checksum begins with the names of its files: one that was
-    written before a bad file was known, and would now hold others, is no longer whole.
+    bad.jsonl has a line for each bad file that is known. A split's last good files take the rows of the bad ones, so
+    that the good ones come first and few of them move. A chunk's checksum begins with the names of its files. A chunk
+    that was written before a bad file was known, and would now hold other files, thus counts as missing.
     """
 
     def __init__(self, folder: Path, root: Path, names: list[list[str]], side: int):
@@ -167,7 +167,7 @@ class _Store:
         self.first_chunks = np.cumsum([0, *(-(-length // CHUNK) for length in lengths)])
 
     def bad(self) -> dict[tuple[int, int], str]:
-        """Split and number of each file that is known to be bad, and why."""
+        """The known bad files: split and number of each, and the reason."""
         found = {}
         lines = self.bad_path.read_text().splitlines() if self.bad_path.exists() else []
         for line in lines:
@@ -194,7 +194,7 @@ class _Store:
         return Chunk(number, start, start + len(files), about), [(split, file) for file in files]
 
     def chunks(self) -> list[Chunk]:
-        """All of them, as they have to be by what is known of bad files."""
+        """All chunks, given the bad files that are known."""
         bad = list(self.bad())
         rows = [self.rows(split, bad) for split in range(len(self.names))]
         chunks = (self.chunk(number, rows)[0] for number in range(int(self.first_chunks[-1])))
@@ -209,7 +209,7 @@ class _Store:
         return squares
 
     def fingerprint(self) -> str:
-        """SHA-256 of the checksums, which follow the names and the pixels."""
+        """SHA-256 of the checksums, which depend on the names and the pixels."""
         known = np.fromfile(self.files.checksums, np.uint32)
         chunks = self.chunks()
         spans = [(chunk.start, chunk.end) for chunk in chunks]
@@ -218,12 +218,12 @@ class _Store:
         return digest.hexdigest()
 
     def state(self) -> list | None:
-        """Bytes and time of each file: as long as they stay, nobody has written to it. None where there are none."""
+        """Bytes and time of each file, which stay until somebody writes to it. None where there is no file."""
         paths = [path for path in (self.files.rows, self.files.checksums, self.bad_path) if path.exists()]
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths] or None
 
     def fill(self) -> None:
-        """Decode what is missing, together with whoever else does."""
+        """Decode what is missing, together with other processes that do."""
         wait = False
         while missing := self.files.missing(self.chunks()):
             self._make_room()
@@ -246,12 +246,12 @@ class _Store:
     def _decode_all(self, missing: list[Chunk], wait: bool) -> None:
         """Decode chunks in as many processes as there are cores for this one."""
         ends = [0, *np.cumsum([chunk.end - chunk.start for chunk in missing]).tolist()]
-        # Forked, as torch's own data loaders are: to begin anew, each would have to import all that this one has.
+        # Workers are forked, as torch's own data loaders are: a fresh process would have to import everything again.
         context = multiprocessing.get_context("fork")
         taken, failures, stopped = context.Value("q", 0), context.SimpleQueue(), []
         work = (self, [chunk.number for chunk in missing], taken, failures, wait, stopped)
         workers = [context.Process(target=_work, args=work, daemon=True) for _ in range(min(_cores(), len(missing)))]
-        quiet = os.environ.get("RANK", "0") != "0"  # of torchrun's processes, the first one tells
+        quiet = os.environ.get("RANK", "0") != "0"  # only torchrun's first process shows progress
         try:
             with _signals_wait(stopped):
                 for worker in workers:
@@ -276,7 +276,7 @@ class _Store:
                     worker.join()
 
     def decode(self, number: int) -> None:
-        """Decode a chunk, if it is missing; nobody else does meanwhile."""
+        """Decode a chunk, if it is missing; the caller holds its lock."""
         while True:
             bad = self.bad()
             rows = [self.rows(split, list(bad)) for split in range(len(self.names))]
@@ -300,7 +300,7 @@ class _Store:
 
     @contextlib.contextmanager
     def lock(self, number: int, wait: bool) -> Iterator[bool]:
-        """Whether this process alone has the chunk; the system lets go of it when the process dies."""
+        """Whether this process alone has the chunk; the system frees the lock when the process dies."""
         with open(self.folder / "lock", "ab") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
@@ -311,19 +311,19 @@ class _Store:
 
 
 def _cores() -> int:
-    """Cores for this process: of those that it may run on, its share where torchrun started several."""
+    """The number of cores that this process may run on; torchrun's processes on a machine share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 @contextlib.contextmanager
 def _signals_wait(came: list[int]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM take effect after it: what a handler raises in a fork, Python drops.
+    """A context that Ctrl-C and SIGTERM wait for: Python drops what a handler raises in a fork.
 
     Args:
-        came: is given those that came.
+        came: a list that gets the numbers of the signals that came.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone handles them
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -339,7 +339,7 @@ def _signals_wait(came: list[int]) -> Iterator[None]:
 
 def _work(store: _Store, numbers: list[int], taken, failures, wait: bool, stopped: list[int]) -> None:
     """Decode chunks until none is left, the process that started this one is gone, or a signal came meanwhile."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process().pid
     try:

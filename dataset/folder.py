@@ -1,4 +1,4 @@
-"""Images in folders, a folder a class: ``train/CLASS/**``, ``test/CLASS/**`` or ``val/CLASS/**``, ``unlabelled/**``."""
+"""Images in one folder a class: ``train/CLASS/**``, ``test/CLASS/**`` or ``val/CLASS/**``, and ``unlabelled/**``."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from .images import ImageDataset, Split, told_apart
 from .splits import holdout_rows
 from .views import CropViews, ResizedCropViews
 
-# Up to this size the views are those of small pictures, above it those of photographs.
+# Pictures of up to this size have the views of small pictures, larger ones those of photographs.
 _SMALL = 96
 
 
@@ -22,9 +22,9 @@ def load_folder(
 ) -> ImageDataset:
     """The images of a folder, as ImageNet's usual layout has them.
 
-    Classes are the folders in train/, by name; images in unlabelled/, where it is there, are of the training split
-    too, with target -1. The test split is test/, or val/ where there is no test/ with classes in it. A file whose
-    extension is no image's is passed over, and one line says so; hidden files are passed over.
+    Classes are the folders in train/, by name. Images in unlabelled/, if there are any, join the training split with
+    target -1. The test split is test/, or val/ where there is no test/ with classes in it. Files without an image's
+    extension are passed over, and one line says so; hidden files are passed over silently.
 
     Args:
         data_dir: the folder.
@@ -34,7 +34,7 @@ def load_folder(
             split.
 
     Raises:
-        InputError: the folders are not as described, or of the wrong classes; see also ``open_images``.
+        InputError: the folders are not as described, or have the wrong classes; see also ``open_images``.
         OSError: the folder cannot be read; see also ``open_images``.
     """
     root, name = Path(data_dir), folder_name(data_dir, image_size)
@@ -79,7 +79,7 @@ def load_folder(
         )
     files, targets = files + unlabelled, targets + [-1] * len(unlabelled)
 
-    # Photographs are kept larger than they are seen, as in the usual evaluation on ImageNet: 256 pixels for 224.
+    # Photographs are stored larger than the student sees them, as in ImageNet's usual evaluation: 256 pixels for 224.
     side = image_size if image_size <= _SMALL else round(image_size * 8 / 7)
     views = (CropViews if image_size <= _SMALL else ResizedCropViews)(image_size)
     splits, sha256 = open_images(name, root, (files, test_files), side, save_dir, max_bad_images)
@@ -97,7 +97,7 @@ def load_folder(
 
 
 def _check_outside(root: Path, split: str) -> None:
-    """Raise an InputError where images lie beside the classes' folders."""
+    """Raise an InputError where images lie outside of the classes' folders."""
     if (root / split).is_dir():
         for entry in os.scandir(root / split):
             if entry.is_file() and is_image(entry.name):
@@ -118,7 +118,7 @@ def _class_folders(root: Path, split: str) -> list[str]:
 
 
 def _check_name(folder: Path, name: str) -> None:
-    """Raise an InputError where a class's folder has a name that files of names, one a line, cannot hold."""
+    """Raise an InputError where a file of names, one a line, could not hold the name of a class's folder."""
     fault = "a line break" if "\n" in name or "\r" in name else None
     try:
         name.encode()
@@ -138,12 +138,12 @@ def _classes(root: Path, split: str, others: list[str]) -> dict[str, list[ImageF
 
 
 def class_names(path: Path, folders: list[str]) -> list[str]:
-    """What the classes are called: by a file, where it is there, else as their folders, with spaces for '_'.
+    """The classes' names: from a file, if there is one, else from their folders, with spaces for '_'.
 
-    The file has a name a line in the order of the folders, or lines 'FOLDER NAME', which may be of more folders.
+    The file has a name a line in the order of the folders, or lines 'FOLDER NAME', which may name more folders.
 
     Raises:
-        InputError: neither.
+        InputError: the file has neither.
     """
     if not path.exists():
         return [folder.replace("_", " ") for folder in folders]

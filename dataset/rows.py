@@ -1,4 +1,4 @@
-"""Some rows of a tensor of images, named by number: a part of a data set that copies no pixel."""
+"""Some rows of a tensor of images, given by number: a part of a data set without copying a pixel."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ def channels_last(images: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of images, which stay where they are; pixels are copied only for the rows that are asked for.
+    """Some rows of images. The images stay where they are; indexing copies the pixels of the asked rows alone.
 
     Attributes:
         images: (M, 3, H, W) uint8.
@@ -27,7 +27,7 @@ class Rows:
         return len(self.numbers)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """The images of some rows, a copy, in the memory format that all are in."""
+        """A copy of some rows' images, in the memory format of all images."""
         return gather(self.images, self.numbers[index])
 
     @property
@@ -47,7 +47,7 @@ def some_rows(images: Tensor | Rows, numbers: Tensor) -> Rows:
 
 
 def gather(images: Tensor, index: Tensor) -> Tensor:
-    """Rows (B,) of images (N, C, H, W) on the same device, in the memory format that all are in."""
+    """Rows (B,) of images (N, C, H, W) on the same device, in the memory format of all images."""
     if not channels_last(images):
         return images.index_select(0, index)
     return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from errors import InputError
 
 
 def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Split row numbers into (kept, held out), the same fraction of every class, the same for every seed.
+    """Split row numbers into (kept, held out): the same fraction of every class, and the same rows for every seed.
 
     A class keeps at least one image, and gives up at least one where it has two or more.
 
@@ -25,7 +25,7 @@ def holdout_rows(targets: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
         held[rows[:count]] = True
     if not held.any():
-        raise InputError(f"--holdout {fraction}: no class has two labelled images, one of them to hold out")
+        raise InputError(f"--holdout {fraction}: no class has two labelled images, so none can be held out")
     rows = torch.arange(len(targets))
     return rows[~held], rows[held]
 
@@ -38,10 +38,10 @@ def keep_labels(targets: Tensor, fraction: float, classes: Sequence[str]) -> Ten
     Args:
         targets: (N,) classes; -1 for images that have no label.
         fraction: in [0, 1].
-        classes: their names, for the message.
+        classes: the classes' names, for the message.
 
     Raises:
-        InputError: where a class would keep no label, unless none is to be kept.
+        InputError: a class would keep no label, though ``fraction`` is not 0.
     """
     kept = torch.full_like(targets, -1)
     for target, rows in _shuffled_classes(targets, seed=1):

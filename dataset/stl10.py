@@ -16,8 +16,8 @@ SIZE = 96
 def load_stl10(data_dir: str) -> ImageDataset:
     """5 000 training images with and 100 000 without a label, 8 000 test images, of 96 x 96 pixels in 10 classes.
 
-    Downloaded when missing. The images without a label follow the others in the training split. All are held in
-    memory, 3 GB.
+    The files are downloaded when missing. The images without a label follow the others in the training split. All
+    images are held in memory, 3 GB.
 
     Raises:
         OSError: see ``fetch``.
@@ -37,18 +37,18 @@ def load_stl10(data_dir: str) -> ImageDataset:
         Split(images, targets),
         Split(_images(folder / test), _targets(folder / test_labels)),
         views=CropViews(SIZE),
-        # Of the md5s, which have just been checked: reading 3 GB once is enough.
+        # The md5s have just been checked, so their hash will do: reading 3 GB once is enough.
         sha256=hashlib.sha256(repr(files).encode()).hexdigest(),
     )
 
 
 def _images(*paths: Path) -> torch.Tensor:
-    """The images of files that follow one another, (N, 3, SIZE, SIZE)."""
+    """The images of several files, one file after the other, (N, 3, SIZE, SIZE)."""
     files = [np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, 3, SIZE, SIZE) for path in paths]
     images = np.empty((sum(map(len, files)), 3, SIZE, SIZE), dtype=np.uint8)
     start = 0
     for file in files:
-        # They lie there column by column.
+        # The file stores each image column by column.
         np.copyto(images[start : start + len(file)], file.swapaxes(2, 3))
         start += len(file)
     return torch.from_numpy(images)

@@ -257,7 +257,7 @@ def test_the_name_is_the_folder_s_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "size", "said"),
-    [("folder", None, "needs --image_size"), ("shapes", 64, "size of their own"), ("tinyimagenet", 32, "of their own")],
+    [("folder", None, "needs --image_size"), ("shapes", 64, "their own size"), ("tinyimagenet", 32, "their own size")],
 )
 def test_a_size_is_for_folders_alone(tmp_path, name, size, said):
     with pytest.raises(ValueError, match=said):
