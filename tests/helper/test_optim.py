@@ -1,11 +1,15 @@
 import math
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from helper import optim
 from helper.optim import adjust_learning_rate, build_optimizer, learning_rate, sgd
 from models import create_student
 
@@ -94,3 +98,39 @@ def test_the_first_step_is_pytorchs_own():
             x.grad = torch.sin(x.detach() * 10 + step)
             optimizer.step()
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_an_optimiser_that_imports_no_compiler_steps_as_pytorchs_own(name):
+    own, light = getattr(torch.optim, name), getattr(optim, name)
+    options = {"lr": 0.1, "weight_decay": 0.01, "fused": True} | ({"momentum": 0.9} if name == "SGD" else {})
+    networks = []
+    for kind in (own, light):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(3, 2)
+        optimizer = kind(network.parameters(), **options)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=True)
+            network(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+            again = kind(network.parameters(), **options)
+            again.load_state_dict(optimizer.state_dict())
+            optimizer = again
+        networks.append(network)
+    assert all(torch.equal(a, b) for a, b in zip(*(x.parameters() for x in networks), strict=True))
+
+
+def test_a_step_imports_no_compiler():
+    code = """
+import sys
+import torch
+from helper.optim import SGD
+layer = torch.nn.Linear(2, 2)
+optimizer = SGD(layer.parameters(), 0.1, fused=True)
+layer(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
