@@ -1,4 +1,4 @@
-"""What a data set is: splits of uint8 images in memory, and the names of their classes."""
+"""A data set: splits of uint8 images in memory, and the names of their classes."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ class Split:
         images: (N, 3, H, W) uint8 on the CPU, a tensor or some rows of one. Photographs are fastest in channels_last
             memory format.
         targets: (N,) int64; -1 for an image without a label.
-        mapped: the images lie in a file that is mapped into memory, so that reading them may take a while.
+        mapped: the images lie in a mapped file, so that reading them may take a while.
     """
 
     images: Tensor | Rows
@@ -36,17 +36,17 @@ class Split:
         return len(self.targets)
 
     def select(self, rows: Tensor) -> "Split":
-        """Some rows of it; the images are not copied."""
+        """Some rows of the split; the images are not copied."""
         if len(rows) == len(self):
             return self
         return Split(some_rows(self.images, rows), self.targets[rows], self.mapped)
 
 
 def told_apart(names: list[str], keys: list[str]) -> list[str]:
-    """The names of classes, with its key in brackets after each that another class has too: 'crane (crane_bird)'.
+    """The names of classes; names that repeat get their key in brackets: 'crane (crane_bird)'.
 
     Args:
-        keys: a different one for each class, such as its folder.
+        keys: a different key for each class, such as its folder.
     """
     while repeated := {name for name, count in Counter(names).items() if count > 1}:
         names = [f"{name} ({key})" if name in repeated else name for name, key in zip(names, keys, strict=True)]
@@ -57,11 +57,11 @@ def told_apart(names: list[str], keys: list[str]) -> list[str]:
 class ImageDataset:
     """A data set's splits and class names, in the order of the targets.
 
-    Names tell classes apart, so none repeats; see ``told_apart``. ``draw_captioned`` makes the images that
-    ``pretrain_clip.py`` trains on, for a data set that has more of them than the training split; it is called where
-    they are needed and nowhere else. ``views`` says which views its images have, and turns them into pixels. ``sha256``
-    is the fingerprint, where it is known without reading all pixels. ``holdout`` is the share of the training images
-    that became the test split, where the data set had none.
+    Names tell classes apart, so none repeats; see ``told_apart``. A data set with more captioned images than its
+    training split has ``draw_captioned``, which makes the images that ``pretrain_clip.py`` trains on; nothing else
+    calls it. ``views`` says which views the images have, and turns them into pixels. ``sha256`` is the fingerprint,
+    where it is known without reading all pixels. ``holdout`` is the share of the training images that became the test
+    split, where the data set had no test images.
     """
 
     name: str
@@ -95,9 +95,9 @@ class ImageDataset:
         return digest.hexdigest()
 
     def select(self, train: Tensor, test: Tensor) -> "ImageDataset":
-        """The data set of some rows of its splits, in ascending order; the images are not copied.
+        """A data set of some rows of the splits, in ascending order; the images are not copied.
 
-        Where the fingerprint is known without reading the pixels, the new one is made of it and of the rows.
+        A fingerprint that is known without reading the pixels is combined with the rows to a new one.
         """
         parts = {"train": self.train.select(train), "test": self.test.select(test)}
         if parts["train"] is self.train and parts["test"] is self.test:
@@ -114,7 +114,7 @@ class ImageDataset:
         """The data set without the images of some classes; those that stay keep their order.
 
         Raises:
-            InputError: it has no such class, or fewer than two would stay.
+            InputError: the data set has no such class, or fewer than two would stay.
         """
         if unknown := [name for name in names if name not in self.classes]:
             close = difflib.get_close_matches(unknown[0], self.classes, n=3, cutoff=0.5)
@@ -125,7 +125,7 @@ class ImageDataset:
             raise InputError(
                 f"without {len(names)} of its {len(self.classes)} classes {self.name} has nothing to learn"
             )
-        new = torch.full((len(self.classes) + 1,), -1)  # the last for targets of -1
+        new = torch.full((len(self.classes) + 1,), -1)  # the last entry is for targets of -1
         new[kept] = torch.arange(len(kept))
 
         def rows(split: Split) -> Tensor:

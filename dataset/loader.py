@@ -1,6 +1,6 @@
 """Batches of a data set: no worker processes, the same on CPU and GPU.
 
-Images in memory, or on the GPU where they fit, are simply taken; those that lie elsewhere are read ahead by a thread.
+Images in memory, or on the GPU where they fit, are simply taken; a thread reads images that lie elsewhere ahead.
 """
 
 import itertools
@@ -30,7 +30,7 @@ _on_gpu = WeakTensorKeyDictionary()
 
 
 def on_device(images: Tensor | Rows, device: torch.device) -> Tensor | Rows:
-    """Images (N, 3, H, W) on the device; as they are where they would take more than half of a GPU's free memory."""
+    """Move images (N, 3, H, W) to the device, unless they would take more than half of a GPU's free memory."""
     if isinstance(images, Rows):
         stored = on_device(images.images, device)
         return Rows(stored, images.numbers.to(stored.device))
@@ -51,7 +51,7 @@ def take(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
 
 
 def read(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
-    """As ``take``, for images on the host; the calling thread alone copies, and leaves the cores to the step."""
+    """Do as ``take``, for images on the host; the calling thread alone copies, and leaves the cores to the step."""
     if isinstance(images, Rows):
         images, index = images.images, images.numbers[index]
     last = channels_last(images)
@@ -68,15 +68,15 @@ def eval_batch_size(device: str, image_size: int) -> int:
 
 
 class Batch(NamedTuple):
-    """One batch on the device; of many processes, this one's share of it.
+    """One batch on the device; with many processes, this one's share of it.
 
     index: (B,) int64, row numbers in the split.
     target: (B,) int64, classes; -1 for an image without a label.
     image: (B, 3, H, W) float32, the student's view, normalised; None where the loader draws none.
     teacher_view: (B,) int64, the number of the teacher's view.
     shares: samples on each process, in order of rank, where there are several.
-    weight: what a mean over this share counts for, so that the mean over processes is that over the whole batch.
-    host: index and teacher_view on the CPU, for what is looked up there; None in a step that is captured.
+    weight: factor of a mean over this share, so that the mean over processes is that over the whole batch.
+    host: index and teacher_view on the CPU, for look-ups there; None in a step that is captured.
     labelled: how many of this share have a label, a scalar; None where all images of the loader have one.
     """
 
@@ -91,7 +91,7 @@ class Batch(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a batch is made of.
+    """The numbers and images that a batch is made of.
 
     numbers: (3, B) int64 on the device: row, student's view and teacher's view of each sample.
     shares: samples on each process, in order of rank; B is this one's.
@@ -106,10 +106,11 @@ class Draw(NamedTuple):
 
 
 def deal(count: int, processes: int, least: int = 1) -> tuple[int, ...]:
-    """How many of so many samples each process gets: as equal as can be, the first ones more.
+    """How many of ``count`` samples each process gets: as equal as possible, the first processes get more.
 
     Args:
-        least: samples that a process gets if it gets any; the last processes then have none. Fewer go to the first.
+        least: a process gets at least so many samples or none; the last processes then have none. Fewer samples than
+            that go to the first process.
     """
     used = min(processes, max(count // least, 1))
     return tuple(count // used + (rank < count % used) if rank < used else 0 for rank in range(processes))
@@ -118,31 +119,31 @@ def deal(count: int, processes: int, least: int = 1) -> tuple[int, ...]:
 class Loader:
     """Batches of one split; order and views depend on (seed, epoch) alone.
 
-    In training, the student's view is drawn from all that its image has, the teacher's uniformly from the image's
-    first ``teacher_views``, independently; ``shared`` draws one for both from these. In evaluation, rows come in order,
-    each in the test view.
+    In training, the student's view is drawn from all views of its image, the teacher's uniformly from the image's
+    first ``teacher_views``, independently; ``shared`` draws one of the latter for both. In evaluation, rows come in
+    order, each in the test view.
 
     Attributes:
-        reads_ahead: a thread reads the images of the next batches, which lie neither on the device nor in memory.
-        waited: seconds that were spent waiting for images to be read, so far.
+        reads_ahead: a thread reads the images of the next batches, as they lie neither on the device nor in memory.
+        waited: seconds spent so far waiting for images to be read.
 
     Args:
         split: images and targets.
         name: 'train' or 'test': the part of the teacher's bank that ``index`` refers to.
-        batch_size: of all processes together; the last batch may be smaller, or larger, see ``least``.
+        batch_size: samples of all processes together; the last batch may be smaller, or larger, see ``least``.
         device: where the batches are made; the images move there once, where they fit.
         rows: (N,) the rows of the split that are used; all by default.
         training: shuffle and draw views.
-        seed: of the order and the views.
+        seed: seed of the order and the views.
         teacher_views: how many views of each image the teacher has; None for all.
         shared: teacher and student see the same view.
         images: whether batches hold images.
         max_steps: at most so many batches per epoch.
-        views: of the data set.
+        views: the data set's views.
         rank: this process's number among those that share each batch, from 0.
-        processes: how many they are.
-        least: see ``deal``. A rest of an epoch that is smaller joins the batch before it: batch norm in training cannot
-            take one sample alone where its maps are a pixel each.
+        processes: number of processes that share each batch.
+        least: see ``deal``. A smaller rest of an epoch joins the batch before it: batch norm in training cannot take
+            one sample alone where maps are one pixel.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class Loader:
         return self.num_samples - (len(self) - 1) * self.batch_size
 
     def shares(self, count: int) -> tuple[int, ...]:
-        """How many samples of a batch of so many are on each process."""
+        """How many samples of a batch of ``count`` are on each process."""
         return deal(count, self.processes, self.least)
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
@@ -215,7 +216,7 @@ class Loader:
         yield from map(self.batch, self.draws(epoch))
 
     def draws(self, epoch: int = 0, done: int = 0) -> Iterator[Draw]:
-        """What each batch of an epoch is made of, after so many of them."""
+        """The draws of an epoch's batches, after the first ``done`` of them."""
         draws = self._draws(epoch, done)
         return self._read_ahead(draws) if self.reads_ahead else draws
 
@@ -270,7 +271,7 @@ class Loader:
             view = self._draw_teacher_view(index, generator)
             return index, view, view
         view = self.views.draw(count, generator)
-        # Drawn after the student's, whose order and views are then the same for every teacher.
+        # The teacher's view comes last: the student's order and views are then the same for every teacher.
         return index, view, self._draw_teacher_view(index, generator)
 
     def _draw_teacher_view(self, index: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of another size: Pillow's resampling, bit for bit, of whole pictures and of boxes in them."""
+"""Resize whole pictures, and boxes in them, bit for bit as Pillow does."""
 
 import functools
 import math
@@ -38,7 +38,7 @@ INTERPOLATIONS = tuple(_KERNELS)
 
 
 def _shares(size_in: int, size_out: int, interpolation: str) -> list[tuple[int, list[float]]]:
-    """For each pixel of the result, the first pixel of the picture that it is made of, and the shares from there on."""
+    """For each pixel of the result, the first of the picture's pixels that it mixes, and the shares from there on."""
     kernel, reach = _KERNELS[interpolation]
     scale = size_in / size_out
     stretch = max(scale, 1.0)
@@ -54,7 +54,7 @@ def _shares(size_in: int, size_out: int, interpolation: str) -> list[tuple[int, 
 
 
 def _fixed_point(shares: list[tuple[int, list[float]]], size_in: int, bits: int) -> Tensor:
-    """Shares as a dense (size_out, size_in) float64 matrix of integers, with so many fractional bits."""
+    """Shares as a dense (size_out, size_in) float64 matrix of integers, with ``bits`` fractional bits."""
     weights = torch.zeros(len(shares), size_in, dtype=torch.float64)
     for row, (first, taps) in zip(weights.numpy(), shares, strict=True):
         # Pillow rounds halves away from zero, as C's cast of x +- 0.5 does.
@@ -76,21 +76,21 @@ def resize(images: Tensor, size: int, interpolation: str = "bicubic", antialias:
     """Resize to a square, bit for bit as Pillow's ``Image.resize((size, size), interpolation)`` does a square.
 
     Pillow sums integers, horizontally first, and rounds to 8 bits after each pass. Products and sums of
-    those integers stay below 2**53, so float64 matrix products give them exactly, on any device. Pictures that are
-    narrower than ``size`` and higher, newer releases of Pillow resize vertically first.
+    those integers stay below 2**53, so float64 matrix products give them exactly, on any device. Newer releases of
+    Pillow resize vertically first where a picture is narrower than ``size`` and higher.
 
     Args:
         images: (B, C, H, W) uint8.
         size: height and width of the result.
         interpolation: one of ``INTERPOLATIONS``.
         antialias: average when shrinking, as Pillow always does. Without it, bilinear and bicubic are those of
-            torchvision's transforms of tensors, which differ from Pillow's when enlarging too.
+            torchvision's transforms of tensors; these differ from Pillow's when enlarging too.
 
     Returns:
         (B, C, size, size) uint8.
 
     Raises:
-        ValueError: an unknown interpolation, or one that torch has without antialiasing alone.
+        ValueError: the interpolation is unknown, or torch lacks it without antialiasing.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(INTERPOLATIONS)}")
@@ -100,7 +100,7 @@ def resize(images: Tensor, size: int, interpolation: str = "bicubic", antialias:
     with torch.autocast(images.device.type, enabled=False):
         if not antialias:
             if interpolation not in ("bilinear", "bicubic"):
-                raise ValueError(f"{interpolation} without antialiasing: there is bilinear and bicubic alone")
+                raise ValueError(f"{interpolation} without antialiasing: only bilinear and bicubic exist")
             x = F.interpolate(images.float(), (size, size), mode=interpolation, align_corners=False)
             return x.round_().clamp_(0, 255).to(torch.uint8)
         x = images.double()
@@ -112,19 +112,19 @@ def resize(images: Tensor, size: int, interpolation: str = "bicubic", antialias:
 
 
 def mirror(images: Tensor, flip: Tensor) -> Tensor:
-    """Mirror those of (B, C, H, W) whose ``flip`` (B,) is 1."""
+    """Mirror the images of (B, C, H, W) where ``flip`` (B,) is 1."""
     return torch.where(flip.bool()[:, None, None, None], images.flip(-1), images)
 
 
-# What torch has a kernel of 8-bit pixels for, which averages as Pillow does, with weights of 16 bits.
+# torch has kernels of 8-bit pixels for these; they average as Pillow does, with weights of 16 bits.
 _NATIVE = ("bilinear", "bicubic")
 
-# Boxes that are resized at once where it takes dense matrices of weights, which are as large as the pictures.
+# Boxes that are resized at once with dense matrices of weights, which are as large as the pictures.
 _BOXES_AT_ONCE = 64
 
 
 def _native_weights(size_in: int, size_out: int, interpolation: str) -> tuple[Tensor, float]:
-    """The weights of torch's kernel of 8-bit pixels, see ``_weights``, and what one of their units is worth."""
+    """The weights of torch's kernel of 8-bit pixels, see ``_weights``, and the value of one of their units."""
     shares = _shares(size_in, size_out, interpolation)
     largest = max(max(taps) for _, taps in shares)
     bits = next(bits for bits in range(23) if bits == 22 or int(0.5 + largest * 2 ** (bits + 1)) >= 2**15)
@@ -133,7 +133,7 @@ def _native_weights(size_in: int, size_out: int, interpolation: str) -> tuple[Te
 
 @functools.lru_cache(maxsize=4)
 def _box_weights(stored: int, size: int, interpolation: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``_native_weights`` of every length of a box up to ``stored``, (stored + 1, size, stored) and (stored + 1,)."""
+    """``_native_weights`` for every box length up to ``stored``, (stored + 1, size, stored) and (stored + 1,)."""
     table, unit = torch.zeros(stored + 1, size, stored, dtype=torch.float64), torch.zeros(stored + 1).double()
     for length in range(1, stored + 1):
         table[length, :, :length], unit[length] = _native_weights(length, size, interpolation)
@@ -141,18 +141,18 @@ def _box_weights(stored: int, size: int, interpolation: str, device: torch.devic
 
 
 def _resize_boxes_at_once(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
-    """What torch's kernel of 8-bit pixels gives of each image's box, bit for bit, on any device."""
+    """Resize each image's box bit for bit as torch's kernel of 8-bit pixels does, on any device."""
     batch, channels, stored, _ = images.shape
     table, unit = _box_weights(stored, size, interpolation, images.device)
     top, left, height, width = boxes.T
     pixel = torch.arange(stored, device=images.device)
-    # A box begins at pixel 0; what lies beyond it weighs nothing.
+    # A box begins at pixel 0; pixels beyond it weigh nothing.
     rows, columns = ((start[:, None] + pixel).clamp(max=stored - 1) for start in (top, left))
     image = torch.arange(batch, device=images.device)[:, None, None]
     x = images[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 1, 3, 2).double()
     x = _round_to_8_bits(x.flatten(1, 2) @ table[width].mT, unit[width][:, None, None])
     x = _round_to_8_bits(table[height] @ x.view(batch, stored, channels * size), unit[height][:, None, None])
-    # Rows, channels, columns; kept as rows, columns, channels.
+    # The order is rows, channels, columns; it is kept as rows, columns, channels.
     x = x.to(torch.uint8).view(batch, size, channels, size).transpose(2, 3).contiguous()
     return x.permute(0, 3, 1, 2)
 
@@ -162,8 +162,8 @@ def resize_boxes(
 ) -> Tensor:
     """A box of each image, resized to a square, then mirrored where ``flip`` is 1.
 
-    Bilinear and bicubic are torch's of 8-bit pixels, a level or two away from Pillow's here and there and four times as
-    fast. Others are Pillow's; see ``resize``.
+    Bilinear and bicubic are torch's kernels of 8-bit pixels: here and there a level or two away from Pillow's, and four
+    times as fast. Other interpolations are Pillow's; see ``resize``.
 
     Args:
         images: (B, C, S, S) uint8; on a CPU, fastest in channels_last memory format.

@@ -1,8 +1,8 @@
-"""The embedded default: coloured, textured shapes, drawn when they are asked for; no files, no network.
+"""The embedded default: coloured, textured shapes, drawn on demand; no files, no network.
 
 A class is one of ten shapes filled with one of ten textures. Position, size, rotation, colours,
-background, clutter and noise say nothing about it. Few images are labelled and many are captioned,
-as where a CLIP is worth distilling: its wide knowledge is cheap, labels are not.
+background, clutter and noise say nothing about it. Few images are labelled and many are captioned:
+a CLIP is worth distilling in this case, as captions are cheap and labels are not.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SIZE = 32
 TRAIN_PER_CLASS, TEST_PER_CLASS, CAPTIONED_PER_CLASS = 5, 30, 500
 _SEEDS = {"train": 1, "test": 2, "captioned": 3}
 
-# Numbers below are pixels, except in shapes, whose frame puts the outline at about 1 from the centre.
+# Numbers below are pixels. In shapes they are not: a shape's frame puts its outline at about 1 from the centre.
 _RADIUS = (9.0, 13.0)
 _SHIFT = 3.0
 _PERIOD = (5.0, 6.5)
@@ -77,7 +77,7 @@ def _step(x: np.ndarray, sharpness: float = 2.5) -> np.ndarray:
     return np.clip(0.5 + sharpness * x, 0, 1)
 
 
-# How much of the second colour there is, 0 to 1, at texture coordinates (u, v) in periods;
+# Each gives the share of the second colour, 0 to 1, at texture coordinates (u, v) in periods;
 # ``r`` is the distance from the shape's centre in periods, ``d`` the pixels to its outline, negative inside.
 _TEXTURES: dict[str, _Field] = {
     "plain": lambda u, v, r, d: np.zeros_like(u),
@@ -114,7 +114,7 @@ def _draw_class(name: str, count: int, seed: tuple[int, int]) -> np.ndarray:
     grid = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
     px, py = grid[None, None, :], grid[None, :, None]
 
-    # Dark, middling and bright in every channel, each of a random tint: both colours differ from the background.
+    # Levels are dark, middling and bright in each channel, with a random tint: both colours differ from the background.
     levels = np.array([0.15, 0.5, 0.85], dtype=np.float32)[:, None]
     levels = levels + rng.uniform(-_TINT, _TINT, (count, 3, 3)).astype(np.float32)
     background, second, first = levels.transpose(1, 0, 2)[..., None, None]
@@ -151,7 +151,7 @@ def draw(split: str, per_class: int) -> Split:
 
     Args:
         split: 'train', 'test' or 'captioned'.
-        per_class: how many images of each class.
+        per_class: number of images of each class.
     """
     images = np.empty((per_class, len(CLASSES), 3, SIZE, SIZE), dtype=np.uint8)
     for target, name in enumerate(CLASSES):

@@ -14,7 +14,7 @@ from .views import CropViews
 
 SIZE = 64
 
-# As published; of the many files in it there are no hashes.
+# The archive as published; its many files have no hashes.
 ARCHIVE = Archive(
     title="Tiny ImageNet",
     url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
@@ -32,7 +32,7 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
 
     Raises:
         InputError: see ``open_images``.
-        OSError: what is there is not whole; see also ``fetch`` and ``open_images``.
+        OSError: the extracted folder is not whole; see also ``fetch`` and ``open_images``.
     """
     root = fetch(ARCHIVE, Path(data_dir))
     try:
@@ -64,7 +64,7 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
 
 
 def _names(words: list[str]) -> list[str]:
-    """The first of each class's names; all of them where several classes share the first."""
+    """Each class's first name; classes that share the first name keep all of theirs."""
     first = [word.split(",")[0] for word in words]
     counts = Counter(first)
     return [name if counts[name] == 1 else word for name, word in zip(first, words, strict=True)]

@@ -1,7 +1,7 @@
 """Turn 8-bit images and view numbers into pixels.
 
-A data set says which views its images have: ``CropViews`` of small pictures, ``ResizedCropViews`` of photographs.
-Either turns the same (image, number) into the same pixels, whatever the device, the batch or the process.
+A data set says which views its images have: small pictures have ``CropViews``, photographs ``ResizedCropViews``.
+Both turn the same (image, number) into the same pixels, whatever the device, the batch or the process.
 """
 
 import functools
@@ -29,12 +29,12 @@ def normalization_of(clip: bool) -> Normalization:
     return CLIP_NORMALIZATION if clip else CIFAR100_NORMALIZATION
 
 
-# Of splitmix64 (Steele et al., OOPSLA 2014), as signed numbers.
+# The constants of splitmix64 (Steele et al., OOPSLA 2014), as signed numbers.
 _GAMMA, _MIX_1, _MIX_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _splitmix64(state: Tensor) -> Tensor:
-    """The generator's outputs after so many steps, int64, of 64 random bits: the same on every machine and release."""
+    """The generator's outputs after ``state`` steps, 64 random bits each, int64: alike on every machine and release."""
 
     def shifted(x: Tensor, bits: int) -> Tensor:  # filled with zeros, where >> repeats the sign
         return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -52,8 +52,8 @@ def view_order(index: np.ndarray, num_views: int, padding: int = 4) -> np.ndarra
 
     Args:
         index: row numbers, (N,).
-        num_views: 1 to as many as there are, with a padding of 4 pixels 162.
-        padding: in pixels.
+        num_views: 1 up to all views; a padding of 4 pixels gives 162.
+        padding: pixels on each side.
 
     Returns:
         (N, num_views) uint8, int16 where there are more than 256.
@@ -66,10 +66,10 @@ def view_order(index: np.ndarray, num_views: int, padding: int = 4) -> np.ndarra
         order[:] = count // 2 - 1
         return order
     numbers = torch.arange(1, count + 1)
-    rows_at_once = 2**22 // count  # of some 10**8 keys, all together would take gigabytes
+    rows_at_once = 2**22 // count  # all keys together, some 10**8, would take gigabytes
     for start in range(0, len(index), rows_at_once):
         rows = torch.from_numpy(np.asarray(index[start : start + rows_at_once], dtype=np.int64))
-        # Sorted as numbers without a sign.
+        # The keys are sorted as numbers without a sign.
         key = _splitmix64(rows[:, None] * count + numbers) ^ -(2**63)
         key[:, count // 2 - 1] = -(2**63)
         order[start : start + rows_at_once] = key.topk(num_views, largest=False).indices
@@ -101,7 +101,7 @@ def crop_flip(images: Tensor, view: Tensor, padding: int = 4) -> Tensor:
     Args:
         images: (B, C, H, W) uint8.
         view: (B,) integers, see ``CropViews``.
-        padding: in pixels.
+        padding: pixels on each side.
 
     Returns:
         (B, C, H, W) uint8, in channels_last memory format.
@@ -115,14 +115,14 @@ def crop_resize_flip(
     """The teacher's view of each image: zero-padded crop, resize, then flip.
 
     The whole crop is resized. The evaluation transforms of timm and torchvision first enlarge by 1 / crop_pct and cut
-    the border off; that is not reproduced, since a view is a crop already. With crop_pct 1 theirs are the same pixels.
+    the border off. This is not reproduced, since a view is a crop already. With crop_pct 1 the pixels are the same.
 
     Args:
         images: (B, C, H, W) uint8.
         view: (B,) integers, see ``CropViews``.
         size: the teacher's input resolution in pixels.
         interpolation, antialias: see ``resize``.
-        padding: in pixels.
+        padding: pixels on each side.
 
     Returns:
         (B, C, size, size) uint8.
@@ -136,17 +136,17 @@ class CropViews:
     """The views of small pictures: crops of the picture, padded by an eighth of its size, and their mirror images.
 
     A view is the crop's offset and a flip: ``view = (dy * (2p + 1) + dx) * 2 + flip`` with a padding of p pixels. At 32
-    pixels p is 4, which makes the paper's 162 views; the one in the middle, 80, is the image itself.
+    pixels p is 4, which makes the paper's 162 views; view 80, in the middle, is the image itself.
 
     Attributes:
-        size: height and width of the pictures, and of what the student sees, in pixels.
+        size: height and width of the pictures, and of the student's images, in pixels.
     """
 
     size: int
 
     @property
     def padding(self) -> int:
-        """In pixels."""
+        """Pixels on each side."""
         return self.size // 8
 
     @property
@@ -156,7 +156,7 @@ class CropViews:
 
     @property
     def test(self) -> int:
-        """The view that is tested on, the image itself."""
+        """The view for tests, which is the image itself."""
         return self.count // 2 - 1
 
     @property
@@ -165,18 +165,18 @@ class CropViews:
         return {}
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """So many views, uniform among all, (count,) int64."""
+        """``count`` views, uniform among all, (count,) int64."""
         return torch.randint(self.count, (count,), generator=generator)
 
     def order(self, rows: int, num_views: int, device: torch.device = _CPU) -> Tensor:
-        """The first views of each of so many images, (rows, num_views) integers, the test view first."""
+        """The first views of each image, (rows, num_views) integers, the test view first."""
         return torch.from_numpy(view_order(np.arange(rows), num_views, self.padding)).to(device)
 
     def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """What a student sees.
+        """The student's views.
 
         Args:
-            images: (B, C, H, W) uint8, as they are stored.
+            images: (B, C, H, W) uint8, the stored images.
             index: (B,) int64, their row numbers in the data set's split.
             view: (B,) int64.
 
@@ -194,25 +194,25 @@ class CropViews:
         interpolation: str = "bicubic",
         antialias: bool = True,
     ) -> Tensor:
-        """What a teacher sees, at its own resolution ``size``; see ``student`` and ``crop_resize_flip``."""
+        """The teacher's views at its own resolution ``size``; see ``student`` and ``crop_resize_flip``."""
         return crop_resize_flip(images, view, size, interpolation, antialias, self.padding)
 
 
 @dataclass(frozen=True)
 class ResizedCropViews:
-    """The views of photographs, stored as squares that are larger than what the student sees.
+    """The views of photographs, which are stored as squares larger than the student's images.
 
-    View 0, the test view, is the centre. View n is the n-th random resized crop and flip of its image, distributed as
-    torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip`` are by default (Szegedy et al., CVPR 2015), and
-    drawn from a generator whose state is a function of (row of the image, n): it can be named and met again.
+    View 0, the test view, is the centre. View n is the n-th random resized crop and flip of its image. Its distribution
+    is that of torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip`` by default (Szegedy et al., CVPR 2015).
+    The generator's state is a function of (row of the image, n), so that a view can be named and met again.
 
     Attributes:
-        size: height and width of what the student sees, in pixels.
+        size: height and width of the student's images, in pixels.
     """
 
     size: int
 
-    # Without end, but for the numbers that loaders draw from.
+    # There are endlessly many, but for the numbers that loaders draw from.
     count = None
     test = 0
 
@@ -224,22 +224,22 @@ class ResizedCropViews:
         return {"views": f"resized crops for {self.size} pixels"}
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """So many views, none of which is likely ever to be drawn again, (count,) int64."""
+        """``count`` views, (count,) int64; none is likely ever to be drawn again."""
         return torch.randint(1, 2**31, (count,), generator=generator)
 
     def order(self, rows: int, num_views: int, device: torch.device = _CPU) -> Tensor:
-        """The first views of each of so many images, (rows, num_views) integers: their numbers, one row for all."""
+        """The first views of each image, (rows, num_views) integers: the same numbers for all images."""
         return torch.arange(num_views, device=device).expand(rows, num_views)
 
     def boxes(self, index: Tensor, view: Tensor, stored: int) -> tuple[Tensor, Tensor]:
-        """Where views lie in their images, squares of ``stored`` pixels.
+        """The boxes of views in their images, which are squares of ``stored`` pixels.
 
         Args:
             index: (B,) int64, row numbers of the images.
             view: (B,) int64.
 
         Returns:
-            (B, 4) int64, top, left, height and width; (B,) int64, 1 where it is mirrored.
+            (B, 4) int64, top, left, height and width; (B,) int64, 1 where the box is mirrored.
         """
         state = _splitmix64(_splitmix64(index + 1) + view)
         step = torch.arange(1, 2 * self._ATTEMPTS + 4, device=view.device)
@@ -253,7 +253,7 @@ class ResizedCropViews:
         height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
         fits = (height <= stored) & (width <= stored)
         first = fits.int().argmax(dim=1, keepdim=True)
-        # As torchvision does where no attempt fits, which of a square is all of it.
+        # Where no attempt fits, torchvision takes all of a square picture.
         height, width = (torch.where(fits.any(1), x.gather(1, first)[:, 0], stored).long() for x in (height, width))
         top, left = (top * (stored - height + 1)).long(), (left * (stored - width + 1)).long()
         drawn, border = view != self.test, (stored - self.size) // 2
@@ -262,7 +262,7 @@ class ResizedCropViews:
         return torch.stack(box, dim=1), (drawn & (flip < 0.5)).long()
 
     def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """What a student sees, bilinear; see ``CropViews``."""
+        """The student's views, bilinear; see ``CropViews``."""
         return resize_boxes(images, *self.boxes(index, view, images.shape[-1]), self.size)
 
     def teacher(
@@ -274,13 +274,13 @@ class ResizedCropViews:
         interpolation: str = "bicubic",
         antialias: bool = True,
     ) -> Tensor:
-        """What a teacher sees, at its own resolution ``size``, straight from the stored image; see ``resize_boxes``."""
+        """The teacher's views at its own resolution ``size``, straight from the stored image; see ``resize_boxes``."""
         return resize_boxes(images, *self.boxes(index, view, images.shape[-1]), size, interpolation, antialias)
 
 
 Views = CropViews | ResizedCropViews
 
-# CIFAR's, the paper's.
+# The views of CIFAR, and of the paper.
 CIFAR_VIEWS = CropViews(32)
 
 
@@ -297,7 +297,7 @@ def normalize(pixels: Tensor, normalization: tuple[tuple[float, ...], tuple[floa
     if not pixels.is_contiguous(memory_format=torch.channels_last):
         mean, std = _channels(normalization, None, pixels.device)
         return pixels.float().div_(255).sub_(mean).div_(std)
-    # Row by row, which on a CPU is three times as fast as pixel by pixel.
+    # On a CPU, row by row is three times as fast as pixel by pixel.
     mean, std = _channels(normalization, width, pixels.device)
     x = pixels.permute(0, 2, 3, 1).flatten(2).float().div_(255).sub_(mean).div_(std)
     return x.view(batch, height, width, channels).permute(0, 3, 1, 2)
