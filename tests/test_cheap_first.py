@@ -40,7 +40,7 @@ def photos(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def bad(tmp_path) -> dict[str, Path]:
     """Files that are not what they are given for."""
-    torch.save({"model": {}, "clip_sha256": "0" * 64}, tmp_path / "head.pth")
+    torch.save({"model": {"a": torch.ones(2)}, "clip_sha256": "0" * 64}, tmp_path / "head.pth")
     torch.save(create_model("vgg8", 5).state_dict(), tmp_path / "vgg8.pth")
     torch.save({"a": torch.ones(2)}, tmp_path / "weights.pth")
     return {name: tmp_path / f"{name}.pth" for name in ("nowhere", "head", "vgg8", "weights")}
