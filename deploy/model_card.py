@@ -130,10 +130,10 @@ def processors(config: dict) -> str:
     """
     measured, same = config["processor"], f"{config['same_class']:.2f} %"
     if config["same_class"] < _RIGHT:
-        return f"What was measured holds for {measured} alone: it gives only {same} of the images float32's class."
+        return f"The accuracy holds for {measured} alone: it gives only {same} of the images the class of float32."
     return (
-        f"Measured on {measured}. It holds on x86 processors with VNNI. On those without, it needs the session entry "
-        f"{' = '.join(EXACT_8_BIT)}: onnxruntime's sums of products saturate there otherwise."
+        f"The file was checked on {measured}. Its accuracy holds on x86 processors with VNNI. On those without, it "
+        f"needs the session entry {' = '.join(EXACT_8_BIT)}: onnxruntime's sums of products saturate there otherwise."
     )
 
 
@@ -152,7 +152,7 @@ def card(config: dict, table: str) -> str:
     labels = "" if trained["labels"] == 1 else f", a share of {trained['labels']:g} of its images labelled"
     accuracy = "not measured: there were no labels" if config["accuracy"] is None else f"{config['accuracy']:.2f} %"
     if config["quantized"]:
-        accuracy += f". {processors(config)}"
+        accuracy += f"\n- **Processors**: {processors(config)}"
     what = f"(pixels / 255 − mean) / std, mean {facts['mean']}, std {facts['std']}"
     if facts["dtype"] == "uint8":
         what = "8-bit pixels (B, 3, H, W), RGB"
