@@ -31,6 +31,11 @@ def test_labels_are_methods_and_what_tells_equal_ones_apart(tmp_path):
         "KD, alpha 1",
     ]
     assert run_labels([run(distill="ega"), run(distill="ega", save_dir="b")]) == ["EGA (1)", "EGA (2)"]
+    started = [{"pretrained_s": x, "normalization": [[x / 2] * 3, [0.5] * 3]} for x in (False, True)]
+    assert run_labels([run(distill="ega", **x) for x in started]) == [
+        "EGA, pretrained_s False",
+        "EGA, pretrained_s True",
+    ]
     # What most have is not told; of a file, its name is.
     varied = [{}, {"beta": 0.5}, {"path_t": "there/head.pth"}, {"beta": 0.5, "batch_size": 32}, {}]
     assert run_labels([run(**{"distill": "ega", "beta": 1, "batch_size": 64, "path_t": None} | x) for x in varied]) == [
