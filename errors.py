@@ -1,4 +1,4 @@
-"""What ends a script in one line instead of a traceback; every room may import this file, which imports none."""
+"""Errors that end a script in one line instead of a traceback; every file may import this one, which imports none."""
 
 import contextlib
 import errno
@@ -10,23 +10,23 @@ _ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writ
 
 
 class InputError(ValueError):
-    """What the user gave cannot be worked with: the message says what is wrong and what to do.
+    """The user's input cannot be used; the message says what is wrong and what to do.
 
     Any other ValueError is a mistake in the code, and shows its traceback.
     """
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss term was not finite; training must not go on, nor be saved."""
+    """A loss term was not finite; training must neither go on nor be saved."""
 
 
 class WriteError(OSError):
-    """A file or a folder cannot be written; says which and what to do. What was there before is still there."""
+    """A file or a folder cannot be written; the message says which, and what to do. Earlier content is kept."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing to a file or a folder into a WriteError."""
+    """Turn the system's error on writing a file or a folder into a WriteError."""
     try:
         yield
     except WriteError:

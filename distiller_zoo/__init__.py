@@ -1,7 +1,7 @@
 """The table of methods. A new one is one file beside this and one row of ``METHODS``.
 
-A class or a function of the losses is asked for here, ``from distiller_zoo import EGA, DistillKL``. Its file, and with
-it torch, is imported when it is asked for: a command line needs the table alone.
+Classes and functions of the losses are imported from here: ``from distiller_zoo import EGA, DistillKL``. Only that
+imports their file, and with it torch: a command line needs the table alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# The files of what has another name than its file.
+# The files of classes and functions that are not named as their file is.
 _FILES = {
     "ABLoss": "AB",
     "Attention": "AT",
@@ -44,7 +44,7 @@ _FILES |= dict.fromkeys((*_CONNECTED, "Overhaul", "Review", "TwoStage"), "_conne
 
 
 class _Zoo(ModuleType):
-    """This package, which finds the file of a name that it does not know yet."""
+    """This package; it finds the file of a name that it does not know yet."""
 
     def __getattr__(self, name: str):
         file = _FILES.get(name, name)
@@ -53,7 +53,7 @@ class _Zoo(ModuleType):
         return getattr(importlib.import_module(f"{__name__}.{file}"), name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Python puts an imported file here under the file's name, which stands for the class of that name.
+        # Python puts an imported file here under the file's name; this name has to mean the class.
         super().__setattr__(name, getattr(value, name, value) if isinstance(value, ModuleType) else value)
 
 
@@ -63,14 +63,14 @@ zoo.__class__ = _Zoo
 
 @dataclass(frozen=True)
 class Networks:
-    """What a method may ask about the student and the teacher when its loss is built.
+    """The facts about student and teacher that a method may ask for when its loss is built.
 
     Attributes:
-        shapes_s, shapes_t: of the features of a batch of two; stem, stages, pooled. A frozen encoder has its embedding
-            alone.
+        shapes_s, shapes_t: shapes of the features of a batch of two: stem, stages, pooled. A frozen encoder has its
+            embedding alone.
         s_dim, t_dim: widths of f_s and f_t.
-        targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out; an image
-            without a label is a class of its own.
+        targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out; each image
+            without a label is its own class.
         model_t: a CNN teacher's backbone; None with a frozen encoder.
     """
 
@@ -84,12 +84,12 @@ class Networks:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of the two networks, so that they are built to give it.
+    """The tensors that a method needs from the two networks, which are built to give them.
 
     Attributes:
         joint: embeddings in the joint space.
         maps: the stages' maps.
-        preact_s, preact_t: these as they are before their last ReLU.
+        preact_s, preact_t: the maps as they are before their last ReLU.
     """
 
     joint: bool = True
@@ -103,29 +103,29 @@ Build = Callable[[Namespace, Networks], "nn.Module"]
 
 @dataclass(frozen=True)
 class Method:
-    """One row: how a method's loss is built and what it is fed.
+    """One row: how a method's loss is built, and its arguments.
 
-    A loss is fed, student's and teacher's (``_s`` and ``_t``):
+    The arguments may be, of student (``_s``) and teacher (``_t``):
 
-    - f: embeddings (B, D): projected to the joint space with a frozen encoder, the pooled features with a CNN;
-    - joint: embeddings projected to the joint space with either;
+    - f: embeddings (B, D), projected to the joint space with a frozen encoder, the pooled features with a CNN;
+    - joint: embeddings projected to the joint space, with either teacher;
     - maps: the maps of the stages, a list of (B, C, H, W); feat: stem, stages and pooled features, a list;
     - logit: (B, classes);
 
-    and target and index, (B,), and shares (``ega_terms``). It gives a scalar, or a list of them to be added up.
+    and target and index, (B,), and shares (``ega_terms``). The loss gives a scalar, or a list of scalars to add up.
 
     Attributes:
-        build: options and networks to the module of the loss that ``--beta`` weighs; None for a method without one.
-        feeds: the module's arguments in order; none for one that has a first stage only.
+        build: turns options and networks into the loss that ``--beta`` weighs; None for a method without one.
+        feeds: names of the loss's arguments in order; empty for a method that has a first stage only.
         weights: the defaults of (--gamma, --alpha, --beta) with a CNN teacher, RepDistiller's or the paper's.
         citation: where the method comes from.
-        clip: (build, feeds) with a frozen encoder, where they differ; by default the same, if maps are not needed.
-        preact: whose maps are those before the last ReLU: of 's' and 't'.
+        clip: (build, feeds) with a frozen encoder, if they differ; by default the same, unless maps are needed.
+        preact: the sides, 's' and 't', that give their maps before the last ReLU.
         beta_warmup: epochs over which beta grows to its value, by default.
-        relational: whether it compares the samples of a batch with one another, and is no mean over them: of a batch
-            that is spread over many processes it is then fed all samples, unless it asks for the shares.
-        waits: whether it waits for the device, as PyTorch's decompositions do, so that its step cannot be captured.
-        by_class: options to whether it needs every sample's class for more than the target that it is fed.
+        relational: whether the loss compares the samples of a batch with one another, and is no mean over them. With
+            many processes it then gets all their samples, unless it asks for the shares.
+        waits: whether the loss waits for the device, as PyTorch's decompositions do; its step cannot be captured.
+        by_class: tells from the options whether the loss needs every sample's class besides its ``target``.
     """
 
     build: Build | None
@@ -141,20 +141,20 @@ class Method:
 
     @property
     def needs_maps(self) -> bool:
-        """Whether it works with CNN teachers alone."""
+        """Whether the method works with CNN teachers alone."""
         return self.clip is None and self.needs(clip=False).maps
 
     def needs_labels(self, opt: Namespace) -> bool:
-        """Whether its loss, with these options, needs a class for every sample."""
+        """Whether the loss, with these options, needs a class for every sample."""
         fed = self.with_teacher(bool(opt.clip_tn))[1]
         return bool(opt.beta and ("target" in fed or self.by_class(opt)))
 
     def compares_logits(self, opt: Namespace) -> bool:
-        """Whether, with these options, KD or its loss compares the student's logits with the teacher's."""
+        """Whether KD or the loss, with these options, compares the student's logits with the teacher's."""
         return bool(opt.alpha or (opt.beta and "logit_t" in self.with_teacher(bool(opt.clip_tn))[1]))
 
     def needs(self, clip: bool) -> Needs:
-        """What it asks of the networks, with a frozen encoder or a CNN as the teacher."""
+        """The method's needs, with a frozen encoder or a CNN as the teacher."""
         build, feeds = self.with_teacher(clip)
         first_stage_only = build is not None and not feeds
         maps = first_stage_only or not {"maps_s", "feat_s"}.isdisjoint(feeds)
@@ -200,7 +200,7 @@ def _vid(opt: Namespace, net: Networks) -> nn.Module:
 
 
 def _kdsvd(opt: Namespace, net: Networks) -> nn.Module:
-    # The longer network's last stages are left out.
+    # Stages are paired from the first on; the longer network's last ones are left out.
     pairs = [(s[1], t[1]) for s, t in zip(net.shapes_s[1:-1], net.shapes_t[1:-1], strict=False)]
     if len(pairs) < 2 or any(s != t for s, t in pairs):
         channels_s, channels_t = ([shape[1] for shape in shapes[1:-1]] for shapes in (net.shapes_s, net.shapes_t))
@@ -333,7 +333,7 @@ METHODS = {
 
 def method_table() -> str:
     """Markdown: each method's feeds, default weights, whether it needs maps, and its source."""
-    header = ("method", "fed, with a CNN teacher", "with a frozen encoder", "r a b, CNN", "encoder", "source")
+    header = ("method", "arguments, CNN teacher", "arguments, frozen encoder", "r a b, CNN", "encoder", "source")
     rows = [header]
     for name, method in METHODS.items():
         fed = ["first stage only" if method.build and not method.feeds else " ".join(method.feeds)]

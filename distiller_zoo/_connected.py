@@ -1,6 +1,6 @@
 """Losses together with the layers that make the student's features comparable with the teacher's.
 
-These belong to the table of methods; RepDistiller's train_student.py puts them together by hand for each method.
+The table of methods needs these; RepDistiller's train_student.py puts them together by hand for each method.
 """
 
 import torch
@@ -24,7 +24,7 @@ class Hint(nn.Module):
 
     Args:
         shape_s: shape of the student's features at that layer, (N, C, H, W), or (N, D) for pooled ones.
-        shape_t: shape of the teacher's.
+        shape_t: shape of the teacher's features.
         layer: the layer's number.
     """
 
@@ -57,7 +57,7 @@ class EmbeddedCorrelation(nn.Module):
 
 
 class OfLast(nn.Module):
-    """A loss of lists, given the last stage's maps alone, or embeddings."""
+    """Gives a loss of lists the last stage's maps alone, or embeddings."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -75,7 +75,7 @@ class LayerwiseVID(nn.ModuleList):
 
 
 class Review(nn.Module):
-    """ReviewKD: the student's stages and pooled features, fused from the last to the first, in the teacher's shapes."""
+    """ReviewKD's loss on the student's stages and pooled features, fused from the last to the first."""
 
     def __init__(self, shapes_s: list, shapes_t: list):
         super().__init__()
@@ -87,7 +87,7 @@ class Review(nn.Module):
 
 
 class Overhaul(nn.Module):
-    """OFD: the student's maps before their ReLU, through a convolution each, against the teacher's."""
+    """OFD's loss on the student's maps before their ReLU, each after a convolution to the teacher's channels."""
 
     def __init__(self, shapes_s: list, shapes_t: list, norms_t: list[nn.BatchNorm2d]):
         super().__init__()
@@ -106,7 +106,7 @@ class InstanceGraph(IRG):
 
 
 class TwoStage(nn.Module):
-    """A method whose loss, or a part of it, is trained in a stage of its own before the student is."""
+    """A method with a first stage, which trains its loss, or a part of it, before the student is trained."""
 
     def init_modules(self, student: nn.Module) -> nn.ModuleList:
         """The modules of this method and of the student's backbone that the first stage trains."""
@@ -170,7 +170,7 @@ class Factor(TwoStage):
         return nn.functional.mse_loss(reconstructed, feat_t[-2])
 
     def init_learning_rate(self, model_s: str, learning_rate: float) -> float:
-        # RepDistiller does so too; at the other students' 0.05 the paraphraser may not converge.
+        # RepDistiller takes 0.01 too; at the students' own 0.05 the paraphraser may not converge.
         return 0.01 if model_s.startswith(("resnet", "wrn")) else learning_rate
 
     def forward(self, feat_s: list[Tensor], feat_t: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Backbones by name, and students made of them.
 
-The names are known without torch, for command lines; a network's file is imported when it is built.
+Command lines need the names without torch: a network's file is imported when it is built.
 """
 
 import importlib
@@ -12,14 +12,14 @@ from .names import parse_name, unknown
 
 
 def _constructor(file: str, name: str) -> Callable:
-    """A function of one of these files, which is imported when it is called."""
+    """A function of one of these files; the call imports the file."""
     return lambda *args, **options: getattr(importlib.import_module(f".{file}", __name__), name)(*args, **options)
 
 
 _RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4")
 _RESNETS += ("resnet32x4",)
 
-# Constructors of the house's own networks, by name; called with ``num_classes``.
+# Constructors of this project's own networks, by name; they are called with ``num_classes``.
 model_dict = {
     **{name: _constructor("resnet", name) for name in _RESNETS},
     "ResNet50": _constructor("resnetv2", "ResNet50"),
@@ -47,7 +47,7 @@ def __getattr__(name: str):
 
 
 def check_model_name(model: str) -> None:
-    """Raise an InputError that says what is known, unless it is the house's, timm:NAME or torchvision:NAME."""
+    """Raise an InputError that lists known names, unless a name is ours, timm:NAME or torchvision:NAME."""
     name = parse_name(model)
     if name.library in ("timm", "torchvision"):
         from .library import check_library_model  # here, as it imports the library

@@ -17,15 +17,16 @@ from .weights import sha256_of
 
 
 def create_model(name: str, num_classes: int, **options) -> nn.Module:
-    """A backbone; one of 0 classes has no classifier.
+    """A backbone; with 0 classes it has no classifier.
 
     Args:
         name: one of ``model_dict``, timm:NAME or torchvision:NAME.
         num_classes: number of classes.
-        options: of a library's network; see ``create_library_model``. The house's own give all maps at any size.
+        options: options of a library's network, see ``create_library_model``. Our own networks give all maps at any
+            size.
 
     Raises:
-        InputError: for an unknown name, or a network that cannot give what is asked for.
+        InputError: the name is unknown, or the network cannot give what is asked for.
     """
     check_model_name(name)
     if name in model_dict:
@@ -36,13 +37,13 @@ def create_model(name: str, num_classes: int, **options) -> nn.Module:
 def create_student(
     model_s: str, feature_dim: int, num_classes: int, resolution: int | None = None, **options
 ) -> Student:
-    """A backbone without a classifier of its own, under a head that projects to the joint space (the paper's).
+    """A backbone without its own classifier, under a head that projects to the joint space (the paper's protocol).
 
     Args:
-        model_s: its name.
+        model_s: the backbone's name.
         feature_dim: width of the joint space.
         num_classes: number of classes.
-        resolution: what images are enlarged to; None for their own.
+        resolution: pixels that images are enlarged to; None for their own size.
         options: see ``create_model``.
 
     Raises:
@@ -63,11 +64,11 @@ def create_classifier(
     """A backbone with its own classifier (RepDistiller's protocol).
 
     Args:
-        model_s: its name.
+        model_s: the backbone's name.
         num_classes: number of classes.
         feature_dim: width of the joint space, where a loss needs the pooled features projected to it.
         preact: give the maps as they are before their last ReLU.
-        resolution: what images are enlarged to; None for their own.
+        resolution: pixels that images are enlarged to; None for their own size.
         options: see ``create_model``.
 
     Raises:
@@ -84,14 +85,14 @@ def create_encoder(
     """The frozen encoder of a name (see ``models.names``), on the CPU.
 
     Args:
-        clip_mode: its name, or the path of a checkpoint in OpenAI's format.
+        clip_mode: the encoder's name, or the path of a checkpoint in OpenAI's format.
         clip_root: the folder of CLIP's published weights.
-        dtype: what it computes in.
-        resolution: of its input in pixels; its own if None.
+        dtype: the type that it computes in.
+        resolution: height and width of its input in pixels; None for its own.
 
     Raises:
-        InputError: an unknown name, weights that do not fit, a resolution that it cannot take.
-        OSError: weights that are missing and not to be downloaded.
+        InputError: the name is unknown, the weights do not fit, or the encoder cannot take the resolution.
+        OSError: the weights are missing and cannot be downloaded.
     """
     name = parse_name(clip_mode)
     if name.library is None:
@@ -101,7 +102,7 @@ def create_encoder(
     return LibraryEncoder(name, dtype, resolution)
 
 
-# Which package builds a library's networks.
+# The package that builds a library's networks.
 _PACKAGES = {"timm": "timm", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
 
 
@@ -111,7 +112,7 @@ def library_version(name: Name) -> str | None:
         return None
     try:
         return importlib.metadata.version(_PACKAGES[name.library])
-    except importlib.metadata.PackageNotFoundError:  # which building the network then says
+    except importlib.metadata.PackageNotFoundError:  # building the network will report it
         return None
 
 
@@ -119,7 +120,7 @@ def encoder_sha256(clip_mode: str, clip_root: str) -> str:
     """The SHA-256 of a frozen encoder's weights, see ``create_encoder``; a file is hashed, not loaded.
 
     Raises:
-        InputError, OSError: as ``create_encoder``, but for what only shows when the network is built.
+        InputError, OSError: as ``create_encoder``, but for errors that only building the network shows.
     """
     name = parse_name(clip_mode)
     if name.library is None:
@@ -137,8 +138,8 @@ def create_text_encoder(clip_mode: str, clip_root: str) -> TextEncoder:
         clip_mode, clip_root: see ``create_encoder``.
 
     Raises:
-        InputError: an encoder that has none, or as ``create_encoder``.
-        OSError: weights that are missing and not to be downloaded.
+        InputError: the encoder has no text encoder; see also ``create_encoder``.
+        OSError: the weights are missing and cannot be downloaded.
     """
     name = parse_name(clip_mode)
     if name.library is None:

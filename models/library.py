@@ -15,12 +15,12 @@ from .maps import Graph, Intermediates, take_maps
 from .names import Name, check_file, library_errors, unknown
 from .weights import load_weights, named_tensors, read_state
 
-# A size in pixels that a network refuses where it is built for another one.
+# A size in pixels that a network refuses if it is built for another size.
 _ANY_SIZE = 256
 
 
 def import_library(library: str, package: str) -> ModuleType:
-    """Import it, or raise a ValueError that says how it is installed."""
+    """Import a library, or raise an InputError that says how it is installed."""
     try:
         return importlib.import_module(library)
     except ImportError as error:
@@ -28,12 +28,12 @@ def import_library(library: str, package: str) -> ModuleType:
 
 
 def torchvision_models() -> ModuleType:
-    """torchvision.models. Its import takes as long as torch's, so it waits until one of its networks is asked for."""
+    """torchvision.models; its import takes as long as torch's, so it waits until one of its networks is needed."""
     return import_library("torchvision.models", "torchvision")
 
 
 def check_library_model(name: Name) -> None:
-    """Raise an InputError, with the names that come close, unless timm or torchvision has a classifier of this name."""
+    """Raise an InputError, with close names, unless timm or torchvision has a classifier of this name."""
     if name.library == "timm":
         timm = import_library("timm", "timm")
         if not name.name.startswith("hf") and not timm.is_model(name.name):
@@ -46,7 +46,7 @@ def check_library_model(name: Name) -> None:
 
 
 def names_in_libraries(name: str, few: int = 3) -> list[str]:
-    """The classifiers of timm and torchvision whose names begin with a word, shortest first, as ``LIBRARY:NAME``."""
+    """The names that begin with a word among timm's and torchvision's, shortest first, as ``LIBRARY:NAME``."""
     found = []
     with contextlib.suppress(InputError):
         found += [("torchvision", other) for other in torchvision_models().list_models(module=torchvision_models())]
@@ -59,9 +59,9 @@ def names_in_libraries(name: str, few: int = 3) -> list[str]:
 class Network(NamedTuple):
     """A library's network.
 
-    net: without its classifier: it gives pooled features (B, D).
-    classifier: what the library calls the classifier.
-    size: a height and width of images, in pixels, that it takes.
+    net: the network without its classifier; it gives pooled features (B, D).
+    classifier: the library's name for the classifier.
+    size: a height and width of images, in pixels, that the network takes.
     normalization: mean and std of each channel of the images that its published weights were trained on.
     """
 
@@ -75,14 +75,14 @@ def library_network(name: Name, resolution: int | None = None, pretrained: bool 
     """A library's network by its name.
 
     Args:
-        name: of timm or torchvision; its ``path`` is a file of weights, which are then loaded.
+        name: a name of timm or torchvision; weights are loaded from its ``path``, if it has one.
         resolution: the input's height and width in pixels, for networks that are built for one size; None for the
             library's own.
         pretrained: load the library's published weights.
 
     Raises:
-        InputError: an unknown name, weights of another network, or a network without pooled features.
-        OSError: the weights are not to be downloaded.
+        InputError: the name is unknown, the weights are another network's, or the network has no pooled features.
+        OSError: the weights cannot be downloaded.
     """
     check_library_model(name)
     with library_errors(name, resolution, loads=pretrained or name.path is not None):
@@ -96,7 +96,7 @@ def _timm(name: Name, resolution: int | None, pretrained: bool) -> Network:
     classifier = config.classifier if config is not None and isinstance(config.classifier, str) else ""
     options = {"pretrained": pretrained or name.path is not None}
     if name.path is not None:
-        # With as many classes as the file's classifier has, the library loads strictly: nothing may be missing.
+        # The network gets the file's number of classes: the library then loads strictly, and nothing may be missing.
         state = read_state(name.path)
         weight = state.get(f"{classifier}.weight")
         options["num_classes"] = 0 if weight is None else len(weight)
@@ -110,12 +110,12 @@ def _timm(name: Name, resolution: int | None, pretrained: bool) -> Network:
 
 
 def library_options(name: Name, resolution: int | None, weighted: bool = False) -> dict:
-    """The options with which a library builds a network as here, besides its name and number of classes.
+    """The options that a library needs to build a network, besides its name and number of classes.
 
     Args:
-        name: of timm or torchvision.
+        name: a name of timm or torchvision.
         resolution: see ``library_network``.
-        weighted: whether it starts from published weights.
+        weighted: whether the network starts from published weights.
     """
     if name.library == "timm":
         sized = resolution is not None and _is_sized(import_library("timm", "timm"), name.name)
@@ -129,13 +129,13 @@ def library_options(name: Name, resolution: int | None, weighted: bool = False) 
 
 
 def _is_sized(timm: ModuleType, name: str) -> bool:
-    """Whether a network of timm is built for one size of its input, as transformers are and convolutional ones not."""
+    """Whether a network of timm is built for one input size, as transformers are and convolutional networks are not."""
     try:
         with torch.device("meta"):
             timm.create_model(name, img_size=_ANY_SIZE)
     except TypeError:
         return False
-    except (ValueError, AssertionError, RuntimeError, NotImplementedError):  # it knows the word, and not this size
+    except (ValueError, AssertionError, RuntimeError, NotImplementedError):  # it knows the option, but not this size
         return True
     return True
 
@@ -177,18 +177,18 @@ def create_library_model(
     pretrained: bool = False,
     resolution: int | None = None,
 ) -> "LibraryModel":
-    """A classifier of timm or torchvision with the interface of the house's backbones.
+    """A classifier of timm or torchvision with the interface of our own backbones.
 
     Args:
-        name: its name; with a path, it starts from the weights in that file, but for their classifier.
+        name: the network's name; with a path, it starts from the weights in that file, but for their classifier.
         num_classes: 0 builds no classifier: the logits are then the pooled features.
-        maps: whether it has to give its stages' maps; without them its features are the pooled ones alone.
+        maps: whether the network must give its stages' maps; without them it gives the pooled features alone.
         preact: give the maps as they are before their last activation, where a stage ends in one.
         pretrained: start from the library's own weights.
         resolution: see ``library_network``.
 
     Raises:
-        InputError: as ``library_network``; or a network without maps, or with activations that cannot be taken apart.
+        InputError: as ``library_network``; or the network has no maps, or activations that cannot be taken apart.
         OSError: as ``library_network``.
     """
     found = library_network(name, resolution, pretrained)

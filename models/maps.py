@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from errors import InputError
 
-# Stages are told apart on a picture of this size, where no stage is a single pixel as pooled features are.
+# Stages are told apart on a picture of this size: no stage's map is then a single pixel, as pooled features are.
 _LARGE = 256
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
@@ -17,7 +17,7 @@ _ACTIVATION_FUNCTIONS = (F.relu, F.relu6, torch.relu, F.leaky_relu, F.hardswish,
 
 
 def take_maps(label: str, net: nn.Module, preact: bool) -> "Intermediates | Graph":
-    """Make what gives a network's maps and its pooled features in one forward pass.
+    """A function that gives a network's maps and its pooled features in one forward pass.
 
     Args:
         label: the network's name, for messages.
@@ -25,7 +25,7 @@ def take_maps(label: str, net: nn.Module, preact: bool) -> "Intermediates | Grap
         preact: give the maps as they are before their last activation, where a stage ends in one.
 
     Raises:
-        InputError: it has no maps, or last activations that cannot be taken apart.
+        InputError: the network has no maps, or last activations that cannot be taken apart.
     """
     if not preact and _is_timm(net) and hasattr(net, "forward_intermediates"):
         return Intermediates(net)
@@ -37,7 +37,7 @@ def _is_timm(net: nn.Module) -> bool:
 
 
 class Intermediates:
-    """timm's own maps: one per resolution; a transformer gives those of five evenly spaced blocks, the stem first."""
+    """timm's own maps, the stem's first: one per resolution; a transformer gives those of five evenly spaced blocks."""
 
     def __init__(self, net: nn.Module):
         stages = getattr(net, "feature_info", [])
@@ -56,9 +56,9 @@ class _InseparableError(Exception):
 
 
 class Graph:
-    """Maps by torch.fx: the last one at each resolution, before the activation that ends it where that is wanted.
+    """Maps by torch.fx: the last one at each resolution; with ``preact`` before the activation that ends it.
 
-    Training and evaluation have a graph each. The graphs name the network's modules and hold none of them, so the
+    Training and evaluation have a graph each. The graphs name the network's modules and hold none of them, so that the
     network can be moved, copied, and given other norms.
 
     Attributes:
@@ -68,7 +68,7 @@ class Graph:
     def __init__(self, label: str, net: nn.Module, preact: bool):
         for module in net.modules():
             if preact and getattr(module, "inplace", False):
-                module.inplace = False  # it would change the map that is asked for
+                module.inplace = False  # an in-place activation would change the map
         stages = _stages(net)
         if len(stages) < 2:
             raise InputError(f"{label} gives no maps of its stages; use a method that needs none (see --list)")
@@ -93,7 +93,7 @@ class Graph:
         net = copy.deepcopy(net).eval()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
-                nn.init.ones_(module.weight)  # one that begins at zero leaves the shortcut alone, which has no sign
+                nn.init.ones_(module.weight)  # a zero weight would leave only the shortcut, which has no sign
         generator = torch.Generator().manual_seed(0)
         maps, _ = self(net, torch.randn(1, 3, _LARGE, _LARGE, generator=generator))
         if any((x >= 0).all() for x in maps[1:]):
@@ -119,7 +119,7 @@ def _trace(net: nn.Module, stages: list[str], preact: bool) -> tuple[list[str | 
 
 
 def _tracing(net: nn.Module) -> dict:
-    """The modules and functions that torch.fx must not look into, where a library names them."""
+    """The modules and functions that torch.fx must not look into, if a library names them."""
     if not _is_timm(net):
         return {}
     from timm.models._features_fx import get_notrace_functions, get_notrace_modules
@@ -129,9 +129,9 @@ def _tracing(net: nn.Module) -> dict:
 
 @torch.no_grad()
 def _stages(net: nn.Module) -> list[str]:
-    """Names of the modules that give the last map of each stage, which halves the resolution; highest first.
+    """Names of the modules that give each stage's last map, highest resolution first; each stage halves it.
 
-    The search goes down through containers alone: it looks at blocks and stages, not at their parts.
+    The search only enters containers: it looks at blocks and stages, not at their parts.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -154,7 +154,7 @@ def _stages(net: nn.Module) -> list[str]:
     mode = net.training
     try:
         net.eval()(torch.zeros(1, 3, _LARGE, _LARGE))
-    except (RuntimeError, AssertionError):  # built for another size: it cuts pictures into patches
+    except (RuntimeError, AssertionError):  # the network is built for another size: it cuts pictures into patches
         return []
     finally:
         net.train(mode)
@@ -162,13 +162,13 @@ def _stages(net: nn.Module) -> list[str]:
             hook.remove()
     last = {shape[2]: name for name, shape in shapes.items()}
     heights = sorted(last, reverse=True)
-    # A convolution without padding takes off a few pixels: that is no new stage.
+    # A convolution without padding takes off a few pixels; this is no new stage.
     return [last[a] for a, b in zip(heights, [*heights[1:], 0], strict=True) if a > 1.5 * b]
 
 
 def _last_node(graph: fx.Graph, names: dict[fx.Node, str], module: str) -> fx.Node:
     found = [node for node in graph.nodes if f"{names.get(node, '')}.".startswith(f"{module}.")]
-    if not found:  # called more than once, a module's nodes are numbered
+    if not found:  # the nodes of a module that is called more than once are numbered
         found = [node for node in graph.nodes if names.get(node, "").rpartition("_")[0] == module]
     return found[-1]
 
@@ -183,7 +183,7 @@ def _before_activation(node: fx.Node, net: nn.Module) -> fx.Node:
 
 
 def _norm(node: fx.Node, net: nn.Module) -> str | None:
-    """The name of the batch norm that gave a node, itself or at the end of the longest branch of what is added up."""
+    """The name of the batch norm that gave a node, directly or at the end of the longest branch of a sum."""
     depth: dict[fx.Node, int] = {}
     for earlier in node.graph.nodes:
         depth[earlier] = 1 + max((depth[x] for x in earlier.all_input_nodes), default=0)

@@ -1,8 +1,8 @@
 """The grammar of networks' names: where a network comes from, and which file has its weights.
 
-``resnet8x4`` and ``ViT-B/32`` are the house's and OpenAI's names; ``timm:NAME``, ``torchvision:NAME`` and
-``open_clip:ARCH/TAG`` are those libraries' own; ``=PATH`` after one of them takes the weights from a local file in
-place of the library's download.
+``resnet8x4`` is one of this project's names, ``ViT-B/32`` one of OpenAI's. ``timm:NAME``, ``torchvision:NAME`` and
+``open_clip:ARCH/TAG`` are those libraries' own; ``=PATH`` after one of them takes the weights from a local file
+instead of the library's download.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ PUBLISHED = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B
 class Name(NamedTuple):
     """A network's name in its parts.
 
-    library: one of ``LIBRARIES``; None for a name of the house, of OpenAI, or a bare path.
-    name: what the library calls it.
+    library: one of ``LIBRARIES``; None for a name of ours or of OpenAI's, or a bare path.
+    name: the library's name for it.
     path: the file of its weights; None where the library has them.
     """
 
@@ -34,7 +34,7 @@ class Name(NamedTuple):
 
     @property
     def short(self) -> str:
-        """As in names of runs: 'timm-resnet18'."""
+        """The name in names of runs: 'timm-resnet18'."""
         return "-".join([self.library or "", *self.name.split("/")]).lstrip("-").replace(":", "-")
 
 
@@ -42,7 +42,7 @@ def parse_name(text: str) -> Name:
     """'timm:resnet18=FILE' to Name('timm', 'resnet18', 'FILE').
 
     Raises:
-        InputError: a library, and no name after it; or a '=' and no path after it.
+        InputError: no name follows a library, or no path follows a '='.
     """
     library, colon, rest = text.partition(":")
     if not colon or library not in LIBRARIES:
@@ -53,7 +53,7 @@ def parse_name(text: str) -> Name:
     return Name(library, name, path or None)
 
 
-# What the release's run names call the models that it accepts.
+# The paper's release calls its models so in the names of runs.
 _SHORT_NAMES = {"ViT-B/32": "vit32", "ViT-B/16": "vit16"}
 
 
@@ -61,7 +61,7 @@ def short_name(clip_mode: str, resolution: int | None = None) -> str:
     """The teacher's name in names of runs and files: the release's, the library's, or the stem of a path.
 
     Args:
-        resolution: of its input, where that is not the network's own.
+        resolution: height and width of its input, where that is not the network's own.
     """
     if (name := parse_name(clip_mode)).library is not None:
         return name.short if resolution is None else f"{name.short}@{resolution}px"
@@ -71,19 +71,19 @@ def short_name(clip_mode: str, resolution: int | None = None) -> str:
 
 
 def check_file(name: Name) -> None:
-    """Raise an InputError where a name's file of weights is not there."""
+    """Raise an InputError where a name's file of weights is missing."""
     if name.path is not None and not Path(name.path).is_file():
         raise InputError(f"{name.library}:{name.name}={name.path}: no such file of weights")
 
 
-# So many names can be listed.
+# The most names that an error lists.
 _FEW = 40
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
-    """An error that lists the known names where they are few, and otherwise those that come close.
+    """An error that lists the known names if they are few, and otherwise the closest ones.
 
-    A name that was cut short comes closest to those that begin with it.
+    Names that begin with the given one are the closest.
     """
     known = list(known)
     if len(known) <= _FEW:
@@ -95,24 +95,24 @@ def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
 
 
 class _NotDownloaded(OSError):
-    """What ``library_errors`` makes of a download that failed."""
+    """A failed download, as ``library_errors`` reports it."""
 
 
 @contextlib.contextmanager
 def library_errors(name: Name, resolution: int | None = None, loads: bool = True) -> Iterator[None]:
-    """What a library raises over a network, in one line that says what to do.
+    """Turn a library's errors about a network into one line that says what to do.
 
     Args:
-        resolution: what was asked for besides the name; None for the library's own.
-        loads: whether it loads weights; without them, it can but fail to build what is asked for.
+        resolution: the resolution that was asked for; None for the library's own.
+        loads: whether the library loads weights; without them only building the network can fail.
     """
-    logging.disable(logging.ERROR)  # each retry of a download, and that weights are random before they are loaded
+    logging.disable(logging.ERROR)  # it logs each retry of a download, and that weights are random before loading
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # downloads and strict loading raise whatever they meet
-        if isinstance(error, _NotDownloaded):  # one of these within this one has told it in its own words
+        if isinstance(error, _NotDownloaded):  # an inner ``library_errors`` has reported it already
             error = error.__cause__
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         asked = f"{name.library}:{name.name}" + (f" at {resolution} pixels" if resolution else "")

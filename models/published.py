@@ -1,6 +1,6 @@
-"""OpenAI's published CLIPs: where they are downloaded from, and what their files' SHA-256 is.
+"""OpenAI's published CLIPs: the addresses of their files, and the files' SHA-256.
 
-``clip`` knows the same; it takes longer to import than a file takes to hash.
+``clip`` knows the same, but takes longer to import than a file takes to hash.
 """
 
 from pathlib import Path
@@ -37,8 +37,8 @@ def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
         root: the folder of the published weights.
 
     Raises:
-        InputError: neither a published name nor a file.
-        OSError: a published file that is corrupt, or missing and not to be downloaded. Nothing is overwritten.
+        InputError: ``clip_mode`` is neither a published name nor a file.
+        OSError: a published file is corrupt, or is missing and cannot be downloaded. Nothing is overwritten.
     """
     if clip_mode not in PUBLISHED:
         path = Path(clip_mode)
@@ -56,15 +56,15 @@ def fetch_clip(clip_mode: str, root: str) -> tuple[Path, str]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_name(f".{filename}.lock")):
-                if not path.exists():  # another process has not fetched it meanwhile
-                    # Downloads beside the target, checks the hash, then renames.
+                if not path.exists():  # else another process has fetched it meanwhile
+                    # This downloads beside the target, checks the hash, then renames.
                     torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
         except Exception as error:
             raise OSError(
                 f"{clip_mode} is not in {root} and could not be downloaded ({error}); "
                 f"with no network, put {filename} there or give --clip_mode a path"
             ) from error
-    # clip.load would download a file of another hash again, over the one that is there.
+    # clip.load would overwrite a file of another hash with a new download.
     found = sha256_of(path)
     if found != expected:
         raise OSError(f"{path} is not the published {clip_mode} (its SHA-256 differs): delete it and run again")

@@ -44,7 +44,7 @@ class LinearEmbed(nn.Module):
 
 
 class Embed(LinearEmbed):
-    """A linear embedding of flattened features, scaled to unit norm; a zero row stays zero."""
+    """A linear embedding of flattened features, scaled to unit norm. A zero row stays zero."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) of ``dim_in`` elements a sample to (N, dim_out)."""
@@ -59,12 +59,12 @@ class ConvReg(nn.Module):
     The convolution halves or doubles the map, or, without padding, narrows it by any number of pixels.
 
     Args:
-        s_shape: the student's.
-        t_shape: the teacher's.
+        s_shape: shape of the student's map.
+        t_shape: shape of the teacher's map.
         use_relu: end in a ReLU.
 
     Raises:
-        InputError: for a teacher's map that is larger than the student's, but not twice as large.
+        InputError: the teacher's map is larger than the student's, but not twice as large.
     """
 
     def __init__(self, s_shape: Shape, t_shape: Shape, use_relu: bool = True):
@@ -103,14 +103,14 @@ class _PerMap(nn.Module):
 
 
 class Connector(_PerMap):
-    """A ``ConvReg`` without ReLU for each map; maps of one shape pass as they are (AB, Heo et al., AAAI 2019).
+    """A ``ConvReg`` without ReLU for each map; a pair of one shape needs none (AB, Heo et al., AAAI 2019).
 
     Args:
-        s_shapes: the student's.
-        t_shapes: the teacher's, as many.
+        s_shapes: shapes of the student's maps.
+        t_shapes: shapes of as many teacher's maps.
 
     Raises:
-        InputError: for unequal numbers of maps, and as ``ConvReg``.
+        InputError: the numbers of maps differ; see also ``ConvReg``.
     """
 
     def __init__(self, s_shapes: Sequence[Shape], t_shapes: Sequence[Shape]):
@@ -127,11 +127,11 @@ class ConnectorV2(_PerMap):
     """A 1 x 1 convolution and batch norm for each map, to the teacher's channels (OFD, Heo et al., ICCV 2019).
 
     Args:
-        s_shapes: the student's.
-        t_shapes: the teacher's, as many; their heights and widths are not read.
+        s_shapes: shapes of the student's maps.
+        t_shapes: shapes of as many teacher's maps; their heights and widths are not read.
 
     Raises:
-        InputError: for unequal numbers of maps.
+        InputError: the numbers of maps differ.
     """
 
     def __init__(self, s_shapes: Sequence[Shape], t_shapes: Sequence[Shape]):
@@ -162,10 +162,10 @@ def _factor_encoder(channels_in: int, t_shape: Shape, k: float, use_bn: bool) ->
 
 
 class Paraphraser(nn.Module):
-    """An autoencoder of the teacher's map, whose code is the factor (Factor Transfer, Kim et al., NeurIPS 2018).
+    """An autoencoder of the teacher's map; its code is the factor (Factor Transfer, Kim et al., NeurIPS 2018).
 
     Args:
-        t_shape: the teacher's.
+        t_shape: shape of the teacher's map.
         k: the factor's channels as a share of the teacher's.
         use_bn: put batch norm after each convolution.
     """
@@ -195,8 +195,8 @@ class Translator(nn.Module):
     """Map the student's map to a factor of the teacher's shape (Factor Transfer, Kim et al., NeurIPS 2018).
 
     Args:
-        s_shape: the student's.
-        t_shape: the teacher's.
+        s_shape: shape of the student's map.
+        t_shape: shape of the teacher's map.
         k: the factor's channels as a share of the teacher's, as for ``Paraphraser``.
         use_bn: put batch norm after each convolution.
     """
@@ -211,13 +211,13 @@ class Translator(nn.Module):
 
 
 class ABF(nn.Module):
-    """ReviewKD's attention-based fusion of a stage with what the deeper stages pass on.
+    """ReviewKD's attention-based fusion of a stage's map with the map that the deeper stages pass on.
 
     Args:
         channels_in: channels of the student's map.
-        channels_mid: channels of what is passed on.
+        channels_mid: channels of the map that is passed on.
         channels_out: channels of the teacher's map.
-        fuse: False for the deepest stage: nothing is passed to it.
+        fuse: False for the deepest stage, which gets no map.
     """
 
     def __init__(self, channels_in: int, channels_mid: int, channels_out: int, fuse: bool):
@@ -233,7 +233,7 @@ class ABF(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: Shape) -> tuple[Tensor, Tensor]:
-        """(the map to compare with the teacher's, what to pass on), both of height and width ``size``."""
+        """The map to compare with the teacher's, and the map to pass on, both of height and width ``size``."""
         x = self.conv1(x)
         if self.att_conv is not None:
             deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
@@ -248,12 +248,12 @@ class ReviewFusion(nn.Module):
     """A student's stages, fused from the last to the first, in the teacher's shapes (ReviewKD, Chen et al., CVPR 2021).
 
     Args:
-        s_shapes: shapes of the student's maps, first stage first; the last one may be that of its pooled features,
-            (N, C), which the paper compares too.
-        t_shapes: the teacher's, as many.
+        s_shapes: shapes of the student's maps, first stage first; the last may be the shape (N, C) of the pooled
+            features, which the paper compares too.
+        t_shapes: shapes of as many teacher's features.
 
     Raises:
-        InputError: for unequal numbers of features.
+        InputError: the numbers of features differ.
     """
 
     def __init__(self, s_shapes: Sequence[Shape], t_shapes: Sequence[Shape]):
@@ -264,7 +264,7 @@ class ReviewFusion(nn.Module):
         )
         _check_maps("ReviewFusion", *s_shapes, *t_shapes)
         channels_mid = min(512, s_shapes[-1][1])
-        # From the last stage to the first, as in the published state dicts.
+        # They go from the last stage to the first, as in the published state dicts.
         self.abfs = nn.ModuleList(
             ABF(s[1], channels_mid, t[1], fuse=i > 0)
             for i, (s, t) in enumerate(zip(reversed(s_shapes), reversed(t_shapes), strict=True))
@@ -272,7 +272,7 @@ class ReviewFusion(nn.Module):
         self.sizes = [torch.Size(t[2:]) for t in reversed(t_shapes)]
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The student's features to maps of the teacher's shapes, first stage first; pooled ones become 1 x 1 maps."""
+        """Turn the student's features into maps of the teacher's shapes, first stage first; pooled ones become 1 x 1."""
         if len(features) != len(self.abfs):
             raise InputError(f"ReviewFusion was built for {len(self.abfs)} features, got {len(features)}")
         fused, deeper = [], None
