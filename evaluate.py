@@ -1,4 +1,4 @@
-"""What a finished student knows, beside its teacher: ``python evaluate.py SAVE/student_model/NAME``."""
+"""Measure what a finished student knows, beside its teacher: ``python evaluate.py SAVE/student_model/NAME``."""
 
 import argparse
 
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(opt: argparse.Namespace) -> None:
-    # Here, so that neither --help nor an option that is refused waits for torch.
+    # These imports stand here so that neither --help nor a refused option waits for torch.
     from evaluation.accuracy import Accuracy, Corruptions
     from evaluation.answers import ask
     from evaluation.probe import Transfer
@@ -32,7 +32,7 @@ def evaluate(opt: argparse.Namespace) -> None:
         questions += [ZeroShot(opt.labels)] if opt.zero_shot else []
         questions += [Corruptions(opt.data_dir)] if opt.corruptions else []
         questions = questions or [Accuracy()]
-        # Everything that can be wrong with the input is found here, before anything is computed.
+        # This finds everything that can be wrong with the input, before anything is computed.
         for question in questions:
             for subject in subjects:
                 question.check(subject)

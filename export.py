@@ -1,4 +1,4 @@
-"""Export a finished student, ``python export.py RUN``; classify with it, ``python export.py RUN --predict FILE...``."""
+"""Export a finished student, ``python export.py RUN``; classify images with it, ``export.py RUN --predict FILE...``."""
 
 import argparse
 
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_student(opt: argparse.Namespace) -> None:
-    # Here, so that neither --help nor an option that is refused waits for torch.
+    # These imports stand here so that neither --help nor a refused option waits for torch.
     from deploy.costs import Row, cost, cost_table, teacher_rows
     from deploy.export import BESIDE, FILES, check, check_kernels, export, new_files, quantize
     from deploy.model_card import model_config, processors, write_beside

@@ -1,7 +1,7 @@
 """Train a small CLIP from scratch on images and captions: ``python pretrain_clip.py --dataset shapes``.
 
 The result, SAVE/clip/NAME/clip.pt, is a state dict in OpenAI's format and precision:
-``train_student.py --clip_mode SAVE/clip/NAME/clip.pt`` takes it for a teacher like any published one.
+``train_student.py --clip_mode SAVE/clip/NAME/clip.pt`` uses it as a teacher, like a published CLIP.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(opt: argparse.Namespace) -> None:
-    # Here, so that neither --help nor an option that is refused waits for torch.
+    # These imports stand here so that neither --help nor a refused option waits for torch.
     from helper import checkpoint
     from helper.clip_data import build_clip_data
     from helper.clip_model import build_clip, check_batch_norm, published_state

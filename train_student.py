@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(opt: argparse.Namespace) -> None:
-    # Here, so that neither --help nor an option that is refused waits for torch.
+    # These imports stand here so that neither --help nor a refused option waits for torch.
     from helper import first_stage, training
     from helper.data import build_loaders
     from helper.meters import print_record
@@ -34,8 +34,8 @@ def train(opt: argparse.Namespace) -> None:
 
     needs = METHODS[opt.distill].needs(clip=bool(opt.clip_tn))
 
-    # Everything that can be wrong with the input is found here, what is cheap to look at first: images are downloaded
-    # or decoded after the networks were looked at, and embeddings are encoded last.
+    # This finds everything that can be wrong with the input, cheap checks first: images are downloaded or decoded after
+    # the networks are checked, and embeddings are encoded last.
     with exit_on_bad_input("train_student.py"):
         facts, identity = find_teacher(opt)
         normalization, own = find_student(opt, needs, student_size(opt.dataset, opt.image_size))

@@ -1,4 +1,4 @@
-"""Train what teaches: a head on a frozen encoder, or a CNN from scratch, for ``train_student.py --path_t``."""
+"""Train a teacher, a head on a frozen encoder or a CNN from scratch, for ``train_student.py --path_t``."""
 
 import argparse
 import time
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(opt: argparse.Namespace) -> None:
-    # Here, so that neither --help nor an option that is refused waits for torch.
+    # These imports stand here so that neither --help nor a refused option waits for torch.
     from helper import training
     from helper.data import build_loaders
     from helper.meters import print_record

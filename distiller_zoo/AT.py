@@ -7,29 +7,29 @@ from torch import Tensor, nn
 
 
 def _attention(f: Tensor, size: list[int], p: float) -> Tensor:
-    """(B, H * W): the channels' mean p-th power at every pixel of maps pooled to ``size``, scaled to unit norm."""
+    """The channels' mean p-th power at every pixel of maps pooled to ``size``, scaled to unit norm, (B, H * W)."""
     if list(f.shape[2:]) != size:
         f = F.adaptive_avg_pool2d(f, size)
-    # The backward pass of a mean would fill a tensor of the maps' size that a sum's only expands.
+    # A mean's backward pass would fill a tensor of the maps' size; a sum's only expands one.
     return F.normalize((f.pow(p).sum(1) / f.shape[1]).flatten(1))
 
 
 def attention_loss(f_s: Tensor, f_t: Tensor, p: float = 2) -> Tensor:
     """Mean squared difference of two attention maps (Zagoruyko and Komodakis, equation 2, as in RepDistiller).
 
-    An attention map is the mean of the channels' p-th powers at every pixel, scaled to unit norm; maps that are
-    all zeros have one of zeros. The larger maps are average-pooled to the size of the smaller.
+    An attention map is the mean of the channels' p-th powers at every pixel, scaled to unit norm. Maps of zeros have
+    an attention map of zeros. The larger maps are average-pooled to the size of the smaller.
 
     Args:
         f_s: the student's maps, (B, C, H, W).
-        f_t: the teacher's, (B, C', H', W'). Gradients flow to both.
+        f_t: the teacher's maps, (B, C', H', W'). Gradients flow to both.
         p: the power, a whole number of at least 1.
 
     Returns:
         Scalar, the mean over samples and pixels.
 
     Raises:
-        ValueError: for tensors that are not maps of one number of samples.
+        ValueError: the tensors are not maps of the same number of samples.
     """
     if f_s.dim() != 4 or f_t.dim() != 4 or len(f_s) != len(f_t):
         raise ValueError(

@@ -14,7 +14,7 @@ def _unit(f: Tensor) -> Tensor:
 
 
 def _nce(f_s: Tensor, f_t: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """The loss of NCE.py, here once more so that this file works alone."""
+    """The loss of NCE.py, repeated so that this file works alone."""
     p = F.softmax(_unit(f_s) @ _unit(f_t).T / temperature, dim=1)
     same = target[:, None] == target
     attract = torch.where(same, -torch.log(p + _EPS), 0).sum(dim=1) / same.sum(dim=1)
@@ -29,17 +29,17 @@ def ccl_loss(
 
     Args:
         f_s: the student's embeddings, (B, D).
-        f_t: the teacher's, (B, D). Gradients flow to both.
+        f_t: the teacher's embeddings, (B, D). Gradients flow to both.
         target: classes, (B,).
         logit_s: the student's logits, (B, classes).
-        logit_t: the teacher's, (B, classes). Gradients flow to both.
-        temperature: of NCE; that of the class distributions is 1.
+        logit_t: the teacher's logits, (B, classes). Gradients flow to both.
+        temperature: NCE's temperature; that of the class distributions is 1.
 
     Returns:
-        Scalar, the mean over the batch; where all samples are of one class, none repels another.
+        Scalar, the mean over the batch; if all samples have the same class, none repels another.
 
     Raises:
-        ValueError: for shapes other than these.
+        ValueError: the shapes are other than these.
     """
     batch = f_s.shape[:1]
     if f_s.dim() != 2 or f_s.shape != f_t.shape or target.shape != batch:
@@ -53,7 +53,7 @@ def ccl_loss(
         for x in (f_s, f_t, logit_s, logit_t):
             dtype = torch.promote_types(dtype, x.dtype)
         log_p_s, log_p_t = F.log_softmax(logit_s.to(dtype), dim=1), F.log_softmax(logit_t.to(dtype), dim=1)
-        # The sum of the two divergences.
+        # This is the sum of the two divergences.
         symmetric = ((log_p_t.exp() - log_p_s.exp()) * (log_p_t - log_p_s)).sum(dim=1).mean()
         return _nce(f_s.to(dtype), f_t.to(dtype), target, temperature) + symmetric / 2
 

@@ -7,22 +7,22 @@ from torch import Tensor, nn
 
 
 def _factor(f: Tensor, size: list[int], p1: float) -> Tensor:
-    """(B, H * W): the channels' mean p1-th power at every pixel of maps pooled to ``size``, scaled to unit norm."""
+    """The channels' mean p1-th power at every pixel of maps pooled to ``size``, scaled to unit norm, (B, H * W)."""
     if list(f.shape[2:]) != size:
         f = F.adaptive_avg_pool2d(f, size)
-    # The backward pass of a mean would fill a tensor of the maps' size that a sum's only expands.
+    # A mean's backward pass would fill a tensor of the maps' size; a sum's only expands one.
     return F.normalize((f.pow(p1).sum(1) / f.shape[1]).flatten(1))
 
 
 def factor_loss(f_s: Tensor, f_t: Tensor, p1: float = 2, p2: float = 1) -> Tensor:
     """Mean p2-th power of the difference of two factors (Kim et al., equation 3, in RepDistiller's form).
 
-    A factor is the mean of the channels' p1-th powers at every pixel, scaled to unit norm; maps that are all
-    zeros have one of zeros. The larger maps are average-pooled to the size of the smaller.
+    A factor is the mean of the channels' p1-th powers at every pixel, scaled to unit norm. Maps of zeros have a factor
+    of zeros. The larger maps are average-pooled to the size of the smaller.
 
     Args:
-        f_s: what the student's translator gives, (B, C, H, W).
-        f_t: what the teacher's paraphraser gives, (B, C', H', W'). Gradients flow to both.
+        f_s: output of the student's translator, (B, C, H, W).
+        f_t: output of the teacher's paraphraser, (B, C', H', W'). Gradients flow to both.
         p1: power of the features, a whole number of at least 1.
         p2: power of the difference: 1 for its absolute value, else an even number.
 
@@ -30,7 +30,7 @@ def factor_loss(f_s: Tensor, f_t: Tensor, p1: float = 2, p2: float = 1) -> Tenso
         Scalar, the mean over samples and pixels.
 
     Raises:
-        ValueError: for tensors that are not maps of one number of samples.
+        ValueError: the tensors are not maps of the same number of samples.
     """
     if f_s.dim() != 4 or f_t.dim() != 4 or len(f_s) != len(f_t):
         raise ValueError(

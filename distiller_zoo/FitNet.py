@@ -10,13 +10,13 @@ def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
     Args:
         f_s: the student's features, of any shape.
-        f_t: the teacher's, of the same shape.
+        f_t: the teacher's features, of the same shape.
 
     Returns:
         Scalar, the mean over all elements.
 
     Raises:
-        ValueError: for different shapes.
+        ValueError: the shapes differ.
     """
     if f_s.shape != f_t.shape:
         raise ValueError(f"hints need two tensors of one shape, got {tuple(f_s.shape)} and {tuple(f_t.shape)}")

@@ -16,8 +16,8 @@ def _float(x: Tensor) -> Tensor:
 def _edges(x: Tensor) -> Tensor:
     """Squared distances between the samples of (B, ...), divided by the largest, (B, B)."""
     x = _float(x).flatten(1)
-    # Seen from the first sample, no other is farther away than the largest distance. The rounding error then stays as
-    # small as that, however much all samples have in common.
+    # The first sample becomes the origin: no other is farther from it than the largest distance. The rounding error
+    # then stays as small as that distance allows, however much all samples have in common.
     x = x - x[:1].detach()
     products = x @ x.T
     squares = products.diagonal()
@@ -27,7 +27,7 @@ def _edges(x: Tensor) -> Tensor:
 
 
 def _shrink(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Maps averaged to fewer channels and to a smaller size, flattened, (B, channels * height * width)."""
+    """Average maps to fewer channels and to a smaller size, and flatten them, (B, channels * height * width)."""
     if x.shape[2:] != (height, width):
         x = F.adaptive_avg_pool2d(x, (height, width))
     if x.shape[1] == channels:
@@ -38,7 +38,7 @@ def _shrink(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def _transformation(before: Tensor, after: Tensor) -> Tensor:
-    """Squared distance of each sample's map before and after a stage, divided by the batch's largest, (B,)."""
+    """Squared distance between each sample's maps before and after a stage, divided by the batch's largest, (B,)."""
     size = [min(sizes) for sizes in zip(before.shape[1:], after.shape[1:], strict=True)]
     before, after = (_shrink(_float(x), *size) for x in (before, after))
     squared = (before - after).square().sum(dim=1).clamp(min=_MIN_SQUARED)
@@ -57,7 +57,7 @@ def irg_edge_loss(x_s: Tensor, x_t: Tensor) -> Tensor:
 
     Args:
         x_s: the student's embeddings or maps, (B, ...).
-        x_t: the teacher's, (B, ...), of any other shape.
+        x_t: the teacher's embeddings or maps, (B, ...), of any other shape.
     """
     if min(x_s.dim(), x_t.dim()) < 2 or len(x_s) != len(x_t):
         raise ValueError(f"IRG's edges need tensors of one batch, got {tuple(x_s.shape)} and {tuple(x_t.shape)}")
@@ -71,7 +71,7 @@ def irg_transformation_loss(maps_s: tuple[Tensor, Tensor], maps_t: tuple[Tensor,
     Args:
         maps_s: the student's maps before and after a stage, both (B, C, H, W). Where they differ in channels, height
             or width, the larger is averaged to the smaller.
-        maps_t: the teacher's.
+        maps_t: the teacher's maps.
     """
     shapes = [tuple(x.shape) for x in (*maps_s, *maps_t)]
     if any(len(shape) != 4 for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
@@ -84,7 +84,7 @@ class IRG(nn.Module):
 
     Args:
         w_vert: weight of the vertices.
-        w_edge: weight of the edges: the mean of those of the embeddings and of each map.
+        w_edge: weight of the edges, the mean of the edge losses of embeddings and of each map.
         w_tran: weight of the transformation.
     """
 
@@ -126,13 +126,13 @@ class IRG(nn.Module):
 
         Args:
             f_s: the student's embeddings, (B, ...).
-            f_t: the teacher's, (B, ...), not necessarily as long.
+            f_t: the teacher's embeddings, (B, ...), of any length.
             logit_s: the student's logits, (B, classes).
-            logit_t: the teacher's, (B, classes).
+            logit_t: the teacher's logits, (B, classes).
             maps_s: the student's maps before and after a stage, both (B, C, H, W).
-            maps_t: the teacher's; None for a teacher without maps, for which the student's are not used.
+            maps_t: the teacher's maps; None for a teacher without maps, and the student's are then not used.
 
         Raises:
-            ValueError: for shapes other than these.
+            ValueError: the shapes are other than these.
         """
         return sum(self.terms(f_s, f_t, logit_s, logit_t, maps_s, maps_t).values())

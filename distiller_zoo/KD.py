@@ -15,7 +15,7 @@ def kd_loss(logit_s: Tensor, logit_t: Tensor, T: float = 4.0) -> Tensor:
 
     Args:
         logit_s: the student's logits, (B, classes).
-        logit_t: the teacher's, (B, classes).
+        logit_t: the teacher's logits, (B, classes).
         T: temperature.
 
     Returns:
@@ -36,7 +36,7 @@ def standardize_logits(logits: Tensor) -> Tensor:
         logits: (B, classes).
 
     Returns:
-        Of the same shape, with mean 0 and unbiased standard deviation 1; a constant row becomes zero, with zero
+        Rows of mean 0 and unbiased standard deviation 1, (B, classes); a constant row becomes zero, with zero
         gradient.
     """
     centred = logits - logits.mean(dim=1, keepdim=True)

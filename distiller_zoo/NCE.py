@@ -16,21 +16,21 @@ def _unit(f: Tensor) -> Tensor:
 def nce_loss(f_s: Tensor, f_t: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
     """How well a student's embedding tells the teacher's embeddings of its class from those of other classes.
 
-    Each student sample spreads probability over the teacher's samples, a softmax of cosine similarities over a
+    Each student sample has probabilities p over the teacher's samples: a softmax of cosine similarities divided by the
     temperature. Its loss is the mean of -log p over the teacher's samples of its class, itself included, plus the mean
     of -log(1 - p) over the others.
 
     Args:
         f_s: the student's embeddings, (B, D).
-        f_t: the teacher's, (B, D). Gradients flow to both.
+        f_t: the teacher's embeddings, (B, D). Gradients flow to both.
         target: classes, (B,).
-        temperature: of the softmax.
+        temperature: the softmax's temperature.
 
     Returns:
-        Scalar, the mean over the batch; where all samples are of one class, the second mean counts as zero.
+        Scalar, the mean over the batch; if all samples have the same class, the second mean counts as zero.
 
     Raises:
-        ValueError: for embeddings that are not of one shape (B, D), or targets of another batch.
+        ValueError: the embeddings do not share a shape (B, D), or the targets are of another batch.
     """
     if f_s.dim() != 2 or f_s.shape != f_t.shape or target.shape != f_s.shape[:1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (f_s, f_t, target))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def _channels(f: Tensor, size: list[int]) -> Tensor:
-    """(B, C, H * W): every channel of maps pooled to ``size``, scaled to unit norm."""
+    """Every channel of maps pooled to ``size``, scaled to unit norm, (B, C, H * W)."""
     if list(f.shape[2:]) != size:
         f = F.adaptive_avg_pool2d(f, size)
     return F.normalize(f.flatten(2), dim=2)
@@ -21,13 +21,13 @@ def nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
     Args:
         f_s: the student's maps, (B, C, H, W).
-        f_t: the teacher's, (B, C', H', W'). Gradients flow to both.
+        f_t: the teacher's maps, (B, C', H', W'). Gradients flow to both.
 
     Returns:
         Scalar, the mean over samples.
 
     Raises:
-        ValueError: for tensors that are not maps of one number of samples.
+        ValueError: the tensors are not maps of the same number of samples.
     """
     if f_s.dim() != 4 or f_t.dim() != 4 or len(f_s) != len(f_t):
         raise ValueError(f"NST needs two (B, C, H, W) tensors of one B, got {tuple(f_s.shape)} and {tuple(f_t.shape)}")
@@ -36,7 +36,7 @@ def nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
         size = [min(sides) for sides in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
         s, t = _channels(f_s.to(dtype), size), _channels(f_t.to(dtype), size)
         if s.shape[2] < max(s.shape[1], t.shape[1]):
-            # With few pixels: the sum of (x · y)² over channels is that of the product of two pixel by pixel matrices.
+            # With few pixels, the sum of (x · y)² over channels is cheaper as a product of two pixel by pixel matrices.
             moments = s.mT @ s / s.shape[1] - t.mT @ t / t.shape[1]
             return moments.square().sum() / len(s)
         within_s, within_t, across = ((x @ y.mT).square().mean() for x, y in ((s, s), (t, t), (s, t)))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 def ofd_margin(bn: nn.BatchNorm2d) -> Tensor:
     """The mean of the negative responses of each channel of a batch norm.
 
-    A channel's response is taken as normal, with the batch norm's bias as mean and its weight as standard deviation.
+    A channel's response counts as normal, with the batch norm's bias as mean and its weight as standard deviation.
     A channel that is negative less than once in a thousand gets minus three standard deviations.
 
     Args:
         bn: the teacher's last batch norm before a stage's ReLU, of C channels.
 
     Returns:
-        (C,), without gradient; never positive.
+        Margins (C,), without gradient and never positive.
     """
     mean, std = bn.bias.detach().double(), bn.weight.detach().double().abs()
     z = mean / std
@@ -31,19 +31,19 @@ def ofd_margin(bn: nn.BatchNorm2d) -> Tensor:
 def ofd_loss(f_s: Tensor, f_t: Tensor, margin: float | Tensor) -> Tensor:
     """The partial squared distance of a pair of maps before their ReLU.
 
-    The teacher's responses are raised to the margin where they are below it. Where one is then not positive and
-    the student's is not above it, the two agree as far as a ReLU can tell, and nothing is counted.
+    The teacher's responses are raised to the margin where they are below it. A ReLU cannot tell student and teacher
+    apart where the teacher's response is then not positive and the student's is not above it: nothing is counted there.
 
     Args:
         f_s: the student's map with the teacher's channels (``models.util.ConnectorV2``), (B, C, H, W).
-        f_t: the teacher's, (B, C, H', W'). Where sizes differ, the larger map is average-pooled to the smaller.
+        f_t: the teacher's map, (B, C, H', W'). Where sizes differ, the larger map is average-pooled to the smaller.
         margin: one for all channels, or one per channel, (C,).
 
     Returns:
         Scalar: the sum over channels and positions, the mean over the batch.
 
     Raises:
-        ValueError: for other numbers of samples or channels, or a margin of another length.
+        ValueError: the numbers of samples or channels differ, or the margin has another length.
     """
     if f_s.dim() != 4 or f_t.dim() != 4 or f_s.shape[:2] != f_t.shape[:2]:
         shapes = f"{tuple(f_s.shape)} and {tuple(f_t.shape)}"
@@ -52,7 +52,7 @@ def ofd_loss(f_s: Tensor, f_t: Tensor, margin: float | Tensor) -> Tensor:
         if margin.shape != f_s.shape[1:2]:
             raise ValueError(f"OFD needs a margin per channel, got {tuple(margin.shape)} for maps {tuple(f_s.shape)}")
         margin = margin[:, None, None]
-    # The sum over a map soon exceeds what half precision holds.
+    # The sum over a map soon overflows half precision.
     dtype = torch.promote_types(torch.promote_types(f_s.dtype, f_t.dtype), torch.float32)
     f_s, f_t = f_s.to(dtype), f_t.to(dtype)
     if f_s.shape != f_t.shape:
@@ -64,10 +64,10 @@ def ofd_loss(f_s: Tensor, f_t: Tensor, margin: float | Tensor) -> Tensor:
 
 
 class OFD(nn.Module):
-    """``ofd_loss`` over the stages, the last with weight 1 and each one before with half the weight of the next.
+    """``ofd_loss`` over the stages; the last has weight 1, and each other half the weight of the next.
 
     Args:
-        margins: per stage, (C,) each: ``ofd_margin`` of the teacher's batch norms.
+        margins: ``ofd_margin`` of the teacher's batch norm of each stage, (C,).
     """
 
     def __init__(self, margins: Sequence[Tensor]):
@@ -80,7 +80,7 @@ class OFD(nn.Module):
         """The loss of the student's connected maps against the teacher's, first stage first, a scalar.
 
         Raises:
-            ValueError: for another number of maps than of margins, and as ``ofd_loss``.
+            ValueError: the numbers of maps and of margins differ; see also ``ofd_loss``.
         """
         n = self.num_stages
         if not len(maps_s) == len(maps_t) == n > 0:

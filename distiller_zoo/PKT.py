@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def _neighbours(f: Tensor, eps: float) -> Tensor:
-    """Row i: how probable each sample of the batch is as a neighbour of sample i, by cosine similarity."""
+    """Probabilities, by cosine similarity, that sample j of the batch is a neighbour of sample i, in row i."""
     norm = torch.linalg.vector_norm(f, dim=1, keepdim=True)
     # A zero row would have a gradient divided by eps.
     f = f * torch.where(norm > 0, 1 / (norm + eps), 0)
@@ -19,14 +19,14 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 
     Args:
         f_s: the student's embeddings, (B, D).
-        f_t: the teacher's, (B, any). Gradients flow to both.
+        f_t: the teacher's embeddings, (B, any). Gradients flow to both.
         eps: added to norms and probabilities.
 
     Returns:
         Scalar, the mean over the B x B pairs; a zero row has cosine 0 to all and zero gradient.
 
     Raises:
-        ValueError: for tensors that are not (B, D) of one batch.
+        ValueError: the tensors are not (B, D) of one batch.
     """
     if f_s.dim() != 2 or f_t.dim() != 2 or len(f_s) != len(f_t):
         raise ValueError(f"PKT needs (B, D) embeddings of one batch, got {tuple(f_s.shape)} and {tuple(f_t.shape)}")
@@ -37,7 +37,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 class PKT(nn.Module):
-    """``pkt_loss``."""
+    """``pkt_loss`` as a module."""
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         return pkt_loss(f_s, f_t)

@@ -16,8 +16,8 @@ _CHUNK = 2**22
 
 
 def pairwise_distances(x: Tensor) -> Tensor:
-    """Euclidean distances between the rows of a float64 (B, D), (B, B); between equal rows 0, with zero gradient."""
-    # The mean takes no part: distances do not change with it, their rounding does.
+    """Euclidean distances (B, B) between the rows of a float64 (B, D); equal rows have 0, with zero gradient."""
+    # The mean is taken off: distances do not depend on it, but their rounding does.
     x = x - x.mean(dim=0).detach()
     products = x @ x.T
     squares = products.diagonal()
@@ -28,7 +28,7 @@ def pairwise_distances(x: Tensor) -> Tensor:
 
 
 def distance_loss(d_s: Tensor, d_t: Tensor) -> Tensor:
-    """Huber loss between two (B, B) of distances, each divided by the mean over its pairs."""
+    """Huber loss between two matrices (B, B) of distances, each divided by the mean over its pairs."""
     off_diagonal = 1 - torch.eye(len(d_s), dtype=d_s.dtype, device=d_s.device)
     pairs = max(len(d_s) * (len(d_s) - 1), 1)
 
@@ -42,9 +42,9 @@ def distance_loss(d_s: Tensor, d_t: Tensor) -> Tensor:
 class AngleLoss(torch.autograd.Function):
     """Mean Huber loss between the cosines of all B x B x B angles of two sets of samples.
 
-    ``AngleLoss.apply(d_s, d_t)`` takes their distances, (B, B), which determine the angles by the law of cosines: no
-    vector of D features per pair is needed. Anchors come in chunks; a chunk leaves only its share of the value and of
-    the gradient at d_s.
+    ``AngleLoss.apply(d_s, d_t)`` takes the samples' distances, (B, B). They determine the angles by the law of cosines,
+    so that no vector of D features per pair is needed. Anchors come in chunks; a chunk leaves only its share of the
+    value and of the gradient at d_s.
     """
 
     @staticmethod
@@ -57,11 +57,11 @@ class AngleLoss(torch.autograd.Function):
             error = cos - _cosines(squared_t, inverse_t, anchors)
             slope = error.clamp(-1, 1)
             value += error.sub_(slope, alpha=0.5).mul_(slope).sum()
-            # The three distances of a triangle: the two at the anchor, by cos and by the product they divide ...
+            # A triangle has three distances: the two at the anchor count by cos and by the product they divide ...
             gradient[anchors] -= 2 * inverse_s[anchors] * cos.mul_(slope).sum(dim=2)
             slope.mul_(inverse_s[anchors, :, None]).mul_(inverse_s[anchors, None, :])
             gradient[anchors] += 2 * d_s[anchors] * slope.sum(dim=2)
-            # ... and the one opposite to it.
+            # ... and the third is opposite to it.
             gradient -= d_s * slope.sum(dim=0)
         ctx.save_for_backward(gradient / len(d_s) ** 3)
         return value / len(d_s) ** 3
@@ -73,7 +73,7 @@ class AngleLoss(torch.autograd.Function):
 
 
 def _cosines(squared: Tensor, inverse: Tensor, anchors: Tensor) -> Tensor:
-    """[a, j, k]: cosine of the angle that samples j and k make at an anchor; 0 where one of them equals the anchor."""
+    """[a, j, k]: cosine of the angle at anchor a between samples j and k; 0 where one of them equals the anchor."""
     at_anchor = squared[anchors]
     cos = at_anchor[:, :, None] + at_anchor[:, None, :]
     return cos.sub_(squared).mul_(inverse[anchors, :, None]).mul_(inverse[anchors, None, :] / 2)
@@ -82,11 +82,11 @@ def _cosines(squared: Tensor, inverse: Tensor, anchors: Tensor) -> Tensor:
 def rkd_loss(f_s: Tensor, f_t: Tensor, w_d: float = 25, w_a: float = 50) -> Tensor:
     """Differences between student and teacher in the distances of all pairs and the angles of all triples of samples.
 
-    Distances are taken in float64: where samples have much in common, their differences would drown in rounding.
+    Distances are computed in float64: where samples have much in common, their differences would drown in rounding.
 
     Args:
         f_s: the student's embeddings, (B, ...).
-        f_t: the teacher's, (B, ...), not necessarily as long. No gradient flows to them.
+        f_t: the teacher's embeddings, (B, ...), of any length. No gradient flows to them.
         w_d: weight of the distances.
         w_a: weight of the angles.
 
@@ -94,7 +94,7 @@ def rkd_loss(f_s: Tensor, f_t: Tensor, w_d: float = 25, w_a: float = 50) -> Tens
         Scalar; equal samples have no gradient from each other.
 
     Raises:
-        ValueError: for tensors that are not of one batch.
+        ValueError: the tensors are not of one batch.
     """
     if min(f_s.dim(), f_t.dim()) < 2 or len(f_s) != len(f_t):
         raise ValueError(f"RKD needs embeddings (B, ...) of one batch, got {tuple(f_s.shape)} and {tuple(f_t.shape)}")

@@ -28,18 +28,18 @@ def _as_map(f: Tensor) -> Tensor:
 def hcl_loss(maps_s: Sequence[Tensor], maps_t: Sequence[Tensor]) -> Tensor:
     """The hierarchical context loss, summed over pairs of maps.
 
-    A pair's loss is the weighted mean of the mean squared errors of the maps and of the maps pooled to 4 x 4, 2 x 2
-    and 1 x 1, each with half the weight of the one before; sizes that are no smaller than the map are left out.
+    A pair's loss is a weighted mean of mean squared errors: of the maps, and of the maps pooled to 4 x 4, 2 x 2 and
+    1 x 1. Each has half the weight of the one before; sizes that are no smaller than the map are left out.
 
     Args:
         maps_s: the student's maps, (B, C, H, W) each, fused to the teacher's shapes (``models.util.ReviewFusion``).
-        maps_t: the teacher's, of the same shapes in the same order. A pooled vector (B, C) counts as a 1 x 1 map.
+        maps_t: the teacher's maps, of the same shapes in the same order. A pooled vector (B, C) counts as a 1 x 1 map.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for no maps, unequal numbers of maps or a pair of two shapes.
+        ValueError: there are no maps, the numbers of maps differ, or the shapes of a pair do.
     """
     if not maps_s or len(maps_s) != len(maps_t):
         raise ValueError(f"HCL needs as many student as teacher maps, got {len(maps_s)} and {len(maps_t)}")

@@ -6,29 +6,30 @@ from torch import Tensor, nn
 
 
 def _similarities(f: Tensor) -> Tensor:
-    """(B, B): the inner products of the samples, each row scaled to unit norm."""
+    """The inner products of the samples, each row scaled to unit norm, (B, B)."""
     f = f.flatten(1)
     products = f @ f.T
     norm = torch.linalg.vector_norm(products, dim=1, keepdim=True)
-    # A sample of zeros has a row of zeros, whatever divides it: infinity gives no gradient, 1e-12 a huge one.
+    # A sample of zeros has a row of zeros, whatever divides it: dividing by infinity gives no gradient, by 1e-12 a huge
+    # one.
     return products / norm.clamp_min(1e-12).masked_fill(norm == 0, torch.inf)
 
 
 def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     """Mean squared difference of the samples' similarities, student against teacher (Tung and Mori, equation 4).
 
-    A sample's similarities are its inner products with all samples of the batch, scaled to unit norm; those of
-    a sample of zeros are zero and have no gradient.
+    A sample's similarities are its inner products with all samples of the batch, scaled to unit norm. A sample of
+    zeros has similarities of zero, without gradient.
 
     Args:
         f_s: the student's features, (B, ...): maps or embeddings, which are flattened.
-        f_t: the teacher's, (B, ...), of any size. Gradients flow to both.
+        f_t: the teacher's features, (B, ...), of any size. Gradients flow to both.
 
     Returns:
         Scalar, the mean over the B * B pairs.
 
     Raises:
-        ValueError: for batches of different sizes, or tensors of less than two dimensions.
+        ValueError: the batches' sizes differ, or a tensor has fewer than two dimensions.
     """
     if min(f_s.dim(), f_t.dim()) < 2 or len(f_s) != len(f_t):
         raise ValueError(f"similarity needs two batches of one size, got {tuple(f_s.shape)} and {tuple(f_t.shape)}")

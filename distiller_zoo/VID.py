@@ -11,8 +11,8 @@ def vid_loss(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
     """Negative log-likelihood of a teacher's map under Gaussians, but for the constant.
 
     Args:
-        mean: what the student predicts of the map, (B, C, H, W).
-        variance: of each channel, positive, (C,).
+        mean: the map that the student predicts, (B, C, H, W).
+        variance: variance of each channel, positive, (C,).
         target: the teacher's map, (B, C, H, W).
 
     Returns:
@@ -28,10 +28,10 @@ class VIDLoss(nn.Module):
     Its weights are trained with the student.
 
     Args:
-        num_input_channels: of the student's map.
-        num_mid_channel: of the predictor's two hidden maps.
-        num_target_channels: of the teacher's map.
-        init_pred_var: every channel's variance at first, larger than eps.
+        num_input_channels: channels of the student's map.
+        num_mid_channel: channels of the predictor's two hidden maps.
+        num_target_channels: channels of the teacher's map.
+        init_pred_var: every channel's first variance, larger than eps.
         eps: the least variance.
     """
 
@@ -51,12 +51,12 @@ class VIDLoss(nn.Module):
             nn.ReLU(),
             nn.Conv2d(num_mid_channel, num_target_channels, 1, bias=False),
         )
-        # Its softplus, plus eps, is the variance.
+        # The variance is its softplus, plus eps.
         self.log_scale = nn.Parameter(torch.full((num_target_channels,), math.log(math.expm1(init_pred_var - eps))))
         self.eps = eps
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of a student's map (B, C_s, H_s, W_s) and a teacher's (B, C_t, H_t, W_t), a scalar.
+        """The loss between a student's map (B, C_s, H_s, W_s) and a teacher's (B, C_t, H_t, W_t), a scalar.
 
         The larger map is average-pooled to the size of the smaller.
 

@@ -272,7 +272,7 @@ class ReviewFusion(nn.Module):
         self.sizes = [torch.Size(t[2:]) for t in reversed(t_shapes)]
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Turn the student's features into maps of the teacher's shapes, first stage first; pooled ones become 1 x 1."""
+        """Turn the student's features into maps of the teacher's shapes, first stage first; pooled ones are 1 x 1."""
         if len(features) != len(self.abfs):
             raise InputError(f"ReviewFusion was built for {len(self.abfs)} features, got {len(features)}")
         fused, deeper = [], None
