@@ -1,4 +1,4 @@
-"""What the benchmarks share: naming the machine, timing, memory, Markdown rows."""
+"""Shared parts of the benchmarks: the machine's name, timing, memory, Markdown rows."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def available_memory(device: str = "cpu") -> float:
 
 
 def now(device: str = "cpu") -> float:
-    """Seconds, once everything that was begun on the device is done."""
+    """The time in seconds, once the device has done everything that was begun on it."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -51,14 +51,14 @@ def median_seconds(
 ) -> list[float]:
     """Median time of a call of each function, after one call that does not count.
 
-    The functions take turns, so that whatever else the machine does meets all of them alike.
+    The functions take turns, so that other work on the machine slows all of them alike.
 
     Args:
-        functions: what is timed.
+        functions: the functions to time.
         budget: seconds to spend on all of them together.
         repeats: at least so many calls of each, whatever the budget.
-        warm: in each turn a call that does not count comes first, so that memory and caches are as the function itself
-            leaves them, as where it is called again and again, and not as the others do.
+        warm: each turn begins with a call that does not count. Memory and caches are then as the function itself leaves
+            them, as if it were called again and again, and not as the others do.
     """
     functions = list(functions)
     start = now(device)
@@ -76,7 +76,7 @@ def median_seconds(
 
 
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes of tensors that a call holds at one time, beside those that were there before it."""
+    """The most bytes of tensors that a call holds at one time, without those that were there before it."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

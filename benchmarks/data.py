@@ -1,6 +1,6 @@
 """Images per second of a folder's file of squares, against torchvision's ImageFolder: ``python -m benchmarks.data``.
 
-With ``--mapped`` what reading a large one takes of memory, and of the time of a step.
+With ``--mapped`` it measures the memory that reading a large file takes, and its share of the time of a step.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from helper.runtime import keep_freed_memory
 
 CPU = torch.device("cpu")
 
-# Images that are written at a time.
+# Images per write.
 _AT_ONCE = 64
 
 
 def write_photos(root: Path, images: int, size: tuple[int, int] = (400, 300), classes: int = 10) -> None:
-    """JPEGs with shapes of every size and some noise, as photographs have, a tenth of them in each class."""
+    """Write JPEGs with shapes of every size and some noise, as photographs have, a tenth of them in each class."""
     rng = np.random.default_rng(0)
     for number in range(images):
         picture = np.zeros((size[1], size[0], 3), np.float32)
@@ -66,7 +66,7 @@ def image_folder(root: Path, size: int, batch: int, workers: int) -> DataLoader:
 
 
 def processor_seconds() -> float:
-    """Time that all threads of this process and its children that have ended were given by the processors."""
+    """Processor time of all threads of this process, and of its children that have ended."""
     children = os.times()
     return time.process_time() + children.children_user + children.children_system
 
@@ -74,7 +74,7 @@ def processor_seconds() -> float:
 def compare(root: Path, save: Path, size: int, batch: int, workers: int, budget: float) -> list[str]:
     """One row: pixels; images per second of a core, theirs and ours; ratio; decoding, in epochs of theirs.
 
-    Seconds are those that a core spends on it, so that they do not depend on what else the machine does.
+    Seconds are a core's, so that other work on the machine does not change them.
     """
     start = processor_seconds()
     data = load_dataset("folder", str(root), image_size=size, save_dir=str(save))
@@ -94,13 +94,13 @@ def compare(root: Path, save: Path, size: int, batch: int, workers: int, budget:
 
 
 def own_memory() -> int:
-    """Bytes that this process has for itself: not those of a mapped file, which the system can take back."""
+    """Bytes of this process's own memory, without mapped files, which the system can take back."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def mapped_split(folder: Path, views: CropViews | ResizedCropViews, side: int, gib: float) -> Split:
-    """So many GiB of noise in a file, none of it in memory any more."""
+    """A mapped file of ``gib`` GiB of noise; none of it is in memory any more."""
     file = ChunkFile(folder / "images.u8", folder / "crc32.u32", np.uint8, (side, side, 3))
     count = int(gib * 2**30) // file.row_bytes
     starts = range(0, count, _AT_ONCE)
@@ -151,14 +151,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=positive, default=60, help="time to spend on each size")
     parser.add_argument("--mapped", action="store_true", help="read a large file in place of the comparison")
     parser.add_argument("--gib", type=positive, default=4, help="--mapped: size of the file")
-    parser.add_argument(
-        "--steps", type=positive_int, default=30, help="--mapped: of a resnet18, whose waiting is timed"
-    )
-    parser.add_argument("--dir", help="folder for the files, which are removed in the end; the system's if unset")
+    parser.add_argument("--steps", type=positive_int, default=30, help="--mapped: steps of a resnet18 that are timed")
+    parser.add_argument("--dir", help="folder for the files, which are removed at the end; if unset, the system's")
     args = parser.parse_args(argv)
     with exit_on_bad_input("benchmarks.data"):
         keep_freed_memory()
-        torch.set_num_threads(1)  # many wait for one another by turning, which would count
+        torch.set_num_threads(1)  # many threads would spin while they wait for one another, which would count
         print(f"{machine()}; batches of {args.batch}\n", flush=True)
         if args.mapped:
             header = ("pixels", "file, GiB", "own memory before, GiB", "at most, GiB", "step, ms", "waits for data")

@@ -1,6 +1,6 @@
 """Time and memory of EGA, forward and backward, against the direct formula: ``python -m benchmarks.ega_loss``.
 
-With ``--accuracy``: its error in float32 against the direct formula in float64.
+With ``--accuracy`` it prints EGA's error in float32 against the direct formula in float64.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from helper.exits import exit_on_bad_input
 from helper.parser import number, positive, positive_int
 from helper.runtime import resolve_device
 
-# The direct formula holds about so many matrices of 2B x 2B at a time.
+# Matrices of 2B x 2B that the direct formula holds at a time, about.
 _DIRECT_MATRICES = 7
 
 
@@ -25,7 +25,7 @@ def compare(batch: int, dim: int, budget: float, device: str) -> list[str]:
     """One row: batch, ms of both, ratio, MiB of both; a dash where the direct formula does not fit in memory."""
     generator = torch.Generator().manual_seed(0)
     f_t = torch.randn(batch, dim, generator=generator)
-    # As in training, the student is neither unrelated to the teacher nor near it, and alone gets a gradient.
+    # As in training, the student is neither unrelated to the teacher nor near it; only the student gets a gradient.
     f_s = (f_t + torch.randn(batch, dim, generator=generator)).to(device).requires_grad_()
     f_t = f_t.to(device)
 
@@ -81,7 +81,7 @@ def error(batch: int, dim: int, noise: float | None, device: str) -> float:
     """The largest relative error, in norm, of EGA's two terms and of their gradients.
 
     Args:
-        noise: of the student, which else is the teacher, in its standard deviations; None for an unrelated student.
+        noise: added to the teacher to make the student, in standard deviations; None for an unrelated student.
     """
     generator = torch.Generator().manual_seed(batch)
     f_t, other = torch.randn(2, batch, dim, generator=generator).to(device)
@@ -101,10 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__.split(":")[0] + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--min_batch", type=positive_int, default=64, help="smallest batch")
-    parser.add_argument("--max_batch", type=positive_int, default=8192, help="largest batch; doubled up to it")
+    parser.add_argument("--max_batch", type=positive_int, default=8192, help="largest batch; batches double up to it")
     parser.add_argument("--feature_dim", type=number(int, 2), default=256, help="dimension of the joint space")
     parser.add_argument("--seconds", type=positive, default=3, help="time to spend on each batch size")
-    parser.add_argument("--accuracy", action="store_true", help="print errors in the place of times")
+    parser.add_argument("--accuracy", action="store_true", help="print errors instead of times")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="what to compute on")
     args = parser.parse_args(argv)
     with exit_on_bad_input("benchmarks.ega_loss"):

@@ -1,6 +1,6 @@
 """Images per second of frozen encoders, against their bare networks: ``python -m benchmarks.encoders``.
 
-Weights are random: they cost what any weights cost.
+Weights are random; their values do not change the speed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from models.names import parse_name
 
 
 def write_random_weights(name: str, folder: Path) -> str:
-    """The name with ``=PATH`` after it, a new file of random weights."""
+    """The name followed by ``=PATH``; the path is a new file of random weights."""
     parsed = parse_name(name)
     if parsed.library == "open_clip":
         import open_clip
@@ -43,7 +43,7 @@ def compare(name: str, resolution: int | None, batch: int, budget: float, device
     with tempfile.TemporaryDirectory() as folder:
         path = write_random_weights(name, Path(folder))
         encoder, bare = (load_encoder(path, folder, device, mode, resolution) for mode in (amp, "off"))
-    # As the library gives it: float32, in the memory format that it was built in.
+    # The bare network is as the library gives it: float32, in the memory format that it was built in.
     bare.net.to(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     networks = ["timm:tf_efficientnet_lite0", "open_clip:ViT-B-32", "torchvision:resnet50"]
     parser.add_argument("--names", nargs="+", default=networks, help="networks of the libraries")
-    parser.add_argument("--resolution", type=positive_int, help="of their input; their own if unset")
+    parser.add_argument("--resolution", type=positive_int, help="size of their input in pixels; if unset, their own")
     parser.add_argument("--batch", type=positive_int, default=CHUNK, help="images at a time")
     parser.add_argument("--seconds", type=positive, default=20, help="time to spend on each")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="what to compute on")

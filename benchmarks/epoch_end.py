@@ -1,8 +1,8 @@
-"""What a run does between two epochs beside its test pass: ``python -m benchmarks.epoch_end``.
+"""Time that a run spends between two epochs, without its test pass: ``python -m benchmarks.epoch_end``.
 
-The baseline is ``--save_seconds 0``, which writes a checkpoint after every epoch. Against it stand the epochs between
-two checkpoints, as ``--save_seconds`` leaves them. Both take turns, on the same state: a student's, its optimiser's and
-its loss's, of CIFAR-100. Every fourth epoch is the best so far.
+The baseline is ``--save_seconds 0``, which writes a checkpoint after every epoch. It is compared with epochs that write
+none, as most do with ``--save_seconds 30``. Both take turns, on the same state: that of a student, its optimiser and
+its loss on CIFAR-100. Every fourth epoch is the best so far.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _IMAGES, _CLASSES = 50_000, 100
 
 
 def training_state(method: str, model_s: str) -> tuple[dict, dict]:
-    """What a run of a method goes on from, and its model's file."""
+    """The state that a run of a method goes on from, and its model's file."""
     opt = student_parser().parse_args(["--distill", method, "--model_s", model_s])
     opt.weight_decay = 5e-4
     student = create_student(model_s, opt.feature_dim, _CLASSES)
@@ -46,13 +46,13 @@ def time_epoch_ends(method: str, model_s: str, epochs: int, save_dir: str) -> li
         opt = Namespace(save_dir=save_dir, resume="auto", epochs=epochs + 2, save_seconds=save_seconds)
         runs.append(Run(opt, {}, "student_model", "student_tensorboards", f"{method}{save_seconds:.0f}", model_s))
         runs[-1].start()
-    for epoch in range(1, epochs + 2):  # the last is not reached: it is always written
+    for epoch in range(1, epochs + 2):  # the last epoch, which always writes, is not reached
         for run, found in zip(runs, seconds, strict=True):
             record = {"epoch": epoch, "train_loss": 1 / epoch, "test_acc": epoch - 4.5 * (epoch % 4 > 0)}
             start = time.perf_counter()
             run.end_epoch(record, state, files)
             found.append(time.perf_counter() - start)
-    return [statistics.median(found[1:]) for found in seconds]  # the first is always written
+    return [statistics.median(found[1:]) for found in seconds]  # the first epoch always writes
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Runs a training script up to the end of its first step: ``python first_step.py SCRIPT ARGUMENTS``.
 
 ``benchmarks.startup`` starts it in the folder of each revision. ``--prepare`` before the script writes random numbers
-into the bank in place of encoding.
+into the bank instead of encoding.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""What a step, the bank and a job cost as they grow: ``python -m benchmarks.growth``.
+"""The cost of a step, the bank and a job as they grow: ``python -m benchmarks.growth``.
 
-A step of EGA at larger batches; the bank at more views; the same batches on more processes, beside the student alone,
-with DDP's exchange of gradients and without; and, computed from the sizes of the messages of these steps, what they put
-on the wire with many GPUs. A bank of random embeddings costs what a real one does.
+It measures a step of EGA at larger batches, and the bank at more views. It measures the same batches on more processes,
+beside the student alone, with DDP's exchange of gradients and without. From the sizes of these steps' messages it
+computes the traffic with many GPUs. A bank of random embeddings costs what a real one does.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from models import create_student, model_dict
 
 
 def student_options(args: argparse.Namespace, batch_size: int) -> argparse.Namespace:
-    """train_student.py's options of a step on so many samples."""
+    """train_student.py's options for a step on ``batch_size`` samples."""
     opt = parse_student_options(["--model_s", args.model_s, "--batch_size", str(batch_size)])
     opt.device, opt.teacher_views = resolve_device(args.device), 1
     opt.amp = resolve_amp(args.amp, opt.device)
@@ -49,7 +49,7 @@ def student_options(args: argparse.Namespace, batch_size: int) -> argparse.Names
 
 
 def measure_step(dataset: ImageDataset, args: argparse.Namespace) -> list[float]:
-    """Of a step on ``args.worker`` samples: seconds, EGA's of them, images per second, MiB of tensors at its peak."""
+    """A step on ``args.worker`` samples: its seconds, EGA's share of them, images per second, peak MiB of tensors."""
     opt = student_options(args, args.worker)
     ours = Ours(dataset, args.dim, opt, warm_up=1 if opt.device == "cpu" else 10)
     draw = next(ours.loader.draws(1))
@@ -58,21 +58,21 @@ def measure_step(dataset: ImageDataset, args: argparse.Namespace) -> list[float]
     f_s.requires_grad_()
     loss = EGA()
     (ega,) = median_seconds([lambda: torch.autograd.grad(loss(f_s, f_t), f_s)], args.seconds / 4, opt.device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the profiler's own
-    with mock.patch.object(ours.step, "record", None, create=True):  # a step that is replayed allocates nothing
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the profiler takes memory
+    with mock.patch.object(ours.step, "record", None, create=True):  # a replayed step allocates nothing
         peak = peak_memory(lambda: ours.step(draw, 1), opt.device) / 2**20
     return [seconds, ega, args.worker / seconds, peak, resident]
 
 
 def step_row(args: argparse.Namespace, batch_size: int) -> list[str]:
-    """Batch, ms of a step, of it EGA's, images per second, MiB at its peak."""
+    """One row: batch, ms of a step, EGA's ms, images per second, peak MiB."""
     seconds, ega, rate, peak, resident = start(args, batch_size, "step")
     times = [three_digits(1e3 * value) for value in (seconds, ega)]
     return [f"{batch_size}", *times, f"{rate:.0f}", three_digits(peak), three_digits(resident)]
 
 
 def bank_row(dataset: ImageDataset, args: argparse.Namespace, views: int, encoding: float) -> list[str]:
-    """Views, rows, MiB on disk, hours to encode, ms of looking 64 samples up; a dash where it is not tried."""
+    """One row: views, rows, MiB on disk, hours to encode, ms to look 64 samples up; a dash where it is not tried."""
     num_train, num_test = len(dataset.train), len(dataset.test)
     rows = num_test + views * num_train
     size = 2 * args.dim * rows / 2**20
@@ -89,7 +89,7 @@ def bank_row(dataset: ImageDataset, args: argparse.Namespace, views: int, encodi
 
 
 def start(args: argparse.Namespace, batch_size: int, what: str, processes: int = 1) -> list[float]:
-    """Measure in so many fresh processes, which share the cores: what has run before leaves its memory behind."""
+    """Measure in fresh processes, which share the cores; a process that has run before keeps its memory."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else [])]
     names = ("model_s", "dim", "dataset", "data_dir", "device", "amp", "compile", "steps", "seconds")
@@ -102,11 +102,13 @@ def start(args: argparse.Namespace, batch_size: int, what: str, processes: int =
 
 
 def measure_job(dataset: ImageDataset, args: argparse.Namespace) -> list[float]:
-    """Of a step on ``args.worker`` samples of all processes: seconds of the student alone without an exchange, of the
-    student alone, and of EGA; bytes of the gradients and of EGA's own messages.
+    """Measure a step on ``args.worker`` samples of all processes.
 
-    The three take turns, so that whatever else the machine does meets them alike; medians. None is captured, as a step
-    of many processes is not.
+    It gives seconds of the student alone without an exchange, of the student alone, and of EGA; then bytes of the
+    gradients and of EGA's own messages.
+
+    The three take turns, so that other work on the machine slows them alike; the seconds are medians. No step is
+    captured, as steps of many processes never are.
     """
     ours = Ours(dataset, args.dim, student_options(args, args.worker), warm_up=1, captured=False)
     opt, classes = ours.opt, len(dataset.classes)
@@ -144,7 +146,7 @@ def wire_row(gpus: int, gradients: float, messages: list[float]) -> list[str]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """What such a process does."""
+    """The work of such a process."""
     dataset, _ = load_images(args.dataset, args.data_dir)
     print(json.dumps((measure_step if args.measure == "step" else measure_job)(dataset, args)))
 
@@ -153,7 +155,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    numbers = {"type": positive_int, "nargs": "*"}  # none: that table is left out
+    numbers = {"type": positive_int, "nargs": "*"}  # no number leaves the table out
     parser.add_argument("--batches", default=[64, 128, 256, 512, 1024, 2048, 4096], help="sizes of a step", **numbers)
     parser.add_argument("--views", default=[1, 4, 16, 64, CIFAR_VIEWS.count], help="of the bank", **numbers)
     parser.add_argument("--processes", default=[1, 2, 4], help="of a job", **numbers)
@@ -162,12 +164,16 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive_int, default=60, help="steps of each job, of each kind")
     parser.add_argument("--chunks", type=positive_int, default=3, help="chunks of the bank to encode")
     parser.add_argument("--max_bank", type=float, default=4096, help="MiB of the largest bank that is looked up in")
-    parser.add_argument("--size", choices=tuple(SIZES), default="ViT-B/32", help="of the teacher, with random weights")
+    parser.add_argument(
+        "--size", choices=tuple(SIZES), default="ViT-B/32", help="size of the teacher, with random weights"
+    )
     parser.add_argument("--clip_mode", metavar="PATH", help="a CLIP's checkpoint to use instead")
     parser.add_argument("--dim", type=positive_int, default=512, help="of its embeddings")
     parser.add_argument("--model_s", choices=tuple(model_dict), default="resnet8x4", help="student's backbone")
     parser.add_argument("--dataset", choices=tuple(DATASETS), default="cifar100", help="data set")
-    parser.add_argument("--data_dir", default="./data", help="where it is; without it, random images serve")
+    parser.add_argument(
+        "--data_dir", default="./data", help="folder of the data sets; without the data, random images serve"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="autocast")
     parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch.compile the student")
@@ -212,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         times = map(three_digits, (alone, ddp - alone, ega - ddp, ega))
         return [f"{batch}", f"{processes}", f"{max(1, cores() // processes)}", *times, f"{1e3 * batch / ega:.0f}"]
 
-    if opt.device == "cuda":  # a GPU each
+    if opt.device == "cuda":  # each process needs a GPU
         args.processes = [processes for processes in args.processes if processes <= torch.cuda.device_count()]
     if not (args.processes and args.job_batches):
         return

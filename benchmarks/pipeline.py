@@ -1,6 +1,6 @@
 """Images per second of EGA as the paper's release trains it, and as this project does with a bank.
 
-``python -m benchmarks.pipeline``. Both in one run, training steps alone, after a warm-up. A teacher with random
+``python -m benchmarks.pipeline`` measures both in one run, training steps alone, after a warm-up. A teacher with random
 weights costs what a trained one does; so does a bank of random embeddings.
 """
 
@@ -50,16 +50,16 @@ from helper.validation import validate
 from models import create_student, model_dict
 from models.heads import Outputs, TeacNet
 
-# Steps of either before the clock starts: allocations, worker processes, torch.compile, CUDA graphs.
+# Both run so many steps before the clock starts: allocations, worker processes, torch.compile, CUDA graphs.
 _WARM_UP = 2
 _WARM_UP_OURS = 10
 
-# Batches that each worker process has made before they are asked for, by PyTorch's default.
+# Batches that each worker process makes ahead, by PyTorch's default.
 _PREFETCHED = 2
 
 
 def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
-    """The data set and how to call it; random images of CIFAR-100's shape where its files are missing."""
+    """The data set and its name in the table; random images of CIFAR-100's shape where its files are missing."""
     if name != "cifar100" or (Path(data_dir) / CIFAR100.base_folder).exists():
         return load_dataset(name, data_dir), name
     generator = torch.Generator().manual_seed(0)
@@ -75,14 +75,14 @@ def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
 def release_steps_of(device: str, workers: int) -> tuple[int, int]:
     """Steps of the release's recipe before the clock starts, and, unless they are given, after.
 
-    On a GPU a step is short and its batch may be what is waited for: those that the workers have made meanwhile are
-    used up before the clock starts, and what is measured is several times as much.
+    On a GPU a step is short and may wait for its batch. The batches that the workers have made ahead are used up before
+    the clock starts, and several times as many are measured.
     """
     return (_WARM_UP, 5) if device == "cpu" else (_WARM_UP + _PREFETCHED * workers, 4 * _PREFETCHED * workers)
 
 
 def time_release(dataset: ImageDataset, encoder: nn.Module, opt, warm_up: int, steps: int, workers: int) -> float:
-    """Seconds per image of the release's recipe, the teacher's encoder being in its precision."""
+    """Seconds per image of the release's recipe; the teacher's encoder has the recipe's precision."""
     device = torch.device(opt.device)
     torch.manual_seed(0)
     student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes)).to(device)
@@ -102,7 +102,7 @@ def time_release(dataset: ImageDataset, encoder: nn.Module, opt, warm_up: int, s
 
 
 def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device: torch.device) -> float:
-    """Seconds per image of building a bank: cropped, resized and encoded as the bank does it."""
+    """Seconds per image of building a bank, which crops, resizes and encodes."""
     images = dataset.train.images[:CHUNK].to(device)
     index = torch.arange(len(images), device=device)
     view = dataset.views.order(len(images), 2)[:, 1].long().to(device)
@@ -159,10 +159,10 @@ class Ours:
         )
 
     def train(self, steps: int) -> float:
-        """Seconds that so many steps take.
+        """Seconds that ``steps`` steps take.
 
         Raises:
-            RuntimeError: they were to be captured and were not, so that the time would be of something else.
+            RuntimeError: the steps should have been captured and were not, so that the time would mean something else.
         """
         self.loader.max_steps = steps
         with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -185,7 +185,7 @@ class Ours:
         return now(opt.device) - start
 
     def time_bare_student(self, steps: int) -> float:
-        """Seconds of the forward and backward pass of the student alone, in the same mode, always on one batch."""
+        """Seconds of the student's forward and backward pass alone, in the same mode, always on one batch."""
         opt = self.opt
         batch = next(self.loader.epoch(1))
 
@@ -208,9 +208,9 @@ class Ours:
 
 
 def time_parts(ours: Ours, steps: int) -> dict[str, float]:
-    """Seconds of each part of a step, by name, read from clocks around what a step calls.
+    """Seconds of each part of a step, by name, from clocks around the functions that a step calls.
 
-    On CUDA the step is not replayed then, and each part is waited for, so that their sum is more than a step takes.
+    On CUDA the step is then not replayed, and the clock waits for each part: their sum is more than a step takes.
     """
     clock = _Clock(ours.opt.device)
     step, losses = ours.step, ours.losses
@@ -218,7 +218,7 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
 
     def forward(image: Tensor) -> Outputs:
         out = student(image)
-        # Where the backward pass leaves the loss and enters the student.
+        # Here the backward pass leaves the loss and enters the student.
         out.embedding.register_hook(lambda grad: clock.switch("student: backward"))
         return out
 
@@ -247,7 +247,7 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
 def time_operations(ours: Ours, steps: int, most: int = 12) -> dict[str, float]:
     """Seconds per step inside each of PyTorch's operations, or of CUDA's kernels, the longest by name.
 
-    What Python adds, and on CUDA the gaps between kernels, are in the rest.
+    The rest holds the time that Python adds, and on CUDA the gaps between kernels.
     """
     cuda = ours.opt.device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
@@ -259,7 +259,7 @@ def time_operations(ours: Ours, steps: int, most: int = 12) -> dict[str, float]:
         if not cuda:
             spent[event.key] = event.self_cpu_time_total * 1e-6 / steps
         elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            # Kernels alone, whose time is also that of the operations that launched them.
+            # Only kernels count: the operations that launched them report the same time again.
             spent[event.key] = event.self_device_time_total * 1e-6 / steps
     longest = dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
     return {name.removeprefix("aten::"): value for name, value in longest.items()} | {
@@ -276,7 +276,7 @@ class _Clock:
         self._part, self._since = "", 0.0
 
     def switch(self, part: str) -> None:
-        """End the part that runs, if one does, and begin another; '' for none."""
+        """End the part that runs, if one does, and begin another; '' begins none."""
         time_ = now(self.device)
         if self._part:
             self.seconds[self._part] = self.seconds.get(self._part, 0.0) + time_ - self._since
@@ -306,7 +306,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive_int, default=100, help="steps of this project")
     parser.add_argument("--chunks", type=positive_int, default=3, help=f"chunks of {CHUNK} images to encode")
     parser.add_argument("--workers", type=positive_int, default=cores(), help="the release's worker processes")
-    parser.add_argument("--size", choices=tuple(SIZES), default="ViT-B/32", help="of a CLIP with random weights")
+    parser.add_argument("--size", choices=tuple(SIZES), default="ViT-B/32", help="size of a CLIP with random weights")
     parser.add_argument("--clip_mode", metavar="PATH", help="a CLIP's checkpoint to use instead")
     parser.add_argument("--model_s", choices=tuple(model_dict), default="resnet8x4", help="student's backbone")
     parser.add_argument("--batch_size", type=positive_int, default=64, help="samples per step")
@@ -335,13 +335,13 @@ def main(argv: list[str] | None = None) -> None:
         if max(warm_up + release_steps, args.steps) > longest:
             raise InputError(
                 f"--steps and --release_steps: an epoch of {data_name} has {longest} full batches of "
-                f"{args.batch_size}, {warm_up} of the release's being for warming up; take fewer"
+                f"{args.batch_size}, and the release's recipe warms up on {warm_up} of them; take fewer"
             )
         clip_mode = args.clip_mode
         if clip_mode is None:
             clip_mode = str(Path(folder) / "random.pt")
             write_archive(Path(clip_mode), SIZES[args.size])
-        # The release's teacher computes in fp32 on a CPU, and in fp16 on CUDA as any does.
+        # The release's teacher computes in fp32 on a CPU, and in fp16 on CUDA, as every CLIP does.
         encoder_release = load_encoder(clip_mode, folder, opt.device, "off")
         encoder = load_encoder(clip_mode, folder, opt.device, opt.amp)
 
@@ -397,7 +397,7 @@ def _views(count: int) -> str:
 
 
 def _bank_row(encoding: float, views: int, num_train: int, num_test: int, saved: float) -> list[str]:
-    """The cost of a bank of so many views; ``saved`` are the seconds per image that it saves in every epoch."""
+    """The cost of a bank of so many views; ``saved`` is the time in seconds per image that it saves in every epoch."""
     images = views * num_train + num_test
     epochs = f"{images * encoding / (num_train * saved):.1f}" if saved > 0 else "-"
     return [_views(views), f"{1e3 * encoding:.2f}", f"{images}", f"{images * encoding / 60:.1f}", epochs]

@@ -1,6 +1,6 @@
 """Write a CLIP with random weights, of a published size and in the published format.
 
-For trials of speed and of the whole path where the published weights cannot be had; such a teacher teaches
+It serves for trials of speed, and of the whole path where the published weights cannot be had. Such a teacher teaches
 nothing: ``python -m benchmarks.random_clip CLIP/ViT-B-32-random.pt``.
 """
 

@@ -1,7 +1,7 @@
 """The baseline: EGA as the paper's release trains it, written anew.
 
-PIL views made in worker processes, the frozen teacher encoding every batch, a 2B x 2B correlation matrix,
-two backward passes, metrics read back in every step, all in float32 (the teacher in fp16 on CUDA).
+Worker processes make PIL views, and the frozen teacher encodes every batch. A step has a 2B x 2B correlation matrix and
+two backward passes, and reads its metrics back. All is in float32, but the teacher is in fp16 on CUDA.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def direct_ega(f_s: Tensor, f_t: Tensor, node_weight: float = 0.8, edge_weight: 
 
     Args:
         f_s: the student's embeddings, (B, D).
-        f_t: the teacher's, (B, D).
+        f_t: the teacher's embeddings, (B, D).
     """
     batch = len(f_s)
     correlation = corrcoef(torch.cat([f_t, f_s]))
@@ -45,7 +45,7 @@ def direct_ega(f_s: Tensor, f_t: Tensor, node_weight: float = 0.8, edge_weight: 
 
 
 class TwoViews(Dataset):
-    """One image at a time through PIL: the student's view, the teacher's, drawn independently, and the class."""
+    """Makes one image at a time with PIL: the student's view, the teacher's, drawn independently, and the class."""
 
     def __init__(self, split: Split, resolution: int):
         self.data = np.ascontiguousarray(split.images.permute(0, 2, 3, 1).numpy())
@@ -84,7 +84,7 @@ def release_steps(
 
     Args:
         encoder: the frozen teacher.
-        head: the teacher's, trained jointly.
+        head: the teacher's head, trained with the student.
     """
     meters = {name: AverageMeter() for name in ("loss", "loss_teacher", "top1", "top5", "top1_teacher")}
     student.train()

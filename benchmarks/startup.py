@@ -1,10 +1,10 @@
-"""What a start costs, against an earlier revision: ``python -m benchmarks.startup``.
+"""The cost of a start, against an earlier revision: ``python -m benchmarks.startup``.
 
-Two parts: commands that compute nothing, and the way from a command to the end of its first training step, where the
-bank of embeddings is there.
+It measures commands that compute nothing, and the way from a command to the end of its first training step with the
+bank of embeddings there.
 
-Seconds are those that processors spend on a command and its children, so that they do not depend on what else the
-machine does. Both revisions take turns.
+Seconds are processor time of a command and its children, so that other work on the machine does not change them. Both
+revisions take turns.
 """
 
 import argparse
@@ -39,9 +39,9 @@ print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
 class Start(NamedTuple):
     """A command, as Python's arguments.
 
-    name: what the table calls it.
-    now: in this revision.
-    before: in the earlier one.
+    name: its name in the table.
+    now: the arguments in this revision.
+    before: the arguments in the earlier one.
     """
 
     name: str
@@ -50,25 +50,25 @@ class Start(NamedTuple):
 
 
 def starts() -> list[Start]:
-    """What is measured: a row each."""
+    """The commands to measure, one for each row."""
     told = [(f"{script}.py", word) for script in ("train_student", "train_teacher") for word in ("--help", "--epoks")]
     told += [(f"{script}.py", word) for script in ("pretrain_clip", "evaluate", "export") for word in ("--help", "--x")]
     told.insert(1, ("train_student.py", "--list"))
     rows = [Start(" ".join(argv), [*argv], [*argv]) for argv in told]
     use = "from {} import load_student"
     rows.append(Start("import load_student", ["-c", use.format("evaluation")], ["-c", use.format("helper.student")]))
-    # What the function imports in turn when it is called for the first time.
+    # The function's first call imports these too.
     rows.append(Start("all that it needs", ["-c", "import evaluation.student"], ["-c", "import helper.student"]))
     return rows
 
 
 def first_steps(work: Path, before: Path, data_dir: str) -> list[Start]:
-    """A training up to the end of its first step, for a row each frozen encoder; prepares what both revisions need.
+    """Trainings up to the end of their first step, one for each frozen encoder; prepares the files for both revisions.
 
     Args:
         work: an empty folder, for encoders with random weights and banks of random numbers.
         before: the files of the earlier revision.
-        data_dir: where CIFAR-100 is; where it is not, the images are those of ``--dataset shapes``.
+        data_dir: the folder of CIFAR-100; if it is not there, the images are those of ``--dataset shapes``.
     """
     import timm
     import torch
@@ -94,7 +94,7 @@ def first_steps(work: Path, before: Path, data_dir: str) -> list[Start]:
 
 
 def measure(argv: list[str], folder: Path) -> tuple[float, float]:
-    """Processor seconds and peak memory in MiB of a command of Python's that runs in a folder."""
+    """Processor seconds and peak memory in MiB of a Python command that runs in a folder."""
     command = [sys.executable, "-c", _LAUNCH, *argv]
     said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     seconds, memory = json.loads(said.stdout.splitlines()[-1])
@@ -104,7 +104,7 @@ def measure(argv: list[str], folder: Path) -> tuple[float, float]:
 def row(start: Start, now: Path, before: Path, repeats: int) -> list[str]:
     """One row: ratios, and the medians that they come from."""
     sides = ((start.before, before), (start.now, now))
-    for side in sides:  # this does not count: files come into the system's cache
+    for side in sides:  # this run does not count: it brings files into the system's cache
         measure(*side)
     turns = [[measure(*side) for side in sides] for _ in range(repeats)]
     (seconds, memory), (seconds_now, memory_now) = (
@@ -125,9 +125,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split(":")[0] + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--revision", default=BEFORE, help="what is compared with")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each command, of which the median")
-    parser.add_argument("--data_dir", default="./data", help="where CIFAR-100 is, for the first steps")
+    parser.add_argument("--revision", default=BEFORE, help="the earlier revision")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="turns of each command; the median counts")
+    parser.add_argument("--data_dir", default="./data", help="folder of CIFAR-100, for the first steps")
     parser.add_argument("--part", choices=("commands", "steps", "both"), default="both", help="what is measured")
     args = parser.parse_args(argv)
     with (

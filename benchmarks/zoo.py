@@ -20,10 +20,10 @@ from helper.runtime import resolve_device
 
 @dataclass(frozen=True)
 class Sizes:
-    """What shapes depend on beside the batch; by default those of resnet32x4 and resnet8x4 on CIFAR-100.
+    """The sizes that decide shapes, beside the batch; by default those of resnet32x4 and resnet8x4 on CIFAR-100.
 
     Attributes:
-        channels: of the first stage's maps, which are 32 x 32; each next stage has twice as many, of half the size.
+        channels: channels of the first stage's 32 x 32 maps; each next stage has twice as many, of half the size.
         classes: number of classes.
         feat_dim: dimension of the embeddings of ``crd`` and ``correlation``.
         n_data: number of training samples.
@@ -47,10 +47,10 @@ class Case:
 
     Attributes:
         build: makes the loss.
-        reference: the same function; called with the loss's arguments and its state.
-        feeds: names of the arguments, of ``make_inputs``.
+        reference: the same function; it is called with the loss's arguments and its state.
+        feeds: names of the arguments in ``make_inputs``.
         state: the loss's parameters and buffers that the reference needs.
-        large: how many numbers the reference's large temporaries hold at one time, about.
+        large: about the number of elements of the reference's large temporaries at one time.
     """
 
     build: Callable[[Sizes], nn.Module]
@@ -81,7 +81,7 @@ def _differences(sizes: Sizes, batch: int) -> int:
 
 
 def _channel_products(sizes: Sizes, batch: int) -> int:
-    # As many in every stage.
+    # Every stage has as many channels.
     return batch * sizes.channels**2 * 32**2
 
 
@@ -150,10 +150,10 @@ CASES = {
 def make_inputs(
     feeds: tuple[str, ...], sizes: Sizes, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Tensor | list[Tensor]]:
-    """Random arguments of a loss, by name; the student's, that end in ``_s``, require gradients.
+    """Random arguments of a loss, by name; the student's end in ``_s`` and require gradients.
 
-    As in training, maps are in channels_last and, but for ``preact``, behind a ReLU, and the student is neither
-    unrelated to the teacher nor near it.
+    As in training, maps are in channels_last memory format and, but for ``preact``, come after a ReLU. The student is
+    neither unrelated to the teacher nor near it.
     """
     generator = torch.Generator().manual_seed(0)
     maps, pooled = sizes.maps(batch), (batch, 4 * sizes.channels)
@@ -204,7 +204,7 @@ Step = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
 def make_steps(
     case: Case, sizes: Sizes, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Step, Step]:
-    """Forward and backward of a case's loss and of its reference, on the same inputs, each with a state of its own.
+    """Forward and backward passes of a case's loss and of its reference, on the same inputs, each with its own state.
 
     A step gives the loss, summed over layers, and its gradients with respect to the student and to parameters.
     """
@@ -258,14 +258,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="METHOD", help="methods"
     )
-    parser.add_argument("--channels", type=number(int, 2), default=Sizes.channels, help="of the first stage's maps")
+    parser.add_argument(
+        "--channels", type=number(int, 2), default=Sizes.channels, help="channels of the first stage's maps"
+    )
     parser.add_argument("--classes", type=number(int, 2), default=Sizes.classes, help="number of classes")
     parser.add_argument(
         "--feat_dim", type=positive_int, default=Sizes.feat_dim, help="crd, correlation: dimension of the embeddings"
     )
     parser.add_argument("--n_data", type=positive_int, default=Sizes.n_data, help="crd: number of training images")
     parser.add_argument("--nce_k", type=positive_int, default=Sizes.nce_k, help="crd: negatives per image")
-    parser.add_argument("--seconds", type=positive, default=2, help="time to spend on each row, at the least")
+    parser.add_argument("--seconds", type=positive, default=2, help="least time to spend on each row")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="what to compute on")
     args = parser.parse_args(argv)
     with exit_on_bad_input("benchmarks.zoo"):

@@ -1,8 +1,8 @@
 """The baselines of ``benchmarks.zoo``: every loss of the zoo by its obvious formula, written anew.
 
-A formula is the one that RepDistiller or the method's authors compute, with their large temporaries: all products
-of two maps' channels, all differences of two embeddings, all rows of a memory that are contrasted. Where that is what
-the zoo computes too, the two are one formula. None of them guards against degenerate input.
+Each formula is the one that RepDistiller or the method's authors compute, with their large temporaries: all products
+of two maps' channels, all differences of two embeddings, all rows of a memory that are contrasted. Some losses of the
+zoo compute the same formula. No reference guards against degenerate input.
 
 Student first, teacher second; lists of maps give lists of losses.
 """
@@ -58,7 +58,7 @@ def vid(maps_s: list[Tensor], maps_t: list[Tensor], layers: list[tuple[nn.Module
     """Gaussian negative log-likelihood of the teacher's maps, layer by layer.
 
     Args:
-        layers: what predicts the mean from the student's maps, and the variance before its softplus, (C,).
+        layers: predictors of the mean from the student's maps, and the variance before its softplus, (C,).
     """
     losses = []
     for f_s, f_t, (regressor, scale) in zip(maps_s, maps_t, layers, strict=True):
@@ -97,7 +97,7 @@ def crd(
     Args:
         contrast_index: rows of the memories, the positive first, (B, K + 1).
         memory_s: all samples' embeddings by the student, (n_data, D).
-        memory_t: by the teacher.
+        memory_t: all samples' embeddings by the teacher.
         params: K, temperature, the two normalising constants (negative before the first call) and momentum.
     """
     v_s, v_t = embed_s(f_s), embed_t(f_t)
@@ -121,7 +121,7 @@ def _right_singular(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def kdsvd(maps_s: list[Tensor], maps_t: list[Tensor], k: int = 1) -> list[Tensor]:
-    """Radial basis functions between the singular vectors of successive maps, student's decomposed and all."""
+    """Radial basis functions between the singular vectors of successive maps; the student's are decomposed too."""
     layers = []
     for f_s, f_t in zip(maps_s, maps_t, strict=True):
         scale, v_t = _right_singular(f_t, k)
@@ -140,12 +140,12 @@ def kdsvd(maps_s: list[Tensor], maps_t: list[Tensor], k: int = 1) -> list[Tensor
 
 
 def _rows(f: Tensor) -> Tensor:
-    """(B, C, H * W), pixels next to one another in memory: faster here, and what RepDistiller's maps are."""
+    """Maps as (B, C, H * W), pixels next to one another in memory: faster here, and the format of RepDistiller."""
     return f.flatten(2).contiguous()
 
 
 def _flow(bottom: Tensor, top: Tensor) -> Tensor:
-    """Mean over pixels of the products of all pairs of channels, each computed: (B, C', C, H * W), then (B, C', C)."""
+    """Mean over pixels of all products of two channels, by way of all of them, (B, C', C, H * W), (B, C', C)."""
     if bottom.shape[2] > top.shape[2]:
         bottom = F.adaptive_avg_pool2d(bottom, top.shape[2:])
     return (_rows(bottom)[:, None] * _rows(top)[:, :, None]).mean(dim=-1)
@@ -164,7 +164,7 @@ def _distances(x: Tensor) -> Tensor:
 
 
 def _angles(x: Tensor) -> Tensor:
-    """Cosines at every sample between the differences to every two others, from all differences (B, B, D)."""
+    """Cosines of the angle at each sample between any two others, from all differences (B, B, D)."""
     differences = F.normalize(x[None] - x[:, None], dim=2)
     return torch.bmm(differences, differences.mT)
 
@@ -214,7 +214,7 @@ def nst(maps_s: list[Tensor], maps_t: list[Tensor]) -> list[Tensor]:
 
 
 def nce(f_s: Tensor, f_t: Tensor, target: Tensor, temperature: float = 0.1, eps: float = 1e-10) -> Tensor:
-    """Supervised contrast, its cosines from all differences (B, B, D), its two parts by masks (B, B)."""
+    """Supervised contrast: cosines come from all differences (B, B, D), its two parts from masks (B, B)."""
     f_s, f_t = F.normalize(f_s, dim=1), F.normalize(f_t, dim=1)
     cosines = 1 - (f_s[:, None] - f_t).pow(2).sum(dim=2) / 2
     p = F.softmax(cosines / temperature, dim=1)
@@ -239,7 +239,7 @@ def _relative_squared_distances(x: Tensor) -> Tensor:
 
 
 def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """How far a stage that halves the maps and doubles the channels moves each sample, (B,)."""
+    """The distance that a stage moves each sample, (B,); the stage halves the maps and doubles the channels."""
     before = F.adaptive_avg_pool2d(before, after.shape[2:])
     after = (after[:, 0::2] + after[:, 1::2]) / 2
     squared = (before - after).pow(2).flatten(1).sum(dim=1).clamp(min=1e-12)
@@ -261,7 +261,7 @@ def irg(
 def dkd(
     logit_s: Tensor, logit_t: Tensor, target: Tensor, alpha: float = 1.0, beta: float = 8.0, T: float = 4.0
 ) -> Tensor:
-    """Decoupled KD, the target class masked out of the second part by a large constant."""
+    """Decoupled KD; a large constant masks the target class out of the second part."""
     is_target = F.one_hot(target, logit_s.shape[1]).to(logit_s.dtype)
     p_s, p_t = F.softmax(logit_s / T, dim=1), F.softmax(logit_t / T, dim=1)
     binary_s, binary_t = (
@@ -305,7 +305,7 @@ def ofd(maps_s: list[Tensor], maps_t: list[Tensor], margins: list[Tensor]) -> Te
     """OFD's partial distance, by masks for its three cases.
 
     Args:
-        margins: per layer, (C,), none positive.
+        margins: a margin per channel for each layer, (C,), none positive.
     """
     total = 0
     for i, (f_s, f_t, margin) in enumerate(zip(maps_s, maps_t, margins, strict=True)):
