@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The sequential variant, EGA from CLIP RN101 to resnet8x4 on CIFAR-100: first trains the teacher's head alone, then
-# hands it over, frozen, to the student's run.
-# Anything after the script's name goes to train_student.py and wins, and what both have in common goes to
-# train_teacher.py too: bash scripts/ega_seq.sh --epochs 1 --seed 3
+# The sequential variant, EGA from CLIP RN101 to resnet8x4 on CIFAR-100: it trains the teacher's head alone, then
+# freezes the head and trains the student.
+# Anything after the script's name goes to train_student.py and wins. Options that train_teacher.py has too go to both:
+# bash scripts/ega_seq.sh --epochs 1 --seed 3
 set -euo pipefail
 
 clip_mode='RN101'        # teacher: a published CLIP, or the path of a checkpoint in OpenAI's format
@@ -12,10 +12,10 @@ feature_dim=256          # dimension of the joint space
 r=1                      # weight of the classification loss
 a=0                      # weight of KD on the logits
 b=1                      # weight of EGA
-node_weight=0.8          # in EGA, of node matching
-edge_weight=0.3          # in EGA, of edge matching
+node_weight=0.8          # weight of node matching in EGA
+edge_weight=0.3          # weight of edge matching in EGA
 
-epochs=240               # the head's, and then the student's
+epochs=240               # epochs of the head, and then of the student
 batch_size=64
 learning_rate=0.05       # student; the paper takes 0.01 for ShuffleNets and MobileNetV2
 learning_rate_t=0.01     # teacher's head; decayed like the student's
@@ -33,7 +33,7 @@ save_dir=./save
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-# Of the script's arguments, those that concern the head.
+# The script's arguments that concern the head.
 head_args=()
 flag=
 for argument in "$@"; do

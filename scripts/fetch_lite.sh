@@ -3,7 +3,7 @@
 # its tensors renamed to timm's names. bash scripts/fetch_lite.sh 2 writes CLIP/tf_efficientnet_lite2.pth.
 set -euo pipefail
 size=${1:-0}             # 0 or 2
-clip_root=./CLIP         # where the file goes
+clip_root=./CLIP         # folder of the file
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 target=$clip_root/tf_efficientnet_lite$size.pth

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # RepDistiller's distillation runs on CIFAR-100 from a CNN teacher, one after the other, with its weights; then the
-# methods that it lacks. What is finished is skipped, so that the script can be stopped and started again.
+# methods that it lacks. Finished runs are skipped, so that the script can be stopped and started again.
 # Anything after the script's name goes to train_student.py: bash scripts/run_cifar_distill.sh --epochs 1
 set -euo pipefail
 
-# The teacher: of run_cifar_vanilla.sh, or one of RepDistiller's published files in a folder named as it names them.
+# The teacher comes from run_cifar_vanilla.sh, or is one of RepDistiller's published files in a folder of their name.
 path_t=(./save/models/resnet32x4_cifar100_seed0_trial1_*/resnet32x4_last.pth)
 model_s=resnet8x4
 trial=1

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole job on the embedded default data set, some six minutes on two cores: pre-train a small CLIP on many
-# captioned images, distil it into a student that sees few labelled ones, compare, draw the pictures, export.
+# The whole job on the embedded default data set, in some six minutes on two cores. It pre-trains a small CLIP on many
+# captioned images, distils it into a student that sees few labelled images, compares, draws the pictures and exports.
 # Anything after the script's name goes to train_student.py and wins: bash scripts/run_demo.sh --seed 1
 set -euo pipefail
 
-clip_epochs=2            # of pre-training on 50 000 captioned images
+clip_epochs=2            # epochs of pre-training on 50 000 captioned images
 
 model_s=resnet8          # student
-epochs=160               # on 500 labelled images
+epochs=160               # epochs on 500 labelled images
 batch_size=32
 lr_decay_epochs=100,120,140
 eval_freq=20
@@ -35,7 +35,7 @@ echo "pictures:"
 "$PYTHON" -m report.curves --embedding "${runs[0]}" "${runs[2]}"
 echo
 
-# The last run's student, EGA's, as ONNX, and what that makes of a picture that it was not trained on.
+# Export the last run's student, EGA's, as ONNX, and classify a picture that it was not trained on.
 "$PYTHON" export.py "${runs[2]}" --force
 picture="$save_dir/striped star.png"
 "$PYTHON" - "$picture" <<'EOF'

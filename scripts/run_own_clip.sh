@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A CLIP of one's own on CIFAR-100, and what it teaches: pre-training, its linear head, the banks of 1, 16 and all 162
-# views compared, the paper's methods and its two ablations, all into resnet8x4 under the paper's schedule.
-# Runs what is missing, goes on with what was cut off, skips what is done; for a GPU (docs/results.md).
+# Train your own CLIP on CIFAR-100, and distil it into resnet8x4 under the paper's schedule: its linear head, banks of
+# 1, 16 and all 162 views, the paper's methods and its two ablations.
+# The script runs what is missing, goes on with interrupted runs and skips finished ones; it needs a GPU
+# (docs/results.md).
 # Anything after the script's name goes to every run but the pre-training: bash scripts/run_own_clip.sh --epochs 2
 set -euo pipefail
 

@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# What EGA is worth on real images: CIFAR-100, every method, from an encoder that knows more than its student.
-# EfficientNet-Lite2 was trained with ImageNet's labels; it stands in for CLIP. The paper's protocol, shortened.
-# The script runs what is missing, goes on with what was cut off and skips what is done. It keeps the two small files of
-# each finished run in docs/runs/. The words after the script's name say which parts to run:
+# Measure EGA on real images: every method on CIFAR-100, from an encoder that knows more than its student.
+# EfficientNet-Lite2 was trained with ImageNet's labels; it stands in for CLIP. The paper's protocol is shortened.
+# The script runs what is missing, goes on with interrupted runs and skips finished ones. It keeps the two small files
+# of each finished run in docs/runs/. The words after the script's name say which parts to run:
 # bash scripts/run_real_teacher.sh methods
 set -euo pipefail
 
 teacher=timm:tf_efficientnet_lite2
-teacher_resolution=160   # at which a bank of one view is affordable on a CPU
+teacher_resolution=160   # a bank of one view is affordable on a CPU at this size
 model_s=resnet20
 epochs=30
-lr_decay_epochs=19,22,26 # as 150, 180, 210 of 240
-select_epochs=6          # of the runs on nine tenths of the training set, judged on the tenth that is held out
+lr_decay_epochs=19,22,26 # the same shares of the epochs as 150, 180, 210 of 240
+select_epochs=6          # epochs of runs on nine tenths of the training set; the held-out tenth judges them
 select_decay=4,5
-large_epochs=24          # of the larger student: a tenth of the paper's, exactly
+large_epochs=24          # epochs of the larger student: a tenth of the paper's, exactly
 large_decay=15,18,21
 methods='none ega kd crd irg ccl nce rkd pkt hint'
 candidates_hint='1 100'  # weights of distillation (-b) to choose from: 1, and RepDistiller's
 candidates_pkt='1 30000'
 candidates_crd='1 0.8'
-tried=(                  # so, to find out why a method is where it is
+tried=(                  # options that show why a method is where it is
     'none' 'ega' 'ega -b 2' 'ega -b 0.5' 'ega -b 0.25' 'ega -b 0.1' 'ega -node 0' 'ega --joint teacher'
     'nce' 'nce -b 4' 'nce -b 2' 'nce -b 0.5' 'nce --joint teacher' 'ccl' 'ccl -b 2' 'ccl -b 0.5'
     'none --batch_size 32' 'ega --batch_size 32' 'ega --batch_size 32 -b 0.5' 'nce --batch_size 32'
 )
 tuned='ega nce ccl'      # methods that train once more with the best weight that was tried
 rivals=                  # two methods that are repeated with EGA; if empty, the best two of the first seed
-seeds='1 2'              # of what is repeated
+seeds='1 2'              # seeds of the repeated runs
 save_dir=./save
-records=docs/runs        # of finished runs
+records=docs/runs        # folder of the records of finished runs
 parts=${*:-methods why tuned large seeds views labels}
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
@@ -51,7 +51,7 @@ train() {
 # word OPTION...: a method and its options as one word: ega -b 0.5 is ega_b0.5, ega --batch_size 32 is ega_at32.
 word() { sed -E 's/ --batch_size /_at/; s/ --?/_/g; s/ //g' <<< "$*"; }
 
-# weight METHOD: sets WEIGHT to its options, which are chosen on the hold-out set where there is a choice.
+# weight METHOD: sets WEIGHT to the method's options; the hold-out set chooses them where there is a choice.
 weight() {
     local candidates=candidates_$1 b
     WEIGHT=()
@@ -100,7 +100,7 @@ for part in $parts; do
         done
         report "$records"/large/*
         ;;
-    seeds)               # table 1, three seeds of what matters
+    seeds)               # table 1's main rows with three seeds
         [[ -n $rivals ]] || rivals=$("$PYTHON" -m report --best 2 --except "none kd ega" "$records"/methods/*)
         for seed in $seeds; do
             for name in none kd ega $rivals; do method "$name" "$seed"; done
@@ -120,7 +120,7 @@ for part in $parts; do
                     --lr_decay_epochs 13,15,18
             done
         done
-        # Without a teacher an epoch of few labels has few steps: ten times as many besides.
+        # Without a teacher an epoch of few labels has few steps: it is also run with ten times as many epochs.
         train labels none_labels0.01_long --distill none --labels 0.01 --epochs 200 --lr_decay_epochs 130,150,180 \
             --eval_freq 10
         report "$records"/labels/{none,kd,ega}_labels1 "$records"/labels/*_labels0.1 "$records"/labels/*_labels0.01*

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # RepDistiller's column resnet32x4 -> resnet8x4 on CIFAR-100: the teacher, the student alone, its methods, and EGA with
-# weights that a hold-out set chooses. Runs what is missing, goes on with what was cut off, skips what is done;
-# prints the table beside the published numbers, and draws the curves. 33 runs with three seeds: the teacher, 27 of
-# 240 epochs each, and five shorter ones that choose.
+# weights that a hold-out set chooses. The script runs what is missing, goes on with interrupted runs and skips finished
+# ones. It prints the table beside the published numbers, and draws the curves. Three seeds make 33 runs: the teacher,
+# 27 of 240 epochs each, and five shorter ones that choose.
 # Anything after the script's name goes to every run, for trials: bash scripts/run_repdistiller_table.sh --epochs 2
 set -euo pipefail
 
 model_t=resnet32x4
 model_s=resnet8x4
 methods='kd crd ega pkt rkd hint attention similarity'
-seeds='0 1 2'            # the first is run for every method before the next begins
-ega_weights='0.25 0.5 1 2 4'    # of EGA (-b), compared on a tenth of the training set with seed 0
-select_epochs=60         # of each of those runs, the schedule a quarter of the whole one's
+seeds='0 1 2'            # every method runs with the first before the next begins
+ega_weights='0.25 0.5 1 2 4'    # EGA's -b, compared on a tenth of the training set with seed 0
+select_epochs=60         # epochs of each of these runs; the schedule is a quarter of the whole one
 select_decay=38,45,53
 trial=1
 save_dir=./save

@@ -10,8 +10,8 @@ feature_dim=256          # dimension of the joint space
 r=1                      # weight of the classification loss
 a=0                      # weight of KD on the logits
 b=1                      # weight of EGA
-node_weight=0.8          # in EGA, of node matching
-edge_weight=0.24         # in EGA, of edge matching
+node_weight=0.8          # weight of node matching in EGA
+edge_weight=0.24         # weight of edge matching in EGA
 
 epochs=240
 batch_size=64

@@ -1,11 +1,11 @@
-# Sourced by every script, under `set -euo pipefail`. Goes to the repository's root and sets PYTHON to an
+# Every script sources this file, under `set -euo pipefail`. It goes to the repository's root and sets PYTHON to an
 # interpreter that has what requirements.txt names: the active environment's if it has all of it, else that of
-# .venv, which is made, completed or repaired here. .venv belongs to these scripts: one whose installation was
-# interrupted is built anew.
+# .venv, which is made, completed or repaired here. .venv belongs to these scripts: it is built anew after an
+# interrupted installation.
 
 # Exit code 0 if the interpreter $1 has what requirements.txt names; otherwise prints the first thing it lacks.
-# In place of a pinned release, a later one of the same series (1.x, or 0.1.x below 1.0) will do. torchvision has to be
-# the one that was released with torch: 0.29 with torch 2.14, say.
+# A later release of the same series (1.x, or 0.1.x below 1.0) will do instead of a pinned one. torchvision must be the
+# one that was released with torch: 0.29 with torch 2.14, say.
 has_requirements() {
     "$1" - <<'EOF' 2>/dev/null
 import re
@@ -41,7 +41,7 @@ EOF
 }
 
 # Prints an interpreter from which a virtual environment can be made: Python 3.10 to 3.14, for which the pinned
-# torch is published. Where the one found is itself in a virtual environment, the one beneath it.
+# torch is published. If the one found is in a virtual environment itself, it prints the one beneath.
 find_python() {
     local name
     for name in python3 python python3.13 python3.12 python3.11 python3.10 python3.14; do
@@ -65,7 +65,7 @@ venv_is_ready() {
     cmp -s requirements.txt .venv/.setup-done && has_requirements .venv/bin/python >/dev/null
 }
 
-# In a subshell, which holds the lock until it ends.
+# This runs in a subshell, which holds the lock until it ends.
 install_venv() (
     mkdir -p .venv || exit
     if command -v flock >/dev/null; then
@@ -109,8 +109,8 @@ if [[ -z $PYTHON ]]; then
 fi
 unset name found lacks
 
-# Sets STUDENT_ARGS to the command line of train_student.py that the variables at the top of a script describe, its
-# own arguments last, so that they win.
+# Sets STUDENT_ARGS to the command line of train_student.py that the variables at the top of a script describe. The
+# script's own arguments come last, so that they win.
 set_student_args() {
     STUDENT_ARGS=(
         --distill ega --clip_mode "$clip_mode" --model_s "$model_s" --feature_dim "$feature_dim"
@@ -124,8 +124,8 @@ set_student_args() {
     )
 }
 
-# run_script SCRIPT OPTION...: runs a script and sets RUN to what its line with the accuracy ends with: the run's folder,
-# or the CLIP's file.
+# run_script SCRIPT OPTION...: runs a script and sets RUN to the run's folder or the CLIP's file, which ends the line
+# with the accuracy.
 run_script() {
     local log
     log=$(mktemp)

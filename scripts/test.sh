@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set-up, then all tests, on every core. Anything after the script's name goes to pytest:
+# Set up, then run all tests on every core. Anything after the script's name goes to pytest:
 # bash scripts/test.sh -n 0 tests/dataset/test_views.py -x
-# An active environment with other releases, which setup.sh accepts, is the one that is tested.
+# If setup.sh accepts an active environment with other releases, that environment is tested.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
