@@ -249,7 +249,7 @@ class ResizedCropViews:
         low, high = self._SCALE
         area = stored**2 * (low + (high - low) * scale)
         low, high = map(math.log, self._RATIO)
-        ratio = torch.exp(low + (high - low) * ratio)  # in float64, whose last bit decides no box
+        ratio = torch.exp(low + (high - low) * ratio)  # float64's last bit decides no box
         height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
         fits = (height <= stored) & (width <= stored)
         first = fits.int().argmax(dim=1, keepdim=True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# A row whose centred norm is at most this share of its norm counts as constant.
+# A row counts as constant if its centred norm is at most this share of its norm.
 _CONSTANT = 1e-6
 
 # So few samples have so few correlations that the rounding of float32 shows where student and teacher agree.

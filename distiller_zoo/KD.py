@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A row whose centred norm is at most this share of its norm counts as constant.
+# A row counts as constant if its centred norm is at most this share of its norm.
 _CONSTANT = 1e-6
 
 

@@ -207,7 +207,9 @@ def add_training_speed_options(speed: argparse._ArgumentGroup, what: str, graph:
 
 def student_parser() -> Parser:
     """The command line of train_student.py."""
-    parser = Parser("train_student.py", "Distil a frozen teacher, CLIP or a CNN, into a small student.")
+    parser = Parser(
+        "train_student.py", "Distil a frozen teacher, an encoder such as CLIP or a CNN, into a small student."
+    )
     group = parser.add_argument_group("method")
     group.add_argument("--distill", choices=tuple(METHODS), default="ega", help="distillation method")
     group.add_argument("--list", action=ListMethods, help="print the table of methods and exit")

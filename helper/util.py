@@ -20,7 +20,7 @@ class AverageMeter:
 
 
 def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
-    """Percentage of samples whose target is among the k highest logits, for each k.
+    """Percentage of samples with their target among the k highest logits, for each k.
 
     Args:
         output: logits, (B, classes).
