@@ -13,10 +13,10 @@ _HEAD_WEIGHT_DECAY = 5e-4
 
 
 def _light(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The same optimiser, which imports no compiler.
+    """The same optimiser without the import of PyTorch's compiler.
 
-    PyTorch wraps these methods so that torch.compile leaves them alone, and the wrappers import it: 1.6 s of a start
-    that takes 5. Nothing here compiles an optimiser.
+    PyTorch wraps these methods so that torch.compile leaves them alone. The wrappers import the compiler, which takes
+    1.6 s of a start of 5 s. Nothing here compiles an optimiser.
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}

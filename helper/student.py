@@ -42,7 +42,7 @@ def build_student(
 
 
 def find_student(opt, needs: Needs, image_size: int | None) -> tuple[Normalization, dict[str, str]]:
-    """What is known of the student before there are images, which may take hours to download or to decode.
+    """Find out about the student before there are images, which may take hours to download or to decode.
 
     It is built once, as a trial.
 
@@ -68,15 +68,15 @@ def find_student(opt, needs: Needs, image_size: int | None) -> tuple[Normalizati
 
 
 def _normalization(opt, student: Student | Classifier) -> Normalization:
-    """A student that starts from weights sees images as they were trained; any other as its protocol has them.
+    """Mean and std of the student's images: those that its start weights were trained with, or else its protocol's.
 
-    A student's file of this project says how they were; weights of a library's network are taken for the library's.
+    A student's file of this project holds them; other weights of a library's network have the library's.
     """
     own, name = normalization_of(bool(opt.clip_tn)), parse_name(opt.model_s)
     if name.library is not None and (opt.pretrained_s or opt.init_s is not None or name.path is not None):
         own = student.backbone.normalization
     if opt.init_s is not None:
-        with contextlib.suppress(InputError):  # another project's file
+        with contextlib.suppress(InputError):  # the file is another project's
             own = tuple(map(tuple, checkpoint.load(Path(opt.init_s)).get("normalization", own)))
     if own != normalization_of(bool(opt.clip_tn)):
         print(f"{opt.model_s}: its images are normalised as those that its weights were trained on, mean and std {own}")

@@ -85,7 +85,7 @@ class CnnTeacher(nn.Module):
         preact: give the maps as they are before their last ReLU.
         resolution: pixels that its input is enlarged to; None for the images' own.
         normalization: mean and std of the images that it was trained on.
-        given: mean and std of the student's images; None for the same.
+        given: mean and std of the student's images; None where they are the same.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ def build_teacher(
         facts: what ``find_teacher`` gave.
         num_classes: number of classes.
         needs: what the method asks of a CNN; a head alone asks nothing.
-        given: mean and std of the student's images, which a CNN sees.
+        given: mean and std of the student's images; a CNN sees these.
 
     Raises:
         InputError, OSError: its file does not fit.
@@ -317,7 +317,7 @@ def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int 
 
 
 def cnn_normalization(path: str, backbone: nn.Module) -> Normalization:
-    """Mean and std of the images that a CNN was trained on: as its file says, else its library's or RepDistiller's.
+    """Mean and std of a CNN's training images: its file's, or else its library's or RepDistiller's.
 
     Args:
         backbone: what ``load_cnn`` gave.

@@ -158,7 +158,7 @@ def _torchvision(name: Name, resolution: int | None, pretrained: bool) -> Networ
             state = models.vision_transformer.interpolate_embeddings(net.image_size, net.patch_size, state)
         heads = (f"{classifier}.", "AuxLogits.", "aux1.", "aux2.")
         load_weights(net, {key: x for key, x in state.items() if not key.startswith(heads)})
-    # Inceptions that do not transform their input themselves were trained on what they would make of it.
+    # Inceptions without their own input transform were trained on transformed images.
     half = ((0.5,) * 3,) * 2
     normalization = (tuple(seen.mean), tuple(seen.std)) if options.get("transform_input", True) else half
     return Network(net, classifier, options.get("image_size", seen.crop_size[0]), normalization)
@@ -268,7 +268,7 @@ def synchronize_norms(model: nn.Module) -> nn.Module:
 
 
 def own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights by its own names; those of a library's network may go by the library's."""
+    """A backbone's weights by its own names; weights of a library's network may have the library's names."""
     if not isinstance(model, LibraryModel) or any(name.startswith("net.") for name in state):
         return state
     old, new = f"{model.classifier_name}.", "classifier."
