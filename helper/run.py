@@ -222,15 +222,20 @@ class Run:
         self._saved_at = time.monotonic()
         self._note(saved.get("steps", 0))
         if best is not None:
-            self._settle_best()
+            self._place_best()
+
+    def _place_best(self) -> None:
+        """Put the best model's new file in its place."""
+        with checkpoint.writing(self._best):
+            os.replace(self._next_best, self._best)
 
     def _settle_best(self) -> None:
         """Put the best model's new file in its place, unless the run is resumed from before its epoch."""
+        if self.best is not None and checkpoint.load(self._next_best)["epoch"] == self.best["epoch"]:
+            self._place_best()
+            return
         with checkpoint.writing(self._best):
-            if self.best is not None and checkpoint.load(self._next_best)["epoch"] == self.best["epoch"]:
-                os.replace(self._next_best, self._best)
-            else:
-                self._next_best.unlink()
+            self._next_best.unlink()
 
     def finish(self, model: dict) -> None:
         """Write the record's hash and the last model's file, which mark the run as finished.

@@ -271,7 +271,11 @@ def architecture(path: str) -> str | None:
     Raises:
         InputError: the file is neither, or does not tell.
     """
-    state = _read(path)
+    return _architecture(path, _read(path))
+
+
+def _architecture(path: str, state: dict) -> str | None:
+    """``architecture`` of a file that was read."""
     if "clip_sha256" in state:
         return None
     told = (Path(path).absolute().parent.name, Path(path).stem)
@@ -308,8 +312,8 @@ def load_cnn(path: str, num_classes: int, needs: Needs) -> tuple[nn.Module, int 
         InputError: the file is no such checkpoint or has another number of classes, or the CNN lacks the needed maps.
     """
     state = _read(path)
-    resolution = state.get("resolution")
-    model = create_model(architecture(path), num_classes, maps=needs.maps, preact=needs.preact_t, resolution=resolution)
+    arch, resolution = _architecture(path, state), state.get("resolution")
+    model = create_model(arch, num_classes, maps=needs.maps, preact=needs.preact_t, resolution=resolution)
     weights = own_names(model, state["model"])
     _check_shapes(path, weights, model, "--dataset; a student under the paper's protocol has no classifier of its own")
     load_weights(model, weights)

@@ -377,7 +377,7 @@ def test_killed_at_any_moment_no_line_and_no_event_is_missing_or_there_twice(tmp
         elif moment == "before resume":
             patch.setattr(checkpoint, "save", killed_at("resume.pth"))
         elif moment == "before best is in place":
-            patch.setattr(run, "_settle_best", killed)
+            patch.setattr(run, "_place_best", killed)
         elif moment == "after resume":
             patch.setattr(run._logger, "append", killed)
         elif moment == "after metrics":
@@ -427,7 +427,7 @@ def test_killed_after_epochs_without_a_checkpoint_the_best_is_of_the_epochs_that
     save = checkpoint.save
     with monkeypatch.context() as patch:
         if moment == "before best is in place":
-            patch.setattr(run, "_settle_best", killed)
+            patch.setattr(run, "_place_best", killed)
         elif moment != "between":
             name = {"before best": "net_best.pth.next", "before resume": "resume.pth"}[moment]
             patch.setattr(checkpoint, "save", lambda x, path: killed() if path.name == name else save(x, path))
