@@ -87,13 +87,18 @@ def children(parent: int) -> list[int]:
     return [int(word) for word in said.stdout.split()]
 
 
+def agent(options: list[str], function: Callable, *args) -> None:
+    """torchrun's agent in this process, with a function in the script's place: processes forked, not executed."""
+    config, _, _ = config_from_args(parse_args([*options, "script.py"]))
+    elastic_launch(replace(config, start_method="fork"), function)(*args)
+
+
 def run_agent(options: list[str], function: Callable, args: tuple, folder: Path) -> None:
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    config, _, _ = config_from_args(parse_args([*options, "script.py"]))
-    elastic_launch(replace(config, start_method="fork"), function)(*args)
+    agent(options, function, *args)
 
 
 def torchrun(count: int, max_restarts: int, function: Callable, args: tuple, folder: Path) -> BaseProcess:

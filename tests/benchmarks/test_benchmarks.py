@@ -1,7 +1,13 @@
 """The benchmarks at toy size: that they run, print their rows, and that their baseline computes what it should."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from processes import agent, forked
 
 from benchmarks import common, data, ega_loss, encoders, epoch_end, growth, pipeline, startup
 from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
@@ -138,7 +144,36 @@ def test_pipeline_prints_its_tables(capsys, tiny_dataset, tiny_clip):
     assert {"views", "teacher: look-up and head", "student: forward", "student: backward", "optimisers"} <= names
 
 
-def test_growth_prints_its_tables(capsys, tiny_clip, tmp_path):
+def growth_to(out: Path, env: dict[str, str], argv: list[str]) -> None:
+    """benchmarks/growth.py in a process that is to have this environment and to print to a file."""
+    if "RANK" not in os.environ:  # the agent gave its processes theirs
+        os.environ |= env
+    with open(out, "a") as sys.stdout:
+        growth.main(argv)
+
+
+@pytest.fixture
+def growth_forks(monkeypatch, tmp_path) -> list[list[str]]:
+    """The command lines that the benchmark starts, of this interpreter or torchrun: forked, with all imports done."""
+    started = []
+
+    def run(command: list[str], env: dict[str, str], **how) -> subprocess.CompletedProcess:
+        started.append(command)
+        at = command.index("benchmarks.growth")
+        assert command[0] == sys.executable and command[at - 1] == "-m" and how["check"]
+        before, out = command[1 : at - 1], tmp_path / f"out{len(started)}"
+        call = (growth_to, out, env, command[at + 1 :])
+        if before:
+            assert before[:2] == ["-m", "torch.distributed.run"]
+            call = (agent, before[2:], *call)
+        assert forked(*call) == 0
+        return subprocess.CompletedProcess(command, 0, out.read_text())
+
+    monkeypatch.setattr(growth.subprocess, "run", run)
+    return started
+
+
+def test_growth_prints_its_tables(capsys, tiny_clip, tmp_path, growth_forks):
     options = {
         "--clip_mode": tiny_clip,
         "--model_s": "resnet8",
@@ -153,6 +188,7 @@ def test_growth_prints_its_tables(capsys, tiny_clip, tmp_path):
     argv = [str(word) for pair in options.items() for word in pair]
     growth.main([*argv, "--batches", "4", "--views", "1", "162", "--processes", "2", "--job_batches", "8"])
     ((step,), banks, (job,), wire) = tables(capsys.readouterr().out)
+    assert ["torch.distributed.run" in command for command in growth_forks] == [False, True]
     assert step[0] == "4"
     assert all(float(cell) > 0 for cell in step)
     assert [row[:2] for row in banks] == [["1", "60000"], ["162", "8110000"]]
