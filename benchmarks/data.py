@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def in_folder(place: str | None, function: Callable[..., list[str]], *args) -> list[str]:
-    """What a function returns that is given a folder of its own."""
+    """Call a function with a temporary folder, and return its result."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         return function(Path(folder), *args)
 

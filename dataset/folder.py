@@ -30,7 +30,7 @@ def load_folder(
         data_dir: the folder.
         image_size: height and width of what the student sees.
         save_dir, max_bad_images: see ``open_images``.
-        holdout: where there is neither test/ nor val/, this share of each class of the training split is the test
+        holdout: if there is neither test/ nor val/, this share of each class of the training split becomes the test
             split.
 
     Raises:

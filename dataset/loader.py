@@ -44,7 +44,7 @@ def on_device(images: Tensor | Rows, device: torch.device) -> Tensor | Rows:
 
 
 def take(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
-    """Some of the images that ``on_device`` gave, (B, 3, H, W) on the device, by their row numbers (B,)."""
+    """Rows ``index`` (B,) of the images that ``on_device`` gave, (B, 3, H, W) on the device."""
     if images.device.type != device.type:
         return read(images, index.cpu(), device)
     return images[index] if isinstance(images, Rows) else gather(images, index)

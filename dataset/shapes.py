@@ -73,7 +73,7 @@ def _wave(x: np.ndarray) -> np.ndarray:
 
 
 def _step(x: np.ndarray, sharpness: float = 2.5) -> np.ndarray:
-    """From 0 to 1 where x changes sign, over about a pixel."""
+    """A step from 0 to 1 where x changes sign, over about a pixel."""
     return np.clip(0.5 + sharpness * x, 0, 1)
 
 

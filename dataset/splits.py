@@ -1,4 +1,4 @@
-"""Which rows of a training split are held out, and which keep their label: the same rows for every seed."""
+"""Choose the rows of a training split that are held out, or keep their label: the same rows for every seed."""
 
 from collections.abc import Iterator, Sequence
 

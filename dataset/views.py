@@ -151,7 +151,7 @@ class CropViews:
 
     @property
     def count(self) -> int:
-        """How many views an image has."""
+        """The number of an image's views."""
         return 2 * (2 * self.padding + 1) ** 2
 
     @property
@@ -161,7 +161,7 @@ class CropViews:
 
     @property
     def facts(self) -> dict:
-        """What a view depends on beside the stored image."""
+        """The facts, beside the stored image, that a view depends on."""
         return {}
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -220,7 +220,7 @@ class ResizedCropViews:
 
     @property
     def facts(self) -> dict:
-        """What a view depends on beside the stored image."""
+        """The facts, beside the stored image, that a view depends on."""
         return {"views": f"resized crops for {self.size} pixels"}
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:

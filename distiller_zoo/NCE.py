@@ -14,7 +14,7 @@ def _unit(f: Tensor) -> Tensor:
 
 
 def nce_loss(f_s: Tensor, f_t: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
-    """How well a student's embedding tells the teacher's embeddings of its class from those of other classes.
+    """Supervised contrast: a student's embedding has to find the teacher's embeddings of its class among all.
 
     Each student sample has probabilities p over the teacher's samples: a softmax of cosine similarities divided by the
     temperature. Its loss is the mean of -log p over the teacher's samples of its class, itself included, plus the mean

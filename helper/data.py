@@ -26,7 +26,7 @@ class Loaders:
         targets: (N,) class of every training row, -1 for the rows that are not trained on; an image without a label
             is a class of its own.
         image_size: height and width of what a student sees.
-        labelled: how many of the rows that are trained on have a label.
+        labelled: number of training rows with a label.
         classes: the classes' names, in the order of the targets.
         stored_size: height and width of the stored images; a student's test view is their centre.
     """
@@ -41,7 +41,7 @@ class Loaders:
     stored_size: int
 
     def image_facts(self) -> dict:
-        """What a user of the student has to know about its images: a student's file says so."""
+        """The facts about its images that a student's file keeps for its users."""
         sizes = {"image_size": self.image_size, "stored_size": self.stored_size}
         return {"classes": self.classes, "normalization": self.test.normalization} | sizes
 

@@ -199,7 +199,7 @@ def check_lone_image(
 def describe_networks(
     student: Student | Classifier, teacher: EncoderTeacher | CnnTeacher, image_size: int, targets: Tensor
 ) -> Networks:
-    """What the methods may ask about the two networks.
+    """The facts about the two networks that methods may ask for.
 
     Args:
         image_size: height and width of the student's images.

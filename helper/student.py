@@ -26,7 +26,7 @@ def build_student(
     Args:
         num_classes: number of classes.
         image_size: height and width of the images in pixels.
-        needs: what the method asks of it.
+        needs: the method's needs.
         teacher: with ``--joint teacher`` the student is projected to this teacher's own space.
 
     Raises:
@@ -47,7 +47,7 @@ def find_student(opt, needs: Needs, image_size: int | None) -> tuple[Normalizati
     It is built once, as a trial.
 
     Args:
-        needs: what the method asks of it.
+        needs: the method's needs.
         image_size: height and width of the images in pixels; None where only the images tell.
 
     Returns:
@@ -104,7 +104,7 @@ def model_file(
     """The content of a student's file: its backbone, its head, and the teacher's head where there is one.
 
     Args:
-        options: what the run recorded.
+        options: the run's recorded options.
         image_facts: see ``Loaders.image_facts``.
     """
     layers = {"model": student.backbone.state_dict(), "layer": student.head.state_dict()}

@@ -53,7 +53,7 @@ class EncoderTeacher(nn.Module):
 
     @property
     def trains_head(self) -> bool:
-        """Whether it has a head that is trained beside the student, by its own cross-entropy."""
+        """Whether the teacher has a head that is trained beside the student, by its own cross-entropy."""
         return self.head is not None and self.head.fit_dim_Net.weight.requires_grad
 
     def open(self, opt, dataset: ImageDataset) -> None:
@@ -112,7 +112,7 @@ class CnnTeacher(nn.Module):
 
     @property
     def trains_head(self) -> bool:
-        """Whether it has a head, which is then trained beside the student, by its own cross-entropy."""
+        """Whether the teacher has a head, which is then trained beside the student, by its own cross-entropy."""
         return self.head is not None
 
     def open(self, opt, dataset: ImageDataset) -> None:
@@ -163,9 +163,9 @@ def build_teacher(
     All of it is frozen but for a head that is trained with the student. ``open`` opens an encoder's embeddings later.
 
     Args:
-        facts: what ``find_teacher`` gave.
+        facts: the result of ``find_teacher``.
         num_classes: number of classes.
-        needs: what the method asks of a CNN; a head alone asks nothing.
+        needs: the method's needs from a CNN; a head alone has none.
         given: mean and std of the student's images; a CNN sees these.
 
     Raises:
@@ -240,7 +240,7 @@ def teacher_file(teacher: EncoderTeacher | Classifier, options: dict) -> dict:
     """The content of a teacher's file: a head with the SHA-256 of its encoder, a CNN with its architecture.
 
     Args:
-        options: what the run recorded.
+        options: the run's recorded options.
     """
     if isinstance(teacher, EncoderTeacher):
         return {"model": teacher.head.state_dict(), "clip_sha256": options["clip_sha256"], "options": options}
@@ -324,7 +324,7 @@ def cnn_normalization(path: str, backbone: nn.Module) -> Normalization:
     """Mean and std of a CNN's training images: its file's, or else its library's or RepDistiller's.
 
     Args:
-        backbone: what ``load_cnn`` gave.
+        backbone: the network that ``load_cnn`` gave.
     """
     other = getattr(backbone, "normalization", CIFAR100_NORMALIZATION)
     return tuple(map(tuple, _read(path).get("normalization", other)))

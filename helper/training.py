@@ -1,4 +1,4 @@
-"""What a run trains: a step, and the state that it goes on from."""
+"""The training of a run: its step, and the state that it goes on from."""
 
 from collections.abc import Callable
 

@@ -204,7 +204,7 @@ class LibraryModel(nn.Module):
 
     Args:
         label: its name, for messages.
-        network: what the library gave.
+        network: the library's network.
         num_classes: 0 for none.
         taps: the maps of a forward pass; None for a network that is asked for the pooled features alone.
     """
