@@ -215,7 +215,6 @@ def test_photographs_are_seen_in_random_resized_crops(train, tmp_path):
         (["--clip_mode", "no/such/file.pt"], ["no/such/file.pt", "ViT-B/32"]),
         (["--path_t", "no/such/head.pth"], ["no/such/head.pth"]),
         (["--resume", "no/such/resume.pth"], ["no/such/resume.pth"]),
-        (["--holdout", "0.001"], ["--holdout"]),
         (["--amp", "fp16"], ["--amp fp16"]),
     ],
 )
