@@ -1,6 +1,7 @@
 """Distil a frozen teacher into a small student: ``python train_student.py --distill ega -r 1 -b 1``."""
 
 import argparse
+import shlex
 import time
 from typing import TYPE_CHECKING
 
@@ -85,8 +86,9 @@ def train(opt: argparse.Namespace) -> None:
 
 def print_result(run: "Run") -> None:
     run.print_result()
-    print(f"evaluate it: python evaluate.py {run.folder}")
-    print(f"export it:   python export.py {run.folder} --format onnx")
+    folder = shlex.quote(str(run.folder))
+    print(f"evaluate it: python evaluate.py {folder}")
+    print(f"export it:   python export.py {folder} --format onnx")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -376,3 +378,10 @@ def test_a_finished_run_is_not_handed_out_for_another_folder_of_the_same_name(tr
         runs.append(train("--dataset", "folder", "--data_dir", root, "--image_size", 32, "--epochs", 1))
     assert runs[0] != runs[1]
     assert runs[0].name[:-6] == runs[1].name[:-6]
+
+
+def test_the_commands_it_ends_with_are_quoted_for_a_shell(train, tmp_path, capsys):
+    folder = train("--distill", "none", "--epochs", 1, save_dir=tmp_path / "my runs")
+    commands = dict(re.findall(r"^(evaluate|export) it: +python (.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert shlex.split(commands["evaluate"]) == ["evaluate.py", str(folder)]
+    assert shlex.split(commands["export"]) == ["export.py", str(folder), "--format", "onnx"]
