@@ -257,3 +257,5 @@ class Run:
         last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"
         print(f"best accuracy: {accuracies}, in {self.folder}")
+        if self._writes and not self._best.exists():
+            print(f"{self._best} is missing: --checkpoint last takes the last epoch's weights in its place")

@@ -160,7 +160,7 @@ def _make_timm(name: Name, resolution: int | None) -> tuple[nn.Module, _Input]:
     return net, _Input(resolution or config["input_size"][-1], config["mean"], config["std"], config["interpolation"])
 
 
-# Of open_clip's table of published weights, what says how pictures are fed.
+# The keys in open_clip's table of published weights that say how pictures are fed.
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 

@@ -93,7 +93,8 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     run.finish(weights(3))
     assert run.finished
     run.print_result()
-    assert f"best accuracy: 30.00 (epoch 2), last: 20.00, in {run.folder}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"best accuracy: 30.00 (epoch 2), last: 20.00, in {run.folder}" in told and "missing" not in told
     names = {path.name for path in run.folder.iterdir()} - {"lock"}
     assert names == {"options.json", "metrics.jsonl", "net_best.pth", "net_last.pth", "resume.pth"}
     assert json.loads((run.folder / "options.json").read_text())["learning_rate"] == 0.05
@@ -510,6 +511,15 @@ def test_a_run_goes_on_inside_an_epoch(tmp_path, capsys):
     close(last)
     check_logs(tmp_path, 3)
     assert start(tmp_path).steps == 0
+
+
+def test_a_finished_run_without_its_best_weights_says_so(tmp_path, capsys):
+    run = start(tmp_path)
+    train(run, 3)
+    run.finish(weights(3))
+    (run.folder / "net_best.pth").unlink()
+    run.print_result()
+    assert "net_best.pth is missing: --checkpoint last takes the last epoch's weights" in capsys.readouterr().out
 
 
 def test_without_labels_the_last_is_the_best(tmp_path, capsys):
