@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from helper.runtime import processor
+from helper.util import processor
 
 
 def cores() -> int:

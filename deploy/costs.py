@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.student import TrainedStudent
 from evaluation.teacher import open_teacher_network
-from helper.runtime import processor
+from helper.util import processor
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, TeacNet
 

@@ -18,8 +18,7 @@ from dataset.loader import eval_batch_size, take
 from dataset.views import normalize
 from errors import InputError
 from evaluation.student import TrainedStudent
-from helper.runtime import processor
-from helper.util import accuracy
+from helper.util import accuracy, processor
 from models import create_model
 from models.heads import Student
 from models.library import LibraryModel

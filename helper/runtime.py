@@ -6,9 +6,7 @@ import copy
 import ctypes
 import math
 import os
-import platform
 import shutil
-from pathlib import Path
 
 import torch
 
@@ -40,29 +38,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-# Instructions that decide a processor's speed at bf16, fp32 and 8 bits: Linux's name for them, and the common one.
-_INSTRUCTIONS = {
-    "amx_bf16": "AMX",
-    "avx512_bf16": "AVX-512-BF16",
-    "avx512_vnni": "VNNI",
-    "avx_vnni": "VNNI",
-    "avx512f": "AVX-512",
-    "avx2": "AVX2",
-}
-
-
-def processor() -> str:
-    """The processor's name, and which of its instructions decide how fast it computes."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n")
-        about = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
-        flags = about["flags"].split()
-        has = dict.fromkeys(name for flag, name in _INSTRUCTIONS.items() if flag in flags)
-        return about["model name"].strip() + (f" ({', '.join(has)})" if has else "")
-    except (OSError, KeyError):  # not Linux, or a processor that is described otherwise
-        return platform.processor() or platform.machine()
 
 
 def resolve_device(device: str) -> str:

@@ -308,7 +308,7 @@ abound 0 1, factor 0 200, fsp 0 50, nst 0 50, crd 0 0.8, crd 1 0.8
 def test_its_own_commands_are_taken_and_its_weights_are_the_defaults(command, tmp_path):
     path = tmp_path / "resnet32x4_vanilla" / "ckpt_epoch_240.pth"
     path.parent.mkdir()
-    torch.save({"model": {}}, path)  # the weights are read later
+    torch.save({"model": {"weight": torch.ones(1)}}, path)  # whether they fit is seen later
     distill, a, b = command.split()
     argv = ["--path_t", str(path), "--distill", distill, "--model_s", "resnet8x4", "--trial", "1"]
     given = parse_student_options([*argv, "-a", a, "-b", b, *(["-r", "0.1"] if distill == "kd" else [])])
