@@ -7,6 +7,7 @@ imports their file, and with it torch: a command line needs the table alone.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -72,6 +73,7 @@ class Networks:
         targets: (N,) class of every training row that the loss will see, -1 for the rows that are held out; each image
             without a label is its own class.
         model_t: a CNN teacher's backbone; None with a frozen encoder.
+        headless: whether the joint space is the frozen encoder's own.
     """
 
     shapes_s: list[tuple[int, ...]]
@@ -80,6 +82,12 @@ class Networks:
     t_dim: int
     targets: Tensor
     model_t: nn.Module | None = None
+    headless: bool = False
+
+    @property
+    def own_dims(self) -> tuple[int, int]:
+        """Widths of own_s and own_t."""
+        return self.s_dim if self.headless else self.shapes_s[-1][1], self.shapes_t[-1][1]
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,8 @@ class Method:
 
     - f: embeddings (B, D), projected to the joint space with a frozen encoder, the pooled features with a CNN;
     - joint: embeddings projected to the joint space, with either teacher;
+    - own: embeddings that no head has projected: pooled features, and a frozen encoder's embedding. Where the joint
+      space is the encoder's own, the student's is its embedding in that space;
     - maps: the maps of the stages, a list of (B, C, H, W); feat: stem, stages and pooled features, a list;
     - logit: (B, classes);
 
@@ -140,6 +150,11 @@ class Method:
     by_class: Callable[[Namespace], bool] = lambda opt: False
 
     @property
+    def year(self) -> str:
+        """The year of its citation."""
+        return next((word for word in re.findall(r"\d+", self.citation) if len(word) == 4), "")
+
+    @property
     def needs_maps(self) -> bool:
         """Whether the method works with CNN teachers alone."""
         return self.clip is None and self.needs(clip=False).maps
@@ -169,7 +184,9 @@ class Method:
         return (1, 0, 1) if clip and self.build is not None else self.weights
 
 
-_F, _JOINT, _MAPS, _FEAT = (tuple(f"{what}_{whose}" for whose in "st") for what in ("f", "joint", "maps", "feat"))
+_F, _JOINT, _OWN, _MAPS, _FEAT = (
+    tuple(f"{what}_{whose}" for whose in "st") for what in ("f", "joint", "own", "maps", "feat")
+)
 _LOGIT = ("logit_s", "logit_t")
 
 
@@ -328,18 +345,59 @@ METHODS = {
         "OFD: Heo et al., ICCV 2019",
         preact="st",
     ),
+    "itrd": Method(
+        lambda opt, net: zoo.ITRD(*net.own_dims, opt.itrd_alpha, (2, opt.itrd_mutual)),
+        _OWN,
+        (1, 0, 1),
+        "ITRD: Miles et al., BMVC 2022",
+        relational=True,
+    ),
+    "nkd": Method(
+        lambda opt, net: zoo.NKD(opt.nkd_T, opt.nkd_gamma),
+        (*_LOGIT, "target"),
+        (1, 0, 1),
+        "NKD: Yang et al., ICCV 2023",
+    ),
+    "ttm": Method(lambda opt, net: zoo.TTM(opt.ttm_gamma), _LOGIT, (1, 0, 45), "TTM: Zheng and Yang, ICLR 2024"),
+    "wttm": Method(
+        lambda opt, net: zoo.TTM(opt.ttm_gamma, weighted=True), _LOGIT, (1, 0, 4), "WTTM: Zheng and Yang, ICLR 2024"
+    ),
+    "srd": Method(
+        lambda opt, net: zoo.SRD(*net.own_dims),
+        _OWN,
+        (1, 0, 2),
+        "SRD: Miles and Mikolajczyk, AAAI 2024",
+        relational=True,
+    ),
+    "rld": Method(
+        lambda opt, net: zoo.RLD(opt.rld_alpha, opt.rld_beta, opt.kd_T),
+        (*_LOGIT, "target"),
+        (1, 0, 1),
+        "RLD: Sun et al., ICCV 2025",
+        beta_warmup=20,
+    ),
+    "abkd": Method(
+        lambda opt, net: zoo.ABKD(opt.abkd_alpha, opt.abkd_beta, opt.kd_T),
+        _LOGIT,
+        (1, 0, 32),
+        "ABKD: Wang et al., ICML 2025",
+    ),
 }
 
 
 def method_table() -> str:
-    """Markdown: each method's feeds, default weights, whether it needs maps, and its source."""
-    header = ("method", "arguments, CNN teacher", "arguments, frozen encoder", "r a b, CNN", "encoder", "source")
+    """Markdown: each method's year, what it needs, its feeds, its default weights, and its source."""
+    facts = ("method", "year", "labels", "maps", "relational")
+    header = (*facts, "arguments, CNN teacher", "arguments, frozen encoder", "r a b, CNN", "encoder", "source")
     rows = [header]
     for name, method in METHODS.items():
+        told = ("target" in method.feeds, method.needs_maps, method.relational)
         fed = ["first stage only" if method.build and not method.feeds else " ".join(method.feeds)]
         fed.append("needs maps" if method.needs_maps else " ".join(method.with_teacher(clip=True)[1]))
         weights = [" ".join(f"{weight:g}" for weight in method.default_weights(clip)) for clip in (False, True)]
-        rows.append((name, *fed, weights[0], "" if method.needs_maps else weights[1], method.citation))
+        marks = ("yes" if fact else "" for fact in told)
+        own = "" if method.needs_maps else weights[1]
+        rows.append((name, method.year, *marks, *fed, weights[0], own, method.citation))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)

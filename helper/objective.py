@@ -34,6 +34,11 @@ def total_loss(terms: dict[str, Tensor]) -> Tensor:
     return sum(terms[name] for name in ("cls", "kd", "distill") if name in terms)
 
 
+def _own_embedding(out_s: Outputs, out_t: Outputs) -> Tensor:
+    """The student's pooled features; its embedding where that is in the space of an encoder without a head."""
+    return out_s.features[-1] if out_t.logits is not None else out_s.embedding
+
+
 @dataclass
 class Objective:
     """The student's loss: ``r * cls + a * kd + b * distill``.
@@ -127,6 +132,8 @@ class Objective:
             "joint_t": lambda: t(out_t.embedding),
             "f_s": lambda: s(out_s.embedding if self.clip else out_s.features[-1]),
             "f_t": lambda: t(out_t.embedding if self.clip else out_t.features[-1]),
+            "own_s": lambda: s(_own_embedding(out_s, out_t)),
+            "own_t": lambda: t(out_t.features[-1]),
             "logit_s": lambda: logit(s(out_s.logits)),
             "logit_t": lambda: logit(t(out_t.logits)),
             "maps_s": lambda: [s(x) for x in out_s.features[1:-1]],
@@ -210,7 +217,7 @@ def describe_networks(
     shapes_s = [tuple(x.shape) for x in out_s.features]
     if isinstance(teacher, EncoderTeacher):
         dim = out_s.embedding.shape[1]
-        return Networks(shapes_s, [(2, teacher.dim)], dim, dim, targets)
+        return Networks(shapes_s, [(2, teacher.dim)], dim, dim, targets, headless=teacher.head is None)
     features, _ = teacher.features(images)
     shapes_t = [tuple(x.shape) for x in features]
     return Networks(shapes_s, shapes_t, shapes_s[-1][1], shapes_t[-1][1], targets, teacher.backbone)

@@ -221,7 +221,7 @@ def student_parser() -> Parser:
         group.add_argument(short, f"--{name}", type=weight, help=f"weight of {what}; if unset, the method's own")
     group.add_argument("-node", "--node_weight", type=weight, default=0.8, help="EGA: weight of node matching")
     group.add_argument("-edge", "--edge_weight", type=weight, default=0.24, help="EGA: weight of edge matching")
-    group.add_argument("--kd_T", type=positive, default=4, help="temperature of KD, DKD and DIST")
+    group.add_argument("--kd_T", type=positive, default=4, help="temperature of KD, DKD, DIST, RLD and ABKD")
     group.add_argument(
         "--logit_standard", action="store_true", help="standardise the logits that KD and the method compare"
     )
@@ -247,6 +247,19 @@ def student_parser() -> Parser:
     group.add_argument("--nce_m", type=number(float, 0, 1), default=0.5, help="crd: momentum of the memory")
     group.add_argument("--dkd_alpha", type=weight, default=1, help="dkd: weight of the target class")
     group.add_argument("--dkd_beta", type=weight, default=8, help="dkd: weight of the other classes")
+    group.add_argument("--itrd_alpha", type=positive, default=1.5, help="itrd: order of the correlation's term")
+    group.add_argument("--itrd_mutual", type=weight, default=0.05, help="itrd: weight of the Gram matrices' term")
+    group.add_argument("--nkd_T", type=positive, default=3, help="nkd: temperature of the other classes")
+    group.add_argument("--nkd_gamma", type=weight, default=3.5, help="nkd: weight of the other classes")
+    group.add_argument("--ttm_gamma", type=positive, default=0.1, help="ttm, wttm: the teacher's power")
+    group.add_argument("--rld_alpha", type=weight, default=1, help="rld: weight of the confidence")
+    group.add_argument("--rld_beta", type=weight, default=8, help="rld: weight of the other classes")
+    group.add_argument(
+        "--abkd_alpha", type=number(float, -4, 4), default=0.8, help="abkd: power of the teacher's probabilities"
+    )
+    group.add_argument(
+        "--abkd_beta", type=number(float, -4, 4), default=0.3, help="abkd: power of the student's probabilities"
+    )
 
     group = parser.add_argument_group("student")
     group.add_argument(

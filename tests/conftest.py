@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dataset
 import helper.logger  # noqa: F401  (must choose protobuf's implementation before a test imports tensorboard)
@@ -121,6 +121,21 @@ def golden() -> Path:
 def losses(golden) -> dict[str, Tensor]:
     """The reference values of the losses, in float64: in/NAME, out/METHOD/value, out/METHOD/grad/NAME."""
     return {name: torch.from_numpy(value) for name, value in np.load(golden / "losses.npz").items()}
+
+
+@pytest.fixture(scope="session")
+def newer_losses(golden) -> dict[str, Tensor]:
+    """As ``losses``, of methods since 2022."""
+    return {name: torch.from_numpy(value) for name, value in np.load(golden / "losses2.npz").items()}
+
+
+def formula_weights(module: nn.Module) -> nn.Module:
+    """Give a module the weights that the reference values were computed with."""
+    for p, (name, parameter) in enumerate(module.named_parameters()):
+        wave = torch.sin(0.37 * torch.arange(1, parameter.numel() + 1, dtype=torch.float64) + p)
+        value = 0.2 * wave if parameter.dim() > 1 else 0.1 * wave + name.endswith("weight")
+        parameter.data = value.view(parameter.shape).to(parameter.dtype)
+    return module
 
 
 def check_golden(

@@ -17,10 +17,7 @@ from models.heads import TeacNet
 
 ROOT = Path(__file__).parents[2]
 NEED_MAPS = {"attention", "vid", "kdsvd", "fsp", "abound", "factor", "nst", "reviewkd", "ofd"}
-OPT = Namespace(
-    node_weight=0.8, edge_weight=0.24, feat_dim=6, hint_layer=2, mode="exact", nce_k=3, nce_t=0.07, nce_m=0.5,
-    dkd_alpha=1, dkd_beta=8, kd_T=4,
-)  # fmt: skip
+OPT = student_parser().parse_args(["--feat_dim", "6", "--nce_k", "3"])
 
 
 def networks(clip: bool) -> Networks:
@@ -40,6 +37,7 @@ def feed(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         features, logits = model_dict["resnet8"](num_classes=5)(torch.randn(4, 3, 32, 32), is_feat=True)
         joint = torch.randn(4, 8)
         fed |= {f"f_{whose}": joint if clip else features[-1], f"joint_{whose}": joint, f"logit_{whose}": logits}
+        fed[f"own_{whose}"] = torch.randn(4, 16) if clip and whose == "t" else features[-1].detach()
         fed |= {} if clip else {f"maps_{whose}": features[1:-1], f"feat_{whose}": features}
     return fed
 
@@ -194,7 +192,10 @@ def degenerate(fed: dict, kind: str) -> dict:
     if kind == "one class":
         return fed | {"target": torch.zeros_like(fed["target"])}
     if kind == "equal":
-        return {name: fed[name.removesuffix("_t") + "_s"] if name.endswith("_t") else x for name, x in fed.items()}
+        of_t = {name for name in fed if name.endswith("_t")}
+        if fed["own_s"].shape != fed["own_t"].shape:
+            of_t -= {"own_t"}
+        return {name: fed[name.removesuffix("_t") + "_s"] if name in of_t else x for name, x in fed.items()}
 
     def constant(x: torch.Tensor) -> torch.Tensor:
         level = 0.0 if kind == "a row of zeros" else 2.0
