@@ -26,6 +26,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        """Refuse an empty text, which is a shell's unset variable and would be the present folder as a path."""
+        if not arg_string.strip() and action.type in (None, Path):
+            raise argparse.ArgumentError(action, "an empty text; give a value, or leave the option out")
+        return super()._get_value(action, arg_string)
+
     def error(self, message: str):
         if launch.rank() == 0:  # all processes have the same arguments
             print(f"{self.prog}: error: {message}", file=sys.stderr)

@@ -30,6 +30,13 @@ def refused(capsys, parse, argv: list[str]) -> str:
     return said.err
 
 
+@pytest.mark.parametrize("option", ["--save_dir", "--data_dir", "--path_t", "--model_s"])
+def test_an_empty_text_is_no_value(option, capsys):
+    """``--save_dir "$RUNS"`` with RUNS unset would write into the present folder."""
+    assert option in refused(capsys, parse_student_options, [option, ""])
+    assert parse_student_options(["--lr_decay_epochs", ""]).lr_decay_epochs == []
+
+
 def test_a_file_of_names_has_one_a_line(tmp_path):
     """A name may hold what else Unicode takes for the end of a line; Windows' editors begin a file with a mark."""
     path = tmp_path / "names.txt"
