@@ -20,6 +20,20 @@ class NonFiniteLoss(RuntimeError):
     """A loss term was not finite; training must neither go on nor be saved."""
 
 
+class SpeedUpFailed(RuntimeError):
+    """A step could not be compiled or captured; a script that starts again without that trains all the same.
+
+    Args:
+        option: 'compile' or 'graph'.
+        reason: what failed.
+    """
+
+    def __init__(self, option: str, reason: str):
+        what = {"compile": "be compiled", "graph": "be captured as a CUDA graph"}[option]
+        super().__init__(f"steps cannot {what} ({reason})")
+        self.option = option
+
+
 class WriteError(OSError):
     """A file or a folder cannot be written; the message says which, and what to do. Earlier content is kept."""
 

@@ -28,7 +28,7 @@ from distiller_zoo import EGA, METHODS
 from errors import InputError
 from helper import distributed
 from helper.bank import CHUNK, EmbeddingBank, encode_view
-from helper.capture import CapturedStep, build_step, cuda_graph
+from helper.capture import CapturedStep, CudaGraphs, build_step
 from helper.encoder import load_encoder
 from helper.exits import exit_on_bad_input
 from helper.objective import Objective
@@ -196,11 +196,11 @@ class Ours:
             self.optimizers[0].zero_grad(set_to_none=True)
             loss.backward()
 
-        run = step
+        run, graphs = step, CudaGraphs() if isinstance(self.step, CapturedStep) else None
         for _ in range(_WARM_UP):
-            step()
-        if isinstance(self.step, CapturedStep):
-            run = cuda_graph(step)
+            step() if graphs is None else graphs.run(step)
+        if graphs is not None:
+            run = graphs.record(step)
         start = now(opt.device)
         for _ in range(steps):
             run()
@@ -231,7 +231,7 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
         (Tensor, "backward", clock.around(loss, Tensor.backward)),
     ]
     if isinstance(step, CapturedStep):
-        timed.append((step, "record", None))
+        timed.append((step, "recorder", None))
     for optimizer in ours.optimizers:
         timed += [
             (optimizer, name, clock.around("optimisers", getattr(optimizer, name))) for name in ("step", "zero_grad")
@@ -251,7 +251,7 @@ def time_operations(ours: Ours, steps: int, most: int = 12) -> dict[str, float]:
     """
     cuda = ours.opt.device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    as_written = mock.patch.object(ours.step, "record", None, create=True)
+    as_written = mock.patch.object(ours.step, "recorder", None, create=True)
     with as_written, profile(activities=activities, acc_events=True) as profiled:
         total = ours.train(steps)
     spent = {}

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.loader import Draw, Loader
+from errors import SpeedUpFailed
 
 from .bank import EmbeddingBank
-from .optim import capturable
+from .optim import capturable, groups_of
 from .step import Step
 
 # Steps before one is recorded: the first steps make buffers, choose algorithms and compile code.
@@ -46,13 +47,15 @@ def build_step(
 class CapturedStep(Step):
     """A step that is recorded on a full batch and replayed on later ones; all else is as in ``Step``.
 
-    A recording holds the whole step, from the numbers that the loader draws to the optimisers. The recorded kernels
-    contain the learning rates and the weight b; the step is recorded again when one changes. Where recording fails,
-    steps go on without it.
+    A recording holds the whole step, from the numbers that the loader draws to the optimisers. A replay reads the
+    learning rates and the weight b from tensors, so that one recording serves every epoch.
 
     Args:
         losses, optimizers, scaler, loader: see ``Step``.
-        record: records what a function does, and returns a function that does it again.
+        recorder: see ``CudaGraphs``.
+
+    Raises:
+        SpeedUpFailed: the step cannot be recorded.
     """
 
     def __init__(
@@ -61,64 +64,83 @@ class CapturedStep(Step):
         optimizers: list[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
         loader: Loader,
-        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+        recorder: "CudaGraphs | None" = None,
     ):
         super().__init__(losses, optimizers, scaler, loader)
-        self.record: Callable | None = record or cuda_graph
+        self.recorder: CudaGraphs | None = recorder or CudaGraphs()
         self._before = _STEPS_BEFORE
         self._replay: Callable[[], None] | None = None
-        self._constants = self._numbers = None
+        self._numbers: Tensor | None = None
+        self._constants: list[float] = []
+        self._held: list[Tensor] = []
 
     def __call__(self, draw: Draw, epoch: int) -> None:
-        if self.record is None or sum(draw.shares) != self.loader.batch_size:
+        if self.recorder is None or sum(draw.shares) != self.loader.batch_size:
             super().__call__(draw, epoch)
         elif self._before:
             self._before -= 1
-            super().__call__(draw, epoch)
-        elif self._recorded(draw, epoch):
+            self.recorder.run(lambda: Step.__call__(self, draw, epoch))
+        else:
+            self._hold_constants(epoch)
+            if self._replay is None:
+                self._record(draw, epoch)
             self._numbers.copy_(draw.numbers)
             self._replay()
-        else:
-            super().__call__(draw, epoch)
 
-    def _recorded(self, draw: Draw, epoch: int) -> bool:
-        """Whether a recording with the constants of this epoch exists or could be made."""
-        constants = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+    def _hold_constants(self, epoch: int) -> None:
+        """Put the epoch's learning rates and its weight b, the last one, where a replay reads them."""
+        constants = [group["lr"] for group in groups_of(self.optimizers)]
         constants.append(self.losses.objective.beta_in(epoch))
-        if constants == self._constants:
-            return True
-        self._numbers, self._replay = draw.numbers.clone(), None
+        if not self._held:
+            self._held = [torch.zeros((), device=self.loader.device) for _ in constants]
+        if constants != self._constants:
+            self._constants = constants
+            for held, value in zip(self._held, constants, strict=True):
+                held.fill_(value)
+
+    def _record(self, draw: Draw, epoch: int) -> None:
+        self._numbers, objective = draw.numbers.clone(), self.losses.objective
         still = Draw(self._numbers, draw.shares)
+        *rates, objective.captured_beta = self._held
         try:
-            with capturable(self.optimizers):
-                self._replay = self.record(lambda: Step.__call__(self, still, epoch))
-        except RuntimeError as error:  # the driver or a library cannot record; nothing that was recorded has run
-            # PyTorch's last error says only that the recording broke; the error before it says why.
+            with capturable(self.optimizers, rates):
+                self._replay = self.recorder.record(lambda: Step.__call__(self, still, epoch))
+        except RuntimeError as error:
+            # PyTorch's last error says only that the recording broke; the error before it says why. Nothing that was
+            # recorded has run, but PyTorch's allocator may go on as if it were recorded, until the process ends.
             reason = str(error.__context__ or error).partition("\n")[0]
-            print(f"steps are not captured, which makes them slower: {reason}", flush=True)
-            self.record = None
-            return False
-        self._constants = constants
-        return True
+            raise SpeedUpFailed("graph", reason) from error
+        finally:
+            objective.captured_beta = None
 
 
-def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Record the kernels that a function launches, without running them.
+class CudaGraphs:
+    """Records kernels on a stream of its own; what comes before a recording has to run there too.
 
-    Returns:
-        A function that launches them all at once.
-
-    Raises:
-        RuntimeError: a kernel cannot be recorded; PyTorch is then in the same state as before.
+    A node that adds up gradients remembers the stream that it was made on, and so do workspaces of libraries.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Call a function on the stream, between what was launched before it and what will be."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             function()
-    except BaseException:
-        # PyTorch stays on the recording's stream, and its generator believes that it is still being recorded.
-        torch.cuda.set_stream(stream)
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
-        raise
-    return graph.replay
+        current.wait_stream(self.stream)
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Record the kernels that a function launches, without running them.
+
+        Returns:
+            A function that launches them all at once.
+
+        Raises:
+            RuntimeError: a kernel cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            function()
+        return graph.replay

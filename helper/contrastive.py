@@ -16,7 +16,7 @@ from models.clip_teacher import tokenize
 from models.encoders import TextEncoder
 
 from . import distributed
-from .runtime import autocast
+from .runtime import autocast, compiled
 from .step import Step
 from .training import Training, build_scaler
 
@@ -118,7 +118,7 @@ class Encoders(nn.Module):
     def __init__(self, model: CLIP, opt, full: int):
         super().__init__()
         self.model, self.opt, self.full = model, opt, full
-        self.compiled = torch.compile(lambda image: model.encode_image(image)) if opt.compile == "on" else None
+        self.compiled = compiled(lambda image: model.encode_image(image)) if opt.compile == "on" else None
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings of pixels (B, 3, H, W) and of captions (K, L), and the scale of their products."""

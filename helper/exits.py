@@ -1,7 +1,8 @@
 """How a script ends: with one line that says why and how to go on, and with an exit code.
 
 The codes are 2 bad input, 3 a loss that is not finite, 4 a file that cannot be written, 5 out of memory, 130 Ctrl-C,
-143 SIGTERM, 1 another process of the job is gone. The same command goes on after what the run saved last.
+143 SIGTERM, 1 another process of the job is gone. The same command goes on after what the run saved last. A step that
+cannot be compiled or captured ends nothing where that was left at auto: the script starts again without it.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from errors import InputError, NonFiniteLoss, WriteError
+from errors import InputError, NonFiniteLoss, SpeedUpFailed, WriteError
 
 from . import launch
 
@@ -28,6 +29,9 @@ _SAME_SIGNAL = 2.0
 
 # A signal that came where Python can raise nothing is sent again after so many seconds.
 _SENT_AGAIN = 0.05
+
+# The environment variable that tells a script which was started again what to do without: 'compile', 'graph' or both.
+_WITHOUT = "EGA_WITHOUT"
 
 # A signal that ended another process of the job may take so many seconds to reach this one.
 _GRACE = 1.0
@@ -48,6 +52,7 @@ class _Signals:
         self.save = False
         self.next = "the same command begins anew"
         self.write: Callable[[], None] | None = None
+        self.spared: set[str] = set()
 
     def take(self) -> dict:
         """Handle the signals from now on; returns the handlers before."""
@@ -93,6 +98,16 @@ def resumes(folder, where: str) -> None:
 def write_at_end(write: Callable[[], None] | None) -> None:
     """Have ``write`` called if the script ends early; it saves what a run has in memory alone. None calls nothing."""
     _signals.write = write
+
+
+def spares(options: set[str]) -> None:
+    """Note which of the options 'compile' and 'graph' are ``auto``: without these the script can start again."""
+    _signals.spared = options
+
+
+def without() -> set[str]:
+    """What this script does without, since it was started again after that failed: 'compile', 'graph'."""
+    return set(os.environ.get(_WITHOUT, "").split())
 
 
 @contextlib.contextmanager
@@ -174,7 +189,7 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
                 _signals.again.cancel()
             try:
                 if error is not None:
-                    _end(program, memory, _saved(error))
+                    _end(program, memory, _saved(error), from_shell=not args and not kwargs)
             finally:
                 sys.unraisablehook = hook
                 for number, handler in before.items():
@@ -198,8 +213,12 @@ def _saved(error: BaseException) -> BaseException:
     return error
 
 
-def _end(program: str, memory: str, error: BaseException) -> None:
-    """Print the line and exit; raise the error where it is a mistake of the program, or is already reported."""
+def _end(program: str, memory: str, error: BaseException, from_shell: bool) -> None:
+    """Print the line and exit; raise the error where it is a mistake of the program, or is already reported.
+
+    Args:
+        from_shell: this process runs the script and nothing else, so that it can start again.
+    """
     if launch.count() > 1 and isinstance(error, RuntimeError) and _is_of_messages(error):
         time.sleep(_GRACE)
         if _signals.stop is None:
@@ -208,6 +227,10 @@ def _end(program: str, memory: str, error: BaseException) -> None:
     if isinstance(error, Stopped):
         name = "Ctrl-C" if _signals.stop == signal.SIGINT else signal.Signals(_signals.stop).name
         _exit(program, f"stopped by {name}; {_signals.next}", 128 + _signals.stop, error)
+    if isinstance(error, SpeedUpFailed):
+        if from_shell and launch.count() == 1 and error.option in _signals.spared:
+            _start_again(program, error)
+        _exit(program, f"error: {error}: use --{error.option} off", 2, error)
     if isinstance(error, NonFiniteLoss):
         _exit(program, f"error: {error}", 3, error)
     if isinstance(error, WriteError):
@@ -215,6 +238,14 @@ def _end(program: str, memory: str, error: BaseException) -> None:
     if isinstance(error, (MemoryError, _torchs("OutOfMemoryError"))) or "DefaultCPUAllocator" in str(error):
         _exit(program, f"error: {_out_of_memory(error, memory)}; {_signals.next}", 5, error, everybody=True)
     raise error
+
+
+def _start_again(program: str, error: SpeedUpFailed) -> None:
+    """Replace this process by a fresh one with the same command, which does without what failed."""
+    sys.stdout.flush()
+    print(f"{program}: {error}: starting again with --{error.option} off", file=sys.stderr, flush=True)
+    os.environ[_WITHOUT] = " ".join(sorted(without() | {error.option}))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _torchs(name: str) -> type | tuple:

@@ -52,6 +52,7 @@ class Objective:
         beta_warmup: epochs over which beta grows to its value.
         logit_standard: standardise the logits that kd and the method see.
         relational: the criterion compares samples, so that it has to see those of all processes.
+        captured_beta: a scalar that takes the place of ``beta_in`` while a step is captured.
     """
 
     criterion: nn.Module | None
@@ -64,6 +65,7 @@ class Objective:
     beta_warmup: int = 0
     logit_standard: bool = False
     relational: bool = False
+    captured_beta: Tensor | None = None
 
     @property
     def classifies(self) -> bool:
@@ -107,7 +109,7 @@ class Objective:
                 fed = [distributed.gather(x, batch.shares) for x in fed]
             # A loss of several terms names them, so that each is logged.
             named = self.criterion.terms(*fed) if hasattr(self.criterion, "terms") else {}
-            beta = self.beta_in(epoch)
+            beta = self.beta_in(epoch) if self.captured_beta is None else self.captured_beta
             parts = {name: beta * value for name, value in named.items()}
             value = sum(parts.values()) if parts else self.criterion(*fed)
             value = sum(value) if isinstance(value, (list, tuple)) else value

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # The paper's weight decay of the teacher's head; the head's SGD keeps it whatever trains the student.
 _HEAD_WEIGHT_DECAY = 5e-4
@@ -66,17 +66,29 @@ def _exempt(module: nn.Module) -> set[str]:
     return {f"{path}.{name}" if path else name for path, names in told for name in names}
 
 
+def groups_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[dict]:
+    """The groups of parameters of all optimisers, each with its own learning rate."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 @contextlib.contextmanager
-def capturable(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Let the optimisers' steps be captured; Adam refuses unless told, though its fused step is the same either way."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "capturable" in group]
-    for group in groups:
-        group["capturable"] = True
+def capturable(optimizers: Iterable[torch.optim.Optimizer], rates: Iterable[Tensor]) -> Iterator[None]:
+    """Let the optimisers' steps be captured; a replay reads its learning rates from tensors.
+
+    Adam refuses to be captured unless told, though its fused step is the same either way.
+
+    Args:
+        rates: scalars in float32 on the device, one for each group.
+    """
+    groups = groups_of(optimizers)
+    before = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group |= {"lr": rate} | ({"capturable": True} if "capturable" in group else {})
     try:
         yield
     finally:  # Adam warns of a step that could be captured and is not, and checkpoints go from device to device
-        for group in groups:
-            group["capturable"] = False
+        for group, values in zip(groups, before, strict=True):
+            group |= values
 
 
 def learning_rate(epoch: int, opt) -> float:

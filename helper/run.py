@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from errors import InputError
 
 from . import checkpoint, distributed
-from .exits import resumes, unbroken, write_at_end
+from .exits import resumes, unbroken, without, write_at_end
 from .logger import Logger
 from .records import FREE, HASH, best_record, read_record, record_hash
 
@@ -127,7 +127,7 @@ class Run:
             return
         for key, value in values.items():
             recorded = self.recorded.get(key)
-            if recorded != value:
+            if recorded != value and key not in without():
                 raise InputError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
                     "use the same options and files to resume it, or another --name for a new run"

@@ -7,14 +7,18 @@ import ctypes
 import math
 import os
 import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from dataset.views import CIFAR_VIEWS, Views
 from distiller_zoo import METHODS
-from errors import InputError
+from errors import InputError, SpeedUpFailed
 
 from . import distributed
+from .exits import spares, without
 from .options import AUTO_VIEWS
 
 # torch.compile takes some 46 s for resnet8x4 on two cores; with AMX it saves 9 ms a step, and so many steps earn it
@@ -40,16 +44,34 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def why_no_gpu() -> str | None:
+    """Why PyTorch cannot use a GPU that seems to be here; None where none seems to be."""
+    if not os.path.exists("/dev/nvidia0") and shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return "it is hidden: see CUDA_VISIBLE_DEVICES"
+
+
 def resolve_device(device: str) -> str:
     """'cpu' or 'cuda'; on a GPU, PyTorch then chooses convolutions by trying them.
+
+    A GPU that ``auto`` cannot use is told.
 
     Raises:
         InputError: cuda is asked for, but this machine has no GPU, or fewer GPUs than processes.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+    able = device != "cpu" and torch.cuda.is_available()
+    reason = None if able or device == "cpu" else why_no_gpu()
+    if device == "cuda" and not able:
+        told = "" if reason is None else f" ({reason})"
+        raise InputError(f"--device cuda: PyTorch finds no CUDA GPU here{told}; use --device cpu or auto")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if able else "cpu"
+        if reason is not None:
+            print(f"a GPU is here, but PyTorch {torch.__version__} cannot use it ({reason}): computing on the CPU")
     local = os.environ.get("LOCAL_RANK")  # set by torchrun
     if device == "cuda" and local is not None and int(local) >= torch.cuda.device_count():
         raise InputError(f"more processes than GPUs: start at most {torch.cuda.device_count()}, or use --device cpu")
@@ -81,20 +103,49 @@ def resolve_compile(compile_: str, device: str, steps: int) -> str:
         steps: training steps of the whole run.
 
     Raises:
-        InputError: compilation is asked for, but there is no compiler: C++'s for a CPU, C's for CUDA.
+        InputError: compilation is asked for, but there is no compiler, C++'s for a CPU, C's for CUDA, or no Python.h.
     """
     # Inductor and Triton look for it in this way.
     variable, *names = ("CC", "gcc", "clang") if device == "cuda" else ("CXX", "g++")
     named = [os.environ[variable]] if variable in os.environ else names
-    able = any(shutil.which(name) is not None for name in named)
-    if compile_ == "on" and not able:
-        raise InputError(
-            f"--compile on needs a compiler ({names[0]}, or the one that {variable} names); install one or use off"
-        )
+    lacks = None
+    if all(shutil.which(name) is None for name in named):
+        lacks = f"a compiler ({names[0]}, or the one that {variable} names)"
+    elif not (headers := Path(sysconfig.get_paths()["include"], "Python.h")).exists():
+        lacks = f"{headers} (on Debian and Ubuntu: apt install python3-dev)"
+    if compile_ == "on" and lacks is not None:
+        raise InputError(f"--compile on needs {lacks}; install it or use off")
     if compile_ == "auto":
         faster = device == "cuda" or torch.cpu._is_amx_tile_supported()
-        return "on" if able and faster and steps >= COMPILE_PAYS_AFTER_STEPS else "off"
+        pays = faster and steps >= COMPILE_PAYS_AFTER_STEPS and "compile" not in without()
+        if pays and lacks is not None:
+            print(f"steps are not compiled, which makes them slower: that needs {lacks}")
+        return "on" if pays and lacks is None else "off"
     return compile_
+
+
+def compiled(function: Callable) -> Callable:
+    """What torch.compile makes of a function.
+
+    Raises:
+        SpeedUpFailed: the first call failed. It compiles the backward pass too.
+    """
+    fast, called = torch.compile(function), False
+
+    def call(*args):
+        nonlocal called
+        try:
+            result = fast(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler, Triton and the driver raise whatever they stumble over
+            if called:
+                raise
+            raise SpeedUpFailed("compile", f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+        called = True
+        return result
+
+    return call
 
 
 def resolve_graph(opt: argparse.Namespace) -> str:
@@ -116,7 +167,7 @@ def resolve_graph(opt: argparse.Namespace) -> str:
     elif method not in (None, "none") and opt.teacher_views == 0:
         lacks = "does not work with --teacher_views 0, which encodes every batch"
     else:
-        return "off" if opt.graph == "off" else "on"
+        return "off" if opt.graph == "off" or (opt.graph == "auto" and "graph" in without()) else "on"
     if opt.graph == "on":
         raise InputError(f"--graph on {lacks}: leave it at auto")
     return "off"
@@ -184,7 +235,8 @@ def resolve(
     ]
     opt = copy.copy(opt)
     for name in names:
-        setattr(opt, name, (recorded or {}).get(name, "auto"))
+        setattr(opt, name, "auto" if name in without() else (recorded or {}).get(name, "auto"))
+    spares({"compile", "graph"}.intersection(names))
     opt.processes = distributed.count()  # it counts: each has batch norm's statistics of its own share
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)

@@ -9,7 +9,7 @@ from models.heads import Classifier, Outputs, Student
 from . import distributed
 from .meters import Totals
 from .objective import Objective, mean_cross_entropy, total_loss
-from .runtime import autocast
+from .runtime import autocast, compiled
 from .teacher import CnnTeacher, EncoderTeacher
 from .util import accuracy
 
@@ -46,7 +46,7 @@ class Distillation(nn.Module):
             out = student(image)
             return out if maps else Outputs(out.embedding, out.logits, out.features[-1:])
 
-        self.compiled = torch.compile(see) if opt.compile == "on" else see
+        self.compiled = compiled(see) if opt.compile == "on" else see
 
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The loss to differentiate, and by name the losses and the other measurements."""

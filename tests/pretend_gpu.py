@@ -2,9 +2,10 @@
 
 A process of its own imports this project with the word cuda replaced by the device's name, PyTorch's PrivateUse1
 backend. A tensor there wraps one on the CPU, which computes. An operation on tensors of both kinds fails, as do reading
-one as numpy's, pinning it, and, in what is captured, whatever waits for the device or copies from or to it. A captured
-graph does the recorded operations again. What it cannot show: speed, memory, CUDA's own kernels, autocast (nothing is
-cast) and compilation (nothing is compiled).
+one as numpy's and pinning it. On one stream an operation fails that uses what another stream may not have written yet.
+In what is captured, whatever waits for the device or copies from or to it fails. A captured graph does the recorded
+operations again. What it cannot show: speed, memory, CUDA's own kernels, autocast (nothing is cast) and compilation
+(nothing is compiled).
 """
 
 import contextlib
@@ -67,6 +68,74 @@ class GpuTensor(torch.Tensor):
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
 
 
+class Event:
+    """What the streams had done when it was recorded."""
+
+    def record(self, stream=None):
+        stream = stream or current_stream()
+        self.done = stream.seen | {stream: stream.done}
+
+    def synchronize(self):
+        current_stream().wait_event(self)
+
+
+class Stream:
+    """Counts its operations, and knows how many of each other stream's are done before its next one."""
+
+    waited = 0
+
+    def __init__(self):
+        self.done, self.seen = 0, {}
+
+    def record_event(self):
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        Stream.waited += 1
+        self.seen |= {stream: max(done, self.seen.get(stream, 0)) for stream, done in event.done.items()}
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+
+DEFAULT = Stream()
+ON = {"stream": DEFAULT}  # of the main thread, and of autograd's
+own = threading.local()  # a reading thread's
+
+# The stream and the number of the operation that last wrote to a memory, by address.
+written: dict[int, tuple[Stream, int]] = {}
+
+
+def current_stream() -> Stream:
+    return getattr(own, "on", ON)["stream"]
+
+
+@contextlib.contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    on, before = getattr(own, "on", ON), current_stream()
+    on["stream"] = stream
+    try:
+        yield
+    finally:
+        on["stream"] = before
+
+
+def check_written(tensors: list) -> None:
+    stream = current_stream()
+    for x in tensors:
+        by, number = written.get(x.inner.untyped_storage().data_ptr(), (stream, 0))
+        if by is not stream and stream.seen.get(by, 0) < number:
+            raise RuntimeError("a stream uses what another one may not have written yet")
+
+
+def note_written(tensors: list) -> None:
+    stream = current_stream()
+    stream.done += 1
+    written.update((x.inner.untyped_storage().data_ptr(), (stream, stream.done)) for x in tensors)
+
+
 def tensors_in(*trees) -> list[torch.Tensor]:
     return [x for x in tree_leaves(trees) if isinstance(x, torch.Tensor)]
 
@@ -102,7 +171,9 @@ def compute(function, args: tuple, kwargs: dict):
         return False
     if name in PINS:
         return args[0].clone()
-    gpu = any(map(on_gpu, tensors_in(args, kwargs)))
+    used = [x for x in tensors_in(args, kwargs) if on_gpu(x)]
+    check_written(used)
+    gpu = bool(used)
     inner_args, inner_kwargs = tree_map_only(GpuTensor, lambda x: x.inner, (args, dict(kwargs)))
     if kwargs.get("pin_memory"):
         inner_kwargs["pin_memory"] = False
@@ -120,6 +191,7 @@ def compute(function, args: tuple, kwargs: dict):
     for argument in function._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             wrapped |= {id(x.inner): x for x in tensors_in(given.get(argument.name)) if on_gpu(x)}
+    note_written(list(wrapped.values()))
     return tree_map_only(torch.Tensor, lambda x: wrapped[id(x)], result)
 
 
@@ -171,9 +243,14 @@ class Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def record(graph: Graph) -> Iterator[None]:
-    with Recorder(graph):
+def record(graph: Graph, stream: Stream | None = None) -> Iterator[None]:
+    """On a stream that must have run before, as the steps before a recording have to."""
+    assert stream is None or stream.done, "the steps before the recording ran on another stream"
+    stream, outside = stream or current_stream(), current_stream()
+    stream.wait_stream(outside)  # PyTorch waits for all streams
+    with Recorder(graph), on_stream(stream):
         yield
+    outside.wait_stream(stream)  # for what CUDA would not have done yet
     Graph.captures += 1  # of those that did not fail
 
 
@@ -182,7 +259,7 @@ class Device(types.ModuleType):
 
     free = 0
     CUDAGraph, graph = Graph, staticmethod(record)
-    default_generators = [types.SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)]
+    Stream, Event, stream, current_stream = Stream, Event, staticmethod(on_stream), staticmethod(current_stream)
     get_rng_state, set_rng_state = staticmethod(torch.get_rng_state), staticmethod(torch.set_rng_state)
 
     def mem_get_info(self, *args):
@@ -198,7 +275,7 @@ class Device(types.ModuleType):
     current_device = _give(0)
     is_available = is_initialized = is_bf16_supported = _give(True)
     _is_in_bad_fork = is_current_stream_capturing = _give(False)
-    set_device = synchronize = current_stream = set_stream = manual_seed_all = reset_peak_memory_stats = _give(None)
+    set_device = synchronize = manual_seed_all = reset_peak_memory_stats = _give(None)
     memory_allocated, max_memory_allocated, get_device_name = _give(0), _give(2**20), _give("a pretended GPU")
 
 
@@ -229,6 +306,7 @@ def install(device: Device) -> None:
     run = threading.Thread.run
 
     def run_seen(thread):
+        own.on = {"stream": DEFAULT}
         with Gpu():
             run(thread)
 
@@ -282,6 +360,13 @@ def main(argv: list[str]) -> None:
         lambda: there.pin_memory(),
         lambda: there.numpy(),
     ]
+
+    def on_two_streams() -> None:
+        with on_stream(Stream()):
+            made = there * 2
+        made + there
+
+    refused.append(on_two_streams)
     waiting = [lambda: there.sum().item(), lambda: there.copy_(here), lambda: there.cpu(), lambda: there[there > 0]]
     for function in refused + waiting:
         recording = contextlib.nullcontext() if function in refused else record(Graph())

@@ -34,7 +34,7 @@ WITH_EITHER = [(name, clip) for name in METHODS for clip in (True, False) if has
 
 
 def make_training(
-    name: str, clip: bool, batch_size: int, num_train: int, lr: float = 0.0, labels: float = 1, record=None
+    name: str, clip: bool, batch_size: int, num_train: int, lr: float = 0.0, labels: float = 1, recorder=None
 ) -> tuple[Step, list[list[Tensor | None]]]:
     """A step of a method, and a list that gets each step's gradients.
 
@@ -43,7 +43,7 @@ def make_training(
     Args:
         clip: whether the teacher is one, or a CNN.
         labels: share of the images that have one.
-        record: see ``CapturedStep``; None for a step that is not captured.
+        recorder: see ``CapturedStep``; None for a step that is not captured.
     """
     data = make_dataset(num_train=num_train)
     argv = ["--distill", name, "--model_s", "resnet8", "--feature_dim", "8", "--feat_dim", "8", "--nce_k", "20"]
@@ -81,7 +81,7 @@ def make_training(
         lambda *_: steps.append([None if p.grad is None else p.grad.clone() for p in parameters])
     )
     made = (losses, [optimizer], torch.amp.GradScaler("cpu", enabled=False), loader)
-    return Step(*made) if record is None else CapturedStep(*made, record), steps
+    return Step(*made) if recorder is None else CapturedStep(*made, recorder), steps
 
 
 def train_epoch(epoch: int, step: Step, epochs: int, print_freq: int = 100) -> dict[str, float]:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -418,3 +419,49 @@ def test_a_clock_that_jumps_changes_nothing(train, tmp_path, monkeypatch):
     assert read_metrics(whole) == read_metrics(jumped)
     seconds = [json.loads(line)["seconds"] for line in (jumped / "metrics.jsonl").read_text().splitlines()]
     assert all(value > 0 for value in seconds)
+
+
+_STARTS = """
+import os, sys
+from errors import SpeedUpFailed
+from helper.exits import exits, spares, without
+
+@exits("script.py", memory="-")
+def main(argv=None):
+    print("begins without", sorted(without()), sys.argv[1:], flush=True)
+    spares({"compile", "graph"} - set(sys.argv[1:]))
+    for option in ("graph", "compile"):
+        if option not in without():
+            raise SpeedUpFailed(option, "because")
+
+main(*eval(os.environ.get("ARGUMENTS", "()")))
+"""
+
+
+def starts(tmp_path, *options: str, **environment: str) -> tuple[int, list[str], list[str]]:
+    """Exit code, output and lines on stderr of a script that can neither be captured nor compiled."""
+    script = tmp_path / "script.py"
+    script.write_text(_STARTS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment.pop("EGA_WITHOUT", None)
+    found = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
+    return found.returncode, found.stdout.splitlines(), found.stderr.splitlines()
+
+
+def test_a_script_starts_again_without_what_made_it_fast(tmp_path):
+    code, said, errors = starts(tmp_path, "--epochs")
+    assert code == 0
+    assert said == [f"begins without {found} ['--epochs']" for found in ([], ["graph"], ["compile", "graph"])]
+    assert errors == [
+        "script.py: steps cannot be captured as a CUDA graph (because): starting again with --graph off",
+        "script.py: steps cannot be compiled (because): starting again with --compile off",
+    ]
+
+
+@pytest.mark.parametrize(("options", "environment"), [(["graph"], {}), ([], {"ARGUMENTS": "([],)"})])
+def test_but_not_where_it_was_asked_for_or_is_a_part_of_another_program(tmp_path, options, environment):
+    code, said, errors = starts(tmp_path, *options, **environment)
+    assert (code, len(said)) == (2, 1)
+    assert errors == [
+        "script.py: error: steps cannot be captured as a CUDA graph (because): use --graph off",
+    ]

@@ -9,7 +9,7 @@ import torch
 from dataset import DATASETS
 from dataset.views import CIFAR_VIEWS, CropViews, ResizedCropViews
 from distiller_zoo import METHODS
-from errors import InputError
+from errors import InputError, SpeedUpFailed
 from helper import options, runtime
 from helper.options import parse_student_options, parse_teacher_options
 from helper.runtime import resolve
@@ -442,3 +442,53 @@ def test_a_cosine_under_way_keeps_its_end(machine):
     opt = parse_student_options(["--schedule", "cosine", "--epochs", "9"])
     with pytest.raises(ValueError, match="cosine of 10 epochs cannot go on with --epochs 9"):
         resolve(opt, vars(opt) | {"epochs": 10, "compile": "off", "device": "cpu", "amp": "off"}, images=100)
+
+
+def test_without_pythons_headers_nothing_is_compiled(machine, monkeypatch, tmp_path, capsys):
+    """Neither Triton's launchers nor Inductor's kernels are built without them."""
+    machine.cuda, machine.compiler = True, "gcc"
+    monkeypatch.setattr(runtime.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert resolve(parse_student_options([]), None, images=10**9).compile == "off"
+    assert f"steps are not compiled, which makes them slower: that needs {tmp_path}/Python.h" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"--compile on needs .*Python\.h .*python3-dev.*; install it or use off"):
+        resolve(parse_student_options(["--compile", "on"]), None, images=10)
+    (tmp_path / "Python.h").touch()
+    assert resolve(parse_student_options([]), None, images=10**9).compile == "on"
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_told(machine, monkeypatch, capsys):
+    def old_driver():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
+    assert resolve(parse_student_options([]), None, images=100).device == "cpu"
+    assert "a GPU is here" not in capsys.readouterr().out
+    machine.compiler = "nvidia-smi"
+    assert resolve(parse_student_options([]), None, images=100).device == "cpu"
+    said = capsys.readouterr().out
+    assert "a GPU is here, but PyTorch" in said
+    assert "(The NVIDIA driver on your system is too old (found version 12040).): computing on the CPU" in said
+    with pytest.raises(InputError, match=r"finds no CUDA GPU here \(The NVIDIA driver .* too old"):
+        resolve(parse_student_options(["--device", "cuda"]), None, images=100)
+
+
+def test_what_failed_before_a_new_start_is_off_even_in_a_resumed_run(machine, monkeypatch):
+    machine.cuda, machine.compiler = True, "gcc"
+    recorded = {"device": "cuda", "amp": "bf16", "teacher_views": 7, "compile": "on", "graph": "on"}
+    for failed in ("graph", "compile", "compile graph"):
+        monkeypatch.setenv("EGA_WITHOUT", failed)
+        for before in (None, recorded):
+            opt = resolve(parse_student_options([]), before, images=10**9)
+            assert {name for name in ("compile", "graph") if getattr(opt, name) == "off"} == set(failed.split())
+    given = resolve(parse_student_options(["--graph", "on", "--compile", "on"]), None, images=10)
+    assert (given.graph, given.compile) == ("on", "on")
+
+
+def test_only_a_first_compiled_step_that_fails_says_that_compiling_did(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for values, error in (([0], SpeedUpFailed), ([1, 0], ZeroDivisionError)):
+        call = runtime.compiled(lambda x: 1 / x)
+        with pytest.raises(error):
+            [call(value) for value in values]
+    with pytest.raises(SpeedUpFailed, match=r"steps cannot be compiled \(ZeroDivisionError: division by zero\)"):
+        runtime.compiled(lambda x: 1 / x)(0)

@@ -531,3 +531,13 @@ def test_without_labels_the_last_is_the_best(tmp_path, capsys):
     assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == 2
     run.print_result()
     assert f"3 epochs without labels measured no accuracy, in {run.folder}" in capsys.readouterr().out
+
+
+def test_only_after_a_new_start_without_them_may_graphs_be_off(tmp_path, monkeypatch):
+    run = start(tmp_path, graph="on")
+    train(run, 1)
+    close(run)
+    with pytest.raises(ValueError, match="graph on, not off"):
+        start(tmp_path, graph="off")
+    monkeypatch.setenv("EGA_WITHOUT", "graph")
+    close(start(tmp_path, graph="off"))
