@@ -15,6 +15,7 @@ def evaluate(opt: argparse.Namespace) -> None:
     # These imports stand here so that neither --help nor a refused option waits for torch.
     from evaluation.accuracy import Accuracy, Corruptions
     from evaluation.answers import ask
+    from evaluation.embed import embed_folder
     from evaluation.probe import Transfer
     from evaluation.search import search
     from evaluation.subjects import open_subjects, save_dir
@@ -25,6 +26,9 @@ def evaluate(opt: argparse.Namespace) -> None:
         device = resolve_device(opt.device)
         if opt.searches:
             print(search(opt, device))
+            return
+        if opt.embed is not None:
+            print(embed_folder(opt, device))
             return
 
         subjects = open_subjects(opt.runs, opt, device)

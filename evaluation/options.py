@@ -1,6 +1,7 @@
 """The command line of evaluate.py."""
 
 import argparse
+from pathlib import Path
 
 from dataset import DATASETS, FROM_FILES
 from helper.parser import Parser, names_file, positive_int
@@ -38,8 +39,14 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--images", metavar="DIR", help="the folder that is searched, with all folders in it")
     group.add_argument("--top", type=positive_int, default=20, help="images on the contact sheet")
-    group.add_argument("--out", metavar="PNG", help="the contact sheet; if unset, RUN/search_TEXT.png")
-    group.add_argument("--force", action="store_true", help="overwrite it, and the scores beside it")
+    group = parser.add_argument_group("embeddings")
+    what = "embed all pictures below this folder, in the order of their paths, and write --out"
+    group.add_argument("--embed", metavar="DIR", help=what)
+    group.add_argument("--teacher", action="store_true", help="the teacher's embeddings, not the student's")
+    group = parser.add_argument_group("output of a search and of embeddings")
+    what = "search: the contact sheet, if unset RUN/search_TEXT.png; embed: a file .npz, .csv or .parquet"
+    group.add_argument("--out", metavar="FILE", help=what)
+    group.add_argument("--force", action="store_true", help="overwrite it, and a search's scores beside it")
     opt = parser.parse_args(argv)
 
     if opt.image_size and "folder" not in (opt.dataset, opt.probe):
@@ -53,10 +60,17 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--search needs --images, the folder that is searched")
     if opt.search is not None and not opt.search.strip():
         parser.error("--search: the text is empty")
-    if not opt.searches and (opt.images is not None or opt.out is not None):
+    if not opt.searches and (opt.images is not None or (opt.out is not None and opt.embed is None)):
         parser.error("--images and --out belong to a search: say for what, --search TEXT or --search_image FILE")
-    if opt.searches and (len(opt.runs) > 1 or opt.probe or opt.zero_shot or opt.corruptions):
-        parser.error("a search is done by one RUN, and alone: leave the others out")
+    if opt.embed is None and opt.teacher:
+        parser.error("--teacher says which embeddings --embed DIR gives; leave it out")
+    if opt.embed is not None and (opt.out is None or Path(opt.out).suffix not in (".npz", ".csv", ".parquet")):
+        parser.error("--embed needs --out FILE, a file .npz, .csv or .parquet")
+    if opt.searches or opt.embed is not None:
+        others = (opt.probe, opt.zero_shot, opt.corruptions, opt.searches and opt.embed is not None)
+        if len(opt.runs) > 1 or any(others):
+            what = "a search is done" if opt.searches else "--embed is answered"
+            parser.error(f"{what} by one RUN, and alone: leave the others out")
     if len(opt.runs) > 1 and opt.checkpoint not in ("best", "last"):
         parser.error(f"--checkpoint {opt.checkpoint} is a file of one RUN, not of {len(opt.runs)}")
     return opt

@@ -10,18 +10,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
-from dataset.decode import BadImage, read_rgb
-from dataset.files import is_image, shown
+from dataset.decode import BadImage, read_rgb, read_square
+from dataset.files import shown
 from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun, read_run
 
-from . import load_student
-from .student import Predictor
+from .embed import count_pictures, embed_pictures, pictures_below, student_embed
+from .student import open_student
 from .zero_shot import check_understands_text, load_text_encoder
-
-_BATCH = 256
 
 # The contact sheet, in pixels.
 _CELL, _MARGIN, _LINE, _FONT = 160, 12, 18, 13
@@ -51,21 +50,22 @@ def search(opt, device: str) -> Path:
     picture, scores = _outputs(opt, run.folder, query)
     if opt.search is not None:
         check_understands_text(run)
-    files = image_files(Path(opt.images))
-    net, transform, _ = load_student(run, opt.checkpoint)
-    net.to(device)
+    count = count_pictures(Path(opt.images), "--images")
+    student = open_student(run, opt.checkpoint)
+    embed = student_embed(student, device)
     if opt.search is not None:
         wanted = embed_text(run, query)
     else:
-        image = read_image(Path(opt.search_image))
-        if image is None:
-            raise InputError(f"--search_image {opt.search_image} cannot be read as an image")
-        wanted = _embed(net, [transform(image)], device)[0]
-    found, embeddings = embed_files(net, transform, files, device)
+        wanted = _embed_example(Path(opt.search_image), student.stored_size, embed, device)
+    paths = tqdm(pictures_below(Path(opt.images)), "searching", count, unit="image")
+    found, similarities = [], []
+    for batch, embeddings in embed_pictures(paths, student.stored_size, embed, device):
+        found += batch
+        similarities.append(F.normalize(embeddings, dim=1) @ wanted)
     if not found:
         raise InputError(f"--images {opt.images}: none of its images can be read")
 
-    similarity = embeddings @ wanted
+    similarity = torch.cat(similarities)
     order = similarity.argsort(descending=True, stable=True).tolist()
     ranked = [(float(similarity[row]), found[row]) for row in order]
     example = None if opt.search_image is None else Path(opt.search_image)
@@ -93,50 +93,14 @@ def _outputs(opt, folder: Path, query: str) -> tuple[Path, Path]:
     return picture, scores
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The files below a folder that are images by their names, in order.
-
-    Raises:
-        InputError: the folder is missing, or holds none.
-    """
-    if not folder.is_dir():
-        raise InputError(f"--images {folder} is not a folder")
-    files = sorted(path for path in folder.rglob("*") if is_image(path.name) and path.is_file())
-    if not files:
-        raise InputError(f"--images {folder} holds no images")
-    return files
-
-
-def read_image(path: Path) -> Image.Image | None:
-    """An image, see ``upright_rgb``; None for a file that cannot be read as one."""
+def _embed_example(path: Path, side: int, embed: Callable[[Tensor], Tensor], device: str) -> Tensor:
+    """The embedding (D,) of unit norm of the image that is searched for."""
     try:
-        return read_rgb(path)
-    except (BadImage, OSError):
-        return None
-
-
-@torch.no_grad()
-def _embed(net: Predictor, images: list[Tensor], device: str) -> Tensor:
-    """Embeddings (B, D) of unit norm, on the CPU."""
-    return F.normalize(net.embed(torch.stack(images).to(device)).float(), dim=1).cpu()
-
-
-def embed_files(
-    net: Predictor, transform: Callable[[Image.Image], Tensor], files: list[Path], device: str
-) -> tuple[list[Path], Tensor]:
-    """The files that can be read as images, and their embeddings (N, D) of unit norm; a line names the others."""
-    found, unreadable, embeddings, batch = [], [], [], []
-    for path in files:
-        image = read_image(path)
-        (unreadable if image is None else found).append(path)
-        if image is not None:
-            batch.append(transform(image))
-        if batch and (len(batch) == _BATCH or path is files[-1]):
-            embeddings.append(_embed(net, batch, device))
-            batch = []
-    if unreadable:
-        print(f"skipped, as they cannot be read as images: {', '.join(shown(str(path)) for path in unreadable)}")
-    return found, torch.cat(embeddings) if embeddings else torch.empty(0)
+        pixels = torch.from_numpy(read_square(path, side)[None].copy()).permute(0, 3, 1, 2)
+    except (BadImage, OSError) as error:
+        raise InputError(f"--search_image {path} cannot be read as an image") from error
+    with torch.no_grad():
+        return F.normalize(embed(pixels.to(device))[0].float(), dim=0).cpu()
 
 
 @torch.no_grad()
@@ -172,7 +136,7 @@ def contact_sheet(ranked: list[tuple[float, Path]], title: str, example: Path | 
     draw.text((_MARGIN, _MARGIN), _shortened(title, sheet.width - 2 * _MARGIN, font), "black", font)
     for place, (path, line, name) in enumerate(cells):
         left, top = _MARGIN + place % columns * width, _LINE + 2 * _MARGIN + place // columns * height
-        image = read_image(path)
+        image = read_rgb(path)
         # Small pictures keep their pixels.
         small = max(image.size) * 2 <= _CELL
         image = ImageOps.contain(image, (_CELL, _CELL), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)

@@ -1,12 +1,14 @@
 """Files that are either whole or not there: written beside their target, flushed, renamed."""
 
 import argparse
+import contextlib
 import copy
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -15,8 +17,11 @@ from errors import InputError, writing
 from models.weights import load_plain
 
 
-def write_bytes(data: bytes, path: Path) -> None:
-    """Replace a file's content; after a crash at any moment the file holds the old or the new, nothing between.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, which takes the place of ``path`` at the end of the block, unless an error ends the block.
+
+    After a crash at any moment the file holds the old content or the new, nothing between.
 
     Raises:
         WriteError: the file cannot be written; it keeps the old content.
@@ -25,7 +30,7 @@ def write_bytes(data: bytes, path: Path) -> None:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -36,6 +41,12 @@ def write_bytes(data: bytes, path: Path) -> None:
             os.fsync(folder)  # the rename itself must survive too
         finally:
             os.close(folder)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Replace a file's content, see ``replacing``."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def write_json(value: Any, path: Path) -> None:
