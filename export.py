@@ -37,7 +37,7 @@ def export_student(opt: argparse.Namespace) -> None:
                 quantize(exported, dataset, student.normalization)
                 config["quantized"] = opt.quantize
                 config["accuracy"] = check(student, exported, config, dataset)
-                config |= check_kernels(exported, config, dataset)
+                config |= check_kernels(student, exported, config, dataset)
                 print(processors(config))
                 rows += [Row(f"{config['architecture']}, {opt.quantize}", config["accuracy"], cost(exported))]
             write_beside(folder, config, student.classes, cost_table(rows))

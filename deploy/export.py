@@ -271,7 +271,7 @@ def check(opened: TrainedStudent, exported: Exported, config: dict, dataset: Ima
 
 
 @torch.no_grad()
-def check_kernels(exported: Exported, config: dict, dataset: ImageDataset) -> dict:
+def check_kernels(opened: TrainedStudent, exported: Exported, config: dict, dataset: ImageDataset) -> dict:
     """Compare an 8-bit file with itself, computed in float32, on all test images; print how far they agree.
 
     With graph optimisations onnxruntime computes in 8 bits, with instructions that differ from processor to processor;
@@ -284,12 +284,12 @@ def check_kernels(exported: Exported, config: dict, dataset: ImageDataset) -> di
         What config.json says of it: ``processor``, its name, and ``same_class``, the share of images (%) that both give
         the same class.
     """
-    facts, test, same = config["input"], dataset.test, 0
+    test, same = dataset.test, 0
     what = f"{exported.path.name}, {config['quantized']}"
     print(f"checking {what}, against itself in float32", flush=True)
     fast, exact = (open_onnx(exported.path, optimized=optimized) for optimized in (True, False))
     for _, pixels in test_views(dataset, test, torch.arange(len(test))):
-        image = pixels if exported.network.takes_pixels else normalize(pixels, (facts["mean"], facts["std"]))
+        image = pixels if exported.network.takes_pixels else normalize(pixels, opened.normalization)
         same += int((fast(image)[0].argmax(1) == exact(image)[0].argmax(1)).sum())
     found = {"processor": processor(), "same_class": 100 * same / len(test)}
     print(f"{what}: computed in float32, it gives {found['same_class']:.2f} % of the images the same class")

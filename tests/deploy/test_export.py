@@ -296,6 +296,17 @@ def test_8_bit_pixels_go_into_an_8_bit_network(run, untimed, data, tmp_path, mon
     assert sizes[1] < sizes[0] / 1.5
 
 
+def test_normalised_images_go_into_an_8_bit_network(run, untimed, data, tmp_path):
+    folder = tmp_path / "out"
+    export_to(folder, run, "--quantize", "int8")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["quantized"], config["input"]["dtype"]) == ("int8", "float32")
+    image = normalize(data.test.images, open_student(run).normalization).numpy()
+    sessions = (onnx_session(folder / "model.onnx", optimized) for optimized in (True, False))
+    logits, plain = (session.run(["logits"], {"image": image})[0] for session in sessions)
+    assert config["same_class"] == pytest.approx(100 * (logits.argmax(1) == plain.argmax(1)).mean())
+
+
 def test_a_program_of_torch_export(run, onnx, without_onnx, data, tmp_path):
     folder = tmp_path / "out"
     export_to(folder, run, "--format", "exported")
