@@ -120,8 +120,8 @@ def run_table(runs: list[StoredRun], against: str | None = None) -> str:
 
     Args:
         against: a method that each row is compared with, in the last epoch: how far that method is ahead, p, and p with
-            Holm's correction for all tests of the table. See ``compare`` for the test. Of several rows of the method,
-            the one with the most similar options is taken, then the one with the most runs.
+            Holm's correction for all tests of the table. See ``compare`` for the test. Where the method has
+            several rows, the one with the most similar options is taken, then the one with the most runs.
 
     Raises:
         InputError: no run is of that method.

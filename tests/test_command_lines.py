@@ -25,7 +25,7 @@ from helper.parser import Parser
 from helper.run import Run
 from models import create_model
 
-# Of these a run starts from what is given last; the student and the steps are small.
+# A run starts from the last of these that is given; the student and the steps are small.
 BASE = {
     train_student: ["--clip_mode", "{clip}", "--model_s", "resnet8"],
     train_teacher: ["--model", "{clip}"],

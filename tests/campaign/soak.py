@@ -32,7 +32,7 @@ SOAK_AT = (2_000, 20_000)
 
 
 def resources() -> dict[str, int]:
-    """Of this process: resident memory in KiB, open files, threads."""
+    """This process's resident memory in KiB, open files, threads."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     files = len(os.listdir("/proc/self/fd"))
     return {"KiB": int(status["VmRSS"].split()[0]), "files": files, "threads": int(status["Threads"])}

@@ -14,7 +14,7 @@ from benchmarks.random_clip import write_archive
 from conftest import TINY_VIT, make_dataset
 from models import create_model
 
-# Of few words, which a teacher of images does not need.
+# It knows few words: a teacher of images needs none.
 SMALL_VIT = (*TINY_VIT[:6], 100, *TINY_VIT[7:])
 
 COMMON = ["--dataset", "tiny", "--device", "cpu", "--amp", "off", "--batch_size", "16"]

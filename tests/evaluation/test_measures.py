@@ -11,7 +11,7 @@ from helper.util import accuracy
 
 @pytest.fixture(scope="module")
 def logits():
-    """Of a student and its teacher, 200 samples and 7 classes, and the targets."""
+    """The logits of a student and its teacher, for 200 samples and 7 classes, and the targets."""
     generator = torch.Generator().manual_seed(0)
     teacher = 3 * torch.randn(200, 7, generator=generator)
     student = teacher + torch.randn(200, 7, generator=generator)
@@ -51,7 +51,7 @@ def test_confusion_and_accuracy_by_class(logits):
 
 
 def test_of_equal_logits_the_same_class_counts_everywhere():
-    """Of ties topk and argmax may take different ones."""
+    """topk and argmax may take different ones of ties."""
     tied = torch.randint(3, (500, 10), generator=torch.Generator().manual_seed(0)).float()
     targets = torch.arange(500) % 10
     matrix = measures.confusion(tied.argmax(dim=1), targets, 10)

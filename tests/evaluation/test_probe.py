@@ -19,7 +19,7 @@ from evaluation import probe
 
 @pytest.fixture(scope="module")
 def features():
-    """Of 5 overlapping classes, in 12 dimensions of very different scale and one that is constant."""
+    """5 overlapping classes, in 12 dimensions of very different scale and one that is constant."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(5, 12, generator=generator)
     targets = torch.arange(400) % 5

@@ -270,7 +270,7 @@ def test_a_labelled_image_weighs_the_same_whatever_batch_it_is_in():
 
 
 def test_an_epochs_averages_count_those_that_have_a_label():
-    """Of 5, 0 and 2 labels in steps of 10, in whose means those without count as zero."""
+    """Steps of 10 with 5, 0 and 2 labels; samples without one count as zero in a step's mean."""
     totals = Totals()
     for value, labelled in ((0.5, 5), (0.0, 0), (1.6, 2)):
         losses = {"loss_cls": torch.tensor(value), "loss_distill": torch.tensor(value)}

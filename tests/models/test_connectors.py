@@ -149,7 +149,7 @@ def test_unequal_numbers_of_maps_are_refused(module):
 
 
 def names(prefix: str, use_bn: bool) -> list[str]:
-    """Of three convolutions, each followed by batch norm or nothing and an activation."""
+    """The names of three convolutions, each followed by batch norm or nothing and an activation."""
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"] if use_bn else []
     entries = [[f"{3 * i}.weight", f"{3 * i}.bias", *(f"{3 * i + 1}.{name}" for name in norm)] for i in range(3)]
     return [f"{prefix}.{entry}" for layer in entries for entry in layer]

@@ -53,7 +53,7 @@ def test_convolutions_start_with_he_initialisation_and_norms_and_classifier_with
     model = ResNet50(num_classes=100)
     last = model.layer4[2]
     assert last.conv2.weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)
-    # Of the outputs, not of the inputs.
+    # Fan-out counts the outputs, not the inputs.
     assert last.conv3.weight.std().item() == pytest.approx(math.sqrt(2 / 2048), rel=0.01)
     # No residual branch starts at zero.
     assert (last.bn3.weight == 1).all()

@@ -55,7 +55,7 @@ def test_convolutions_start_with_he_initialisation_and_the_classifier_without_bi
     model = wrn_16_2(num_classes=100)
     last = model.block3.layer[1].conv2.weight
     assert last.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.01)
-    # Of the outputs, not of the inputs.
+    # Fan-out counts the outputs, not the inputs.
     assert model.block3.layer[0].conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.01)
     assert not model.fc.bias.any()
     # The classifier's weights keep torch's uniform start.
