@@ -63,9 +63,9 @@ def _fixed_point(shares: list[tuple[int, list[float]]], size_in: int, bits: int)
 
 
 @functools.lru_cache(maxsize=16)
-def _weights(size_in: int, size_out: int, interpolation: str) -> Tensor:
+def _weights(size_in: int, size_out: int, interpolation: str, device: torch.device) -> Tensor:
     """Pillow's fixed-point weights of one axis as a dense (size_out, size_in) float64 matrix of integers."""
-    return _fixed_point(_shares(size_in, size_out, interpolation), size_in, _FRACTION_BITS)
+    return _fixed_point(_shares(size_in, size_out, interpolation), size_in, _FRACTION_BITS).to(device)
 
 
 def _round_to_8_bits(x: Tensor, unit: float | Tensor = 2.0**-_FRACTION_BITS) -> Tensor:
@@ -75,9 +75,9 @@ def _round_to_8_bits(x: Tensor, unit: float | Tensor = 2.0**-_FRACTION_BITS) -> 
 def resize(images: Tensor, size: int, interpolation: str = "bicubic", antialias: bool = True) -> Tensor:
     """Resize to a square, bit for bit as Pillow's ``Image.resize((size, size), interpolation)`` does a square.
 
-    Pillow sums integers, horizontally first, and rounds to 8 bits after each pass. Products and sums of
-    those integers stay below 2**53, so float64 matrix products give them exactly, on any device. Newer releases of
-    Pillow resize vertically first where a picture is narrower than ``size`` and higher.
+    Pillow sums integers, horizontally first, and rounds to 8 bits after each pass. Products and sums of those integers
+    stay below 2**53, so that float64 matrix products give them exactly, on any device. Newer releases of Pillow resize
+    vertically first where a picture is narrower than ``size`` and higher.
 
     Args:
         images: (B, C, H, W) uint8.
@@ -105,9 +105,9 @@ def resize(images: Tensor, size: int, interpolation: str = "bicubic", antialias:
             return x.round_().clamp_(0, 255).to(torch.uint8)
         x = images.double()
         if width != size:
-            x = _round_to_8_bits(x @ _weights(width, size, interpolation).to(images.device).T)
+            x = _round_to_8_bits(x @ _weights(width, size, interpolation, x.device).T)
         if height != size:
-            x = _round_to_8_bits(_weights(height, size, interpolation).to(images.device) @ x)
+            x = _round_to_8_bits(_weights(height, size, interpolation, x.device) @ x)
         return x.to(torch.uint8)
 
 
@@ -134,14 +134,18 @@ def _native_weights(size_in: int, size_out: int, interpolation: str) -> tuple[Te
 @functools.lru_cache(maxsize=4)
 def _box_weights(stored: int, size: int, interpolation: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """``_native_weights`` for every box length up to ``stored``, (stored + 1, size, stored) and (stored + 1,)."""
-    table, unit = torch.zeros(stored + 1, size, stored, dtype=torch.float64), torch.zeros(stored + 1).double()
+    table, unit = torch.zeros(stored + 1, size, stored), torch.zeros(stored + 1)
     for length in range(1, stored + 1):
         table[length, :, :length], unit[length] = _native_weights(length, size, interpolation)
     return table.to(device), unit.to(device)
 
 
 def _resize_boxes_at_once(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
-    """Resize each image's box bit for bit as torch's kernel of 8-bit pixels does, on any device."""
+    """Resize each image's box as torch's kernel of 8-bit pixels does, on any device.
+
+    Sums of those weights and pixels fit into float32, unless a picture shrinks to less than a quarter: a value that is
+    nearly half-way between two levels may then go to the other one. Many GPUs are slow in float64.
+    """
     batch, channels, stored, _ = images.shape
     table, unit = _box_weights(stored, size, interpolation, images.device)
     top, left, height, width = boxes.T
@@ -149,7 +153,7 @@ def _resize_boxes_at_once(images: Tensor, boxes: Tensor, size: int, interpolatio
     # A box begins at pixel 0; pixels beyond it weigh nothing.
     rows, columns = ((start[:, None] + pixel).clamp(max=stored - 1) for start in (top, left))
     image = torch.arange(batch, device=images.device)[:, None, None]
-    x = images[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 1, 3, 2).double()
+    x = images[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 1, 3, 2).float()
     x = _round_to_8_bits(x.flatten(1, 2) @ table[width].mT, unit[width][:, None, None])
     x = _round_to_8_bits(table[height] @ x.view(batch, stored, channels * size), unit[height][:, None, None])
     # The order is rows, channels, columns; it is kept as rows, columns, channels.

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import itertools
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -317,6 +319,41 @@ def test_what_gpus_compute_of_boxes_is_what_cpus_do_bit_for_bit(size, interpolat
     boxes, images = torch.stack([top, left, height, width], dim=1), stored_photos(64, 64)
     expected = resize_boxes(images, boxes, torch.zeros(64).long(), size, interpolation)
     assert torch.equal(_resize_boxes_at_once(images, boxes, size, interpolation), expected)
+
+
+def test_boxes_that_shrink_to_less_than_a_quarter_are_within_one_level():
+    """Sums in float32 are then no longer exact."""
+    images, generator = stored_photos(64, 96), torch.Generator().manual_seed(0)
+    length = torch.randint(64, 97, (64,), generator=generator)
+    start = (torch.rand(64, generator=generator) * (97 - length)).long()
+    boxes = torch.stack([start, start, length, length.flip(0).clamp(max=96 - start)], dim=1)
+    for interpolation in ("bilinear", "bicubic"):
+        expected = resize_boxes(images, boxes, torch.zeros(64).long(), 8, interpolation).int()
+        differences = (_resize_boxes_at_once(images, boxes, 8, interpolation).int() - expected).abs()
+        assert differences.max() <= 1
+        assert differences.double().mean() < 1e-3
+
+
+def test_the_weights_of_a_resize_are_copied_to_a_device_once(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for this device
+
+    class Copies(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if function.overloadpacket.__name__ == "_to_copy":
+                Copies.seen += args[0].device != made.device
+            return made
+
+    images, view = torch.zeros(2, 3, 24, 24, dtype=torch.uint8, device="meta"), torch.zeros(2, device="meta").long()
+    found = []
+    for _ in range(3):
+        with Copies():
+            crop_resize_flip(images, view, 36, padding=3)
+        found.append(Copies.seen)
+    assert found[0] > 0
+    assert found == found[:1] * 3
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), [("lanczos", True), ("bilinear", False)])
