@@ -25,7 +25,7 @@ def __getattr__(name: str):
 
 def _loader(file: str, name: str) -> Callable[..., ImageDataset]:
     """A function of one of these files; the call imports the file."""
-    return lambda *args: getattr(importlib.import_module(f".{file}", __name__), name)(*args)
+    return lambda *args, **options: getattr(importlib.import_module(f".{file}", __name__), name)(*args, **options)
 
 
 DATASETS = {
@@ -40,6 +40,10 @@ FROM_FILES = {
     "tinyimagenet": _loader("tinyimagenet", "load_tinyimagenet"),
     "folder": _loader("folder", "load_folder"),
 }
+
+
+# Options of data sets that are image files; other data sets leave them alone.
+FILE_OPTIONS = ("image_size", "max_bad_images", "holdout", "exact_decode")
 
 
 def check_image_size(name: str, image_size: int | None) -> None:
@@ -78,7 +82,7 @@ def open_dataset(options: dict) -> ImageDataset:
     Raises:
         InputError, OSError: see ``load_dataset`` and ``ImageDataset.without``.
     """
-    known = {name: options[name] for name in ("image_size", "max_bad_images", "holdout") if name in options}
+    known = {name: options[name] for name in FILE_OPTIONS if name in options}
     dataset = load_dataset(options["dataset"], options["data_dir"], save_dir=options["save_dir"], **known)
     return dataset.without(options["leave_out"]) if options.get("leave_out") else dataset
 
@@ -91,6 +95,7 @@ def load_dataset(
     save_dir: str = "./save",
     max_bad_images: int = 0,
     holdout: float | None = None,
+    exact_decode: bool = False,
 ) -> ImageDataset:
     """Load a data set by name.
 
@@ -98,7 +103,7 @@ def load_dataset(
         name: a key of ``DATASETS`` or ``FROM_FILES``.
         data_dir: the folder that it lies in, or is downloaded to.
         image_size: see ``load_folder``; no other data set has it.
-        save_dir, max_bad_images: see ``open_images``; for data sets that are image files.
+        save_dir, max_bad_images, exact_decode: see ``open_images``; for data sets that are image files.
         holdout: see ``load_folder``.
 
     Raises:
@@ -109,7 +114,7 @@ def load_dataset(
         raise InputError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *FROM_FILES])}")
     check_image_size(name, image_size)
     if name == "folder":
-        return FROM_FILES[name](data_dir, image_size, save_dir, max_bad_images, holdout)
+        return FROM_FILES[name](data_dir, image_size, save_dir, max_bad_images, holdout, exact_decode)
     if name in FROM_FILES:
-        return FROM_FILES[name](data_dir, save_dir, max_bad_images)
+        return FROM_FILES[name](data_dir, save_dir, max_bad_images, exact_decode)
     return DATASETS[name](data_dir)

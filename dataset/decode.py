@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 # Pillow needs another program for these formats, or has no decoder for them.
 _NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -17,6 +18,10 @@ EXTENSIONS = frozenset(extension for extension, name in Image.registered_extensi
 
 # The way a picture is resized, in the key of the file of results; another way needs another name.
 RESAMPLING = "short side, Pillow's bicubic, centre"
+SCALED = f"{RESAMPLING}; large JPEGs decoded at a half, a quarter or an eighth"
+
+# A JPEG is decoded at a smaller scale if at least so many times the wanted size is left for the resampling.
+_LEFT = 2
 
 _ORIENTATION = 0x0112  # EXIF's tag
 
@@ -25,12 +30,18 @@ class BadImage(ValueError):
     """A file that cannot be decoded; the message says why."""
 
 
-def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
+def read_square(path: str | os.PathLike, side: int, exact: bool = False) -> np.ndarray:
     """The centre of a picture, its short side resized to ``side`` pixels.
 
     The pixels are those of torchvision's ``Resize(side)`` with bicubic interpolation and ``CenterCrop(side)`` on the
     PIL image, as in the usual evaluation on ImageNet. A wide picture loses its sides, a high one its top and bottom.
-    A JPEG is decoded at its full size: Pillow's draft mode is faster, but gives other pixels.
+
+    A JPEG with a short side of four times ``side`` or more is decoded at a half, a quarter or an eighth, which libjpeg
+    does in a fraction of the time. At least twice ``side`` is left, and then resized. Pixels differ by a few levels;
+    docs/performance.md has the numbers.
+
+    Args:
+        exact: decode every JPEG at its full size.
 
     Returns:
         (side, side, 3) uint8.
@@ -38,7 +49,19 @@ def read_square(path: str | os.PathLike, side: int) -> np.ndarray:
     Raises:
         BadImage, OSError: see ``read_rgb``.
     """
-    return read_rgb(path, lambda image: np.asarray(square(image, side)))
+
+    def use(image: Image.Image) -> np.ndarray:
+        scaled = None
+        if not exact and isinstance(image, JpegImageFile) and min(image.size) >= 2 * _LEFT * side:
+            size = _resized(*image.size, side)
+            scaled = image.draft(None, (_LEFT * side, _LEFT * side))
+        if scaled is None:
+            return np.asarray(square(upright_rgb(image), side))
+        # A scaled picture may end with a part of a pixel: the box says where.
+        resized = _to_rgb(image).resize(size, Image.Resampling.BICUBIC, box=scaled[1])
+        return np.asarray(_centre(_upright(resized), side))
+
+    return _read(path, use)
 
 
 def read_rgb(path: str | os.PathLike, use: Callable[[Image.Image], Any] = Image.Image.copy) -> Any:
@@ -52,12 +75,17 @@ def read_rgb(path: str | os.PathLike, use: Callable[[Image.Image], Any] = Image.
             8 bits.
         OSError: the file cannot be read at all.
     """
+    return _read(path, lambda image: use(upright_rgb(image)))
+
+
+def _read(path: str | os.PathLike, use: Callable[[Image.Image], Any]) -> Any:
+    """Do as ``read_rgb``, with the picture as it lies in its file, not decoded yet."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF blocks, say
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
-                return use(upright_rgb(image))
+                return use(image)
     except UnidentifiedImageError:
         raise BadImage("not an image, or damaged at its beginning") from None
     except Exception as error:  # a damaged file makes Pillow raise whatever it stumbles over
@@ -98,11 +126,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    short, long = sorted(image.size)
+    """The centre of a picture, its short side resized to ``side`` pixels.
+
+    Raises:
+        BadImage: the picture is too long.
+    """
+    return _centre(image.resize(_resized(*image.size, side), Image.Resampling.BICUBIC), side)
+
+
+def _resized(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height of a picture after its short side was resized to ``side``."""
+    short, long = sorted((width, height))
     resized = int(side * long / short)
     if side * resized > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"{image.width} x {image.height} pixels, too long for their other side")
+        raise BadImage(f"{width} x {height} pixels, too long for their other side")
+    return (resized, side) if width > height else (side, resized)
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    cut = round((max(image.size) - side) / 2)
     landscape = image.width > image.height
-    image = image.resize((resized, side) if landscape else (side, resized), Image.Resampling.BICUBIC)
-    cut = round((resized - side) / 2)
     return image.crop((cut, 0, cut + side, side) if landscape else (0, cut, side, cut + side))

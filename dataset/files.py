@@ -26,7 +26,7 @@ from tqdm import tqdm
 from errors import InputError, WriteError, writing
 
 from .chunks import Chunk, ChunkFile
-from .decode import EXTENSIONS, RESAMPLING, BadImage, read_square
+from .decode import EXTENSIONS, RESAMPLING, SCALED, BadImage, read_square
 
 # Images that one process decodes at a time; part of the key.
 CHUNK = 64
@@ -90,7 +90,13 @@ def list_images(root: Path, folder: str) -> tuple[list[ImageFile], list[str]]:
 
 
 def open_images(
-    name: str, root: Path, splits: Sequence[Sequence[ImageFile]], side: int, save_dir: str, max_bad: int = 0
+    name: str,
+    root: Path,
+    splits: Sequence[Sequence[ImageFile]],
+    side: int,
+    save_dir: str,
+    max_bad: int = 0,
+    exact: bool = False,
 ) -> tuple[list[Squares], str]:
     """Decode the images that are not there yet; returns each split's images and a fingerprint of all.
 
@@ -105,20 +111,21 @@ def open_images(
         side: height and width in pixels; see ``read_square``.
         save_dir: folder of all results.
         max_bad: files that cannot be decoded are left out, up to so many.
+        exact: decode large JPEGs at their full size too, see ``read_square``.
 
     Raises:
         InputError: more files cannot be decoded, or none of a split can.
         WriteError: there is no room for the images, or their file cannot be written.
         OSError: the images' folder cannot be made, or a file cannot be read.
     """
-    about = {"side": side, "resampling": RESAMPLING, "chunk": CHUNK}
+    about = {"side": side, "resampling": RESAMPLING if exact else SCALED, "chunk": CHUNK}
     key = hashlib.sha256(json.dumps([about, splits]).encode()).hexdigest()
     folder = Path(save_dir) / "images" / f"{name}_{key[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --save_dir") from error
-    store = _Store(folder, root, [[file.name for file in split] for split in splits], side)
+    store = _Store(folder, root, [[file.name for file in split] for split in splits], side, exact)
     described = folder / "images.json"
     if store.state() is None or _recorded(described) != store.state():
         store.fill()
@@ -158,8 +165,8 @@ class _Store:
     that was written before a bad file was known, and would now hold other files, thus counts as missing.
     """
 
-    def __init__(self, folder: Path, root: Path, names: list[list[str]], side: int):
-        self.folder, self.root, self.names, self.side = folder, root, names, side
+    def __init__(self, folder: Path, root: Path, names: list[list[str]], side: int, exact: bool):
+        self.folder, self.root, self.names, self.side, self.exact = folder, root, names, side, exact
         self.bad_path = folder / "bad.jsonl"
         self.files = ChunkFile(folder / "images.u8", folder / "crc32.u32", np.uint8, (side, side, 3))
         lengths = [len(split) for split in names]
@@ -287,7 +294,7 @@ class _Store:
             for row, (split, file) in zip(squares, files, strict=True):
                 name = self.names[split][file]
                 try:
-                    row[:] = read_square(self.root / name, self.side)
+                    row[:] = read_square(self.root / name, self.side, self.exact)
                 except BadImage as error:
                     found.append({"split": split, "file": file, "name": name, "error": str(error)})
             if not found:

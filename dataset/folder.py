@@ -18,7 +18,12 @@ _SMALL = 96
 
 
 def load_folder(
-    data_dir: str, image_size: int, save_dir: str, max_bad_images: int = 0, holdout: float | None = None
+    data_dir: str,
+    image_size: int,
+    save_dir: str,
+    max_bad_images: int = 0,
+    holdout: float | None = None,
+    exact_decode: bool = False,
 ) -> ImageDataset:
     """The images of a folder, as ImageNet's usual layout has them.
 
@@ -29,7 +34,7 @@ def load_folder(
     Args:
         data_dir: the folder.
         image_size: height and width of what the student sees.
-        save_dir, max_bad_images: see ``open_images``.
+        save_dir, max_bad_images, exact_decode: see ``open_images``.
         holdout: if there is neither test/ nor val/, this share of each class of the training split becomes the test
             split.
 
@@ -79,10 +84,9 @@ def load_folder(
         )
     files, targets = files + unlabelled, targets + [-1] * len(unlabelled)
 
-    # Photographs are stored larger than the student sees them, as in ImageNet's usual evaluation: 256 pixels for 224.
-    side = image_size if image_size <= _SMALL else round(image_size * 8 / 7)
+    side = stored_side(image_size)
     views = (CropViews if image_size <= _SMALL else ResizedCropViews)(image_size)
-    splits, sha256 = open_images(name, root, (files, test_files), side, save_dir, max_bad_images)
+    splits, sha256 = open_images(name, root, (files, test_files), side, save_dir, max_bad_images, exact_decode)
     train_split, test_split = (
         Split(split.images, torch.tensor(every)[split.files], mapped=True)
         for split, every in zip(splits, (targets, test_targets), strict=True)
@@ -94,6 +98,14 @@ def load_folder(
             raise InputError(f"no image in {root / 'train' / shown(empty)} can be decoded: repair them, or delete it")
     names = told_apart(class_names(root / "classes.txt", classes), [shown(folder) for folder in classes])
     return ImageDataset(name, names, train_split, test_split, views=views, sha256=sha256, holdout=holdout)
+
+
+def stored_side(image_size: int) -> int:
+    """Height and width in pixels of the stored images.
+
+    Photographs are stored larger than the student sees them, as in ImageNet's usual evaluation: 256 pixels for 224.
+    """
+    return image_size if image_size <= _SMALL else round(image_size * 8 / 7)
 
 
 def _check_outside(root: Path, split: str) -> None:

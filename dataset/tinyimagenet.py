@@ -25,10 +25,16 @@ ARCHIVE = Archive(
 )
 
 
-def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> ImageDataset:
+def load_tinyimagenet(
+    data_dir: str, save_dir: str, max_bad_images: int = 0, exact_decode: bool = False
+) -> ImageDataset:
     """100 000 training and 10 000 test images of 64 x 64 pixels in 200 classes; downloaded when missing.
 
     Classes are ordered by their WordNet numbers. The test split is val/: the labels of test/ were not published.
+
+    Args:
+        data_dir: the folder that it lies in, or is downloaded to.
+        save_dir, max_bad_images, exact_decode: see ``open_images``.
 
     Raises:
         InputError: see ``open_images``.
@@ -52,7 +58,7 @@ def load_tinyimagenet(data_dir: str, save_dir: str, max_bad_images: int = 0) -> 
     test_targets = torch.tensor([annotations[file.name] for file in test_files])
 
     files = (train_files, test_files)
-    (train, test), sha256 = open_images("tinyimagenet", root, files, SIZE, save_dir, max_bad_images)
+    (train, test), sha256 = open_images("tinyimagenet", root, files, SIZE, save_dir, max_bad_images, exact_decode)
     return ImageDataset(
         "tinyimagenet",
         names,

@@ -48,6 +48,7 @@ def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: boo
             "name": "pixels" if takes_pixels else "image",
             "dtype": "uint8" if takes_pixels else "float32",
             "size": opened.image_size,
+            "exact_decode": bool(opened.run.option("exact_decode")),
             "stored_size": opened.stored_size,
             "mean": mean,
             "std": std,
@@ -66,7 +67,8 @@ def usage(config: dict) -> str:
     facts, size = config["input"], config["input"]["size"]
     stored, border = facts["stored_size"], (facts["stored_size"] - size) // 2
     centre = f"[{border}:{border + size}, {border}:{border + size}]" if border else ""
-    read = f'read_square("picture.png", {stored}){centre}.transpose(2, 0, 1)[None]'
+    exact = ", exact=True" if facts["exact_decode"] else ""
+    read = f'read_square("picture.png", {stored}{exact}){centre}.transpose(2, 0, 1)[None]'
     lines = ["import numpy as np", "from preprocess import read_square"]
     if facts["dtype"] == "uint8":
         first = [f"pixels = np.array({read})"]

@@ -156,7 +156,7 @@ def open_subjects(paths: Sequence[str], opt, device: str) -> list[Subject]:
     loaded: dict[str, ImageDataset] = {}
 
     def dataset_of(options: dict, save_dir: str) -> ImageDataset:
-        recorded = ("dataset", "data_dir", "image_size", "max_bad_images", "holdout", "leave_out")
+        recorded = ("dataset", "data_dir", "image_size", "max_bad_images", "exact_decode", "holdout", "leave_out")
         wanted = {"dataset": "cifar100", "data_dir": "./data"}
         wanted |= {name: options[name] for name in recorded if name in options} | {"save_dir": save_dir}
         if opt.dataset is not None:

@@ -96,6 +96,8 @@ def add_data_options(parser: Parser) -> argparse._ArgumentGroup:
     )
     what = "leave out up to so many image files that cannot be decoded"
     group.add_argument("--max_bad_images", type=number(int, 0), default=0, metavar="N", help=what)
+    what = "decode large JPEGs at their full size: several times slower, for the pixels of the usual evaluation"
+    group.add_argument("--exact_decode", action="store_true", help=what)
     return group
 
 
@@ -118,6 +120,8 @@ def check_data(parser: Parser, opt: argparse.Namespace) -> None:
         parser.error(str(error))
     if opt.max_bad_images and opt.dataset not in FROM_FILES:
         parser.error(f"--max_bad_images: {opt.dataset} is not decoded from image files; leave it out")
+    if opt.exact_decode and opt.dataset not in FROM_FILES:
+        parser.error(f"--exact_decode: {opt.dataset} is not decoded from image files; leave it out")
 
 
 def add_label_options(parser: Parser, what: str, low: float | None = None) -> None:

@@ -13,6 +13,7 @@ _PLACES = {
     "name",
     "data_dir",
     "max_bad_images",
+    "exact_decode",
     "clip_root",
     "save_dir",
     "clip_mode",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import agent, forked
 
-from benchmarks import common, data, ega_loss, encoders, epoch_end, growth, pipeline, startup
+from benchmarks import common, data, decode, ega_loss, encoders, epoch_end, growth, pipeline, startup
 from benchmarks.release_recipe import TwoViews, corrcoef, direct_ega, release_loader, release_steps
 from dataset.views import CLIP_NORMALIZATION, crop_flip, crop_resize_flip, normalize
 from distiller_zoo import EGA
@@ -231,6 +231,14 @@ def test_data_prints_its_tables(capsys, tmp_path):
     (rows,) = tables(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["16", "100"] and all(row[-1].endswith("%") for row in rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_decode_prints_a_row_for_each_size(capsys, tmp_path):
+    data.write_photos(tmp_path, 3, (160, 128))
+    decode.main([str(tmp_path), "--size", "16", "32", "33", "--turns", "1"])
+    (rows,) = tables(capsys.readouterr().out)
+    assert [row[:2] for row in rows] == [["16", "3"], ["32", "3"], ["33", "0"]]
+    assert all(0 < float(row[5]) < 2 and int(row[7]) < 30 for row in rows[:2])
 
 
 def test_startup_measures_a_command_alone(tmp_path):

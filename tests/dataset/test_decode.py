@@ -4,6 +4,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision import transforms
 
 from dataset.decode import EXTENSIONS, BadImage, read_square
@@ -34,12 +35,61 @@ def test_pixels_are_those_of_torchvision_s_evaluation(tmp_path, width, height, s
     assert np.array_equal(found, expected)
 
 
-def test_a_jpeg_is_decoded_at_its_full_size(tmp_path):
+def photograph(width: int, height: int) -> Image.Image:
+    """Soft shapes of every size, as in a photograph."""
+    rng = np.random.default_rng(0)
+    picture = np.zeros((height, width, 3))
+    for grid in (3, 9, 27):
+        shapes = Image.fromarray(rng.integers(0, 256, (grid, grid, 3), dtype=np.uint8))
+        picture += np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), float) / grid
+    return Image.fromarray((255 * picture / picture.max()).astype(np.uint8))
+
+
+def test_a_jpeg_is_decoded_at_its_full_size_on_demand(tmp_path):
     path = tmp_path / "large.jpg"
     noise(640, 640).save(path)
     with Image.open(path) as image:
         expected = np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC))
-    assert np.array_equal(read_square(path, 40), expected)
+    assert np.array_equal(read_square(path, 40, exact=True), expected)
+    assert not np.array_equal(read_square(path, 40), expected)
+
+
+@pytest.mark.parametrize(("height", "scale"), [(159, 1), (160, 2), (319, 2), (320, 4), (640, 8), (2000, 8)])
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_twice_the_size(tmp_path, monkeypatch, height, scale):
+    path, sizes = tmp_path / "large.jpg", []
+    photograph(height + 11, height).save(path)
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: sizes.append(self.size) or load(self))
+    read_square(path, 40)
+    assert sizes[-1] == (-(-(height + 11) // scale), -(-height // scale))
+    assert min(sizes[-1]) >= (80 if scale > 1 else 40)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("size", [(403, 333), (331, 457), (4 * 32, 4 * 32 + 1)])
+def test_a_scaled_jpeg_shows_what_the_whole_one_does(tmp_path, size, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph(*size).save(tmp_path / "large.jpg", quality=95, exif=exif)
+    scaled, exact = (read_square(tmp_path / "large.jpg", 32, exact).astype(int) for exact in (False, True))
+    apart = np.abs(scaled - exact)
+    # A shift by a tenth of a pixel, or another side of the picture, would be more.
+    assert 0 < apart.mean() < 0.5 and apart.max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_scaled_jpeg_of_another_mode_becomes_rgb(tmp_path, mode):
+    photograph(400, 300).convert(mode).save(tmp_path / "large.jpg", quality=95)
+    scaled, exact = (read_square(tmp_path / "large.jpg", 32, exact).astype(int) for exact in (False, True))
+    assert scaled.shape == (32, 32, 3) and np.abs(scaled - exact).max() <= 4
+
+
+def test_half_a_large_jpeg_is_refused(tmp_path):
+    path = tmp_path / "half.jpg"
+    photograph(640, 640).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BadImage, match="truncated"):
+        read_square(path, 40)
 
 
 def test_extensions_are_those_of_pictures():

@@ -43,10 +43,10 @@ def decoded(tmp_path, monkeypatch):
     """How many images were decoded so far, in whatever process."""
     log = tmp_path / "decoded"
 
-    def counted(path, side):
+    def counted(path, side, exact):
         with open(log, "ab") as file:
             file.write(b".")
-        return read_square(path, side)
+        return read_square(path, side, exact)
 
     monkeypatch.setattr(dataset.files, "read_square", counted)
     return lambda: log.stat().st_size if log.exists() else 0
@@ -152,8 +152,8 @@ def test_a_build_that_was_killed_goes_on(root, tmp_path, decoded, monkeypatch, a
     before = decoded()
     counted = dataset.files.read_square
 
-    def until_killed(path, side):
-        square = counted(path, side)
+    def until_killed(path, side, exact):
+        square = counted(path, side, exact)
         while decoded() >= before + after and os.getppid() == multiprocessing.parent_process().pid:
             time.sleep(0.01)
         return square
@@ -182,9 +182,9 @@ def is_locked(path: Path) -> bool:
 def test_many_processes_decode_each_image_once(root, tmp_path, decoded, monkeypatch):
     counted = dataset.files.read_square
 
-    def slow(path, side):
+    def slow(path, side, exact):
         time.sleep(0.02)
-        return counted(path, side)
+        return counted(path, side, exact)
 
     monkeypatch.setattr(dataset.files, "read_square", slow)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")

@@ -212,7 +212,7 @@ def test_twenty_thousand_files_in_one_folder(tmp_path, monkeypatch):
     for i in range(20_000):
         os.link(root / "train" / "cat" / "1.png", root / "train" / "cat" / f"copy{i}.png")
     square = np.zeros((2, 2, 3), np.uint8)
-    monkeypatch.setattr(dataset.files, "read_square", lambda path, side: square)
+    monkeypatch.setattr(dataset.files, "read_square", lambda path, side, exact: square)
     data = load(root, 2)
     assert torch.bincount(data.train.targets).tolist() == [20_002, 2]
     assert data.train.images.shape == (20_004, 3, 2, 2)

@@ -11,4 +11,10 @@ def test_a_data_set_is_opened_by_what_a_run_recorded(monkeypatch):
     argv = ["--dataset", "folder", "--image_size", "64", "--max_bad_images", "2", "--holdout", "0.1"]
     args, options = dataset.open_dataset(vars(parse_student_options(argv)))
     assert args == ("folder", "./data")
-    assert options == {"save_dir": "./save", "image_size": 64, "max_bad_images": 2, "holdout": 0.1}
+    assert options == {
+        "save_dir": "./save",
+        "image_size": 64,
+        "max_bad_images": 2,
+        "holdout": 0.1,
+        "exact_decode": False,
+    }

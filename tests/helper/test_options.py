@@ -166,6 +166,7 @@ def test_senseless_numbers_and_words_are_refused(capsys, flag, value):
         ("--image_size 64", "the images of cifar100 have their own size"),
         ("--dataset tinyimagenet --image_size 64", "the images of tinyimagenet have their own size"),
         ("--max_bad_images 2", "cifar100 is not decoded from image files"),
+        ("--exact_decode", "cifar100 is not decoded from image files"),
         ("--unknown 3", "--unknown"),
         ("stray", "stray"),
         ("--batch_size", "--batch_size"),
