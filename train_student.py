@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(opt: argparse.Namespace) -> None:
     # These imports stand here so that neither --help nor a refused option waits for torch.
     from helper import first_stage, training
+    from helper.acquaint import acquaint
     from helper.data import build_loaders
     from helper.meters import print_record
     from helper.objective import build_objective, check_lone_image
@@ -59,6 +60,7 @@ def train(opt: argparse.Namespace) -> None:
         stage = None if run.state else first_stage.open_first_stage(opt, objective, run)
         if teacher is not None:
             teacher.open(opt, dataset)
+            acquaint(objective, teacher, loaders, opt)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
         run.start()
     seen = loaders.image_facts()

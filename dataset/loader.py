@@ -3,6 +3,7 @@
 Images in memory, or on the GPU where they fit, are simply taken; a thread reads images that lie elsewhere ahead.
 """
 
+import copy
 import itertools
 import time
 from collections import deque
@@ -189,6 +190,20 @@ class Loader:
         self._order = None
         if training and self.teacher_views is not None:
             self._order = views.order(len(split), self.teacher_views)
+
+    def in_order(self, batch_size: int, images: bool = True) -> "Loader":
+        """All of the same rows, once and in order, each in the test view; on this process alone.
+
+        Args:
+            batch_size: samples of a batch.
+            images: whether batches hold images.
+        """
+        twin = copy.copy(self)
+        twin.batch_size, twin.training, twin.max_steps = batch_size, False, None
+        twin.rank, twin.processes, twin.least = 0, 1, 1
+        if not images:
+            twin.images, twin.reads_ahead = None, False
+        return twin
 
     def __len__(self) -> int:
         """Batches per epoch."""

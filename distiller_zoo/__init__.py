@@ -25,23 +25,33 @@ if TYPE_CHECKING:
 _FILES = {
     "ABLoss": "AB",
     "Attention": "AT",
+    "ContrastiveRelation": "CLIPKD",
+    "CosineSmoothL1": "UNIC",
     "Correlation": "CC",
     "CRDLoss": "CRD",
     "DistillKL": "KD",
     "FactorTransfer": "FT",
+    "FeatureMimicry": "CLIPKD",
     "HCL": "ReviewKD",
     "HintLoss": "FitNet",
+    "InteractiveContrastive": "CLIPKD",
     "NCELoss": "NCE",
     "NSTLoss": "NST",
     "RKDLoss": "RKD",
     "Similarity": "SP",
+    "Standardize": "UNIC",
     "VIDLoss": "VID",
+    "WKDFeature": "WKD",
+    "WKDLogit": "WKD",
     "ega_terms": "EGA",
     "kd_loss": "KD",
+    "phi_standardizer": "UNIC",
+    "queue_kl": "RRD",
     "standardize_logits": "KD",
+    "wkd_cost": "WKD",
 }
 _CONNECTED = ("Boundaries", "EmbeddedCorrelation", "Factor", "Flow", "Hint", "InstanceGraph", "LayerwiseVID", "OfLast")
-_FILES |= dict.fromkeys((*_CONNECTED, "Overhaul", "Review", "TwoStage"), "_connected")
+_FILES |= dict.fromkeys((*_CONNECTED, "Overhaul", "ProjectedWKD", "Review", "TwoStage"), "_connected")
 
 
 class _Zoo(ModuleType):
@@ -74,6 +84,7 @@ class Networks:
             without a label is its own class.
         model_t: a CNN teacher's backbone; None with a frozen encoder.
         headless: whether the joint space is the frozen encoder's own.
+        num_classes: number of classes.
     """
 
     shapes_s: list[tuple[int, ...]]
@@ -83,6 +94,7 @@ class Networks:
     targets: Tensor
     model_t: nn.Module | None = None
     headless: bool = False
+    num_classes: int = 0
 
     @property
     def own_dims(self) -> tuple[int, int]:
@@ -122,7 +134,12 @@ class Method:
     - maps: the maps of the stages, a list of (B, C, H, W); feat: stem, stages and pooled features, a list;
     - logit: (B, classes);
 
-    and target and index, (B,), and shares (``ega_terms``). The loss gives a scalar, or a list of scalars to add up.
+    and target and index, (B,), label, which is a target that may be -1, for a class that is not known, and shares
+    (``ega_terms``). The loss gives a scalar, or a list of scalars to add up.
+
+    A loss with a method ``acquaint(f_t, target, names)`` learns about the teacher before training. It is given own_t of
+    all training images, each in its test view, (N, D); their classes, (N,), -1 where one is not known; and a function
+    that gives a CLIP's embeddings of the classes' captions, (classes, captions, D), and None for another teacher.
 
     Attributes:
         build: turns options and networks into the loss that ``--beta`` weighs; None for a method without one.
@@ -225,6 +242,18 @@ def _kdsvd(opt: Namespace, net: Networks) -> nn.Module:
             f"KDSVD needs two or more stages, of the same channels in both networks, got {channels_s} and {channels_t}"
         )
     return zoo.KDSVD()
+
+
+def _rrd(opt: Namespace, net: Networks) -> nn.Module:
+    rows = None if opt.queue == "bank" else opt.queue
+    return zoo.RRD(*net.own_dims, opt.feat_dim, rows, opt.rrd_T_s, opt.rrd_T_t)
+
+
+def _wkd(opt: Namespace, net: Networks) -> nn.Module:
+    import torch
+
+    cost = 1 - torch.eye(net.num_classes)
+    return zoo.WKDLogit(cost, opt.wkd_T, opt.wkd_gamma, by_names=opt.wkd_cost == "names")
 
 
 METHODS = {
@@ -352,6 +381,21 @@ METHODS = {
         "ITRD: Miles et al., BMVC 2022",
         relational=True,
     ),
+    "clipkd": Method(
+        lambda opt, net: zoo.CLIPKD(*net.own_dims),
+        (*_OWN, "label"),
+        (1, 0, 1),
+        "CLIP-KD: Yang et al., CVPR 2024",
+        relational=True,
+    ),
+    "unic": Method(
+        lambda opt, net: zoo.UNIC(*net.own_dims, phi=opt.standardize == "phi", project=not net.headless),
+        _OWN,
+        (1, 0, 1),
+        "UNIC: Sariyildiz et al., ECCV 2024",
+    ),
+    "vkd": Method(lambda opt, net: zoo.VkD(*net.own_dims), _OWN, (1, 0, 1), "VkD: Miles et al., CVPR 2024", waits=True),
+    "rrd": Method(_rrd, _OWN, (1, 0, 1), "RRD: Giakoumoglou and Stathaki, 2024, arXiv 2407.12073", relational=True),
     "nkd": Method(
         lambda opt, net: zoo.NKD(opt.nkd_T, opt.nkd_gamma),
         (*_LOGIT, "target"),
@@ -375,6 +419,18 @@ METHODS = {
         (1, 0, 1),
         "RLD: Sun et al., ICCV 2025",
         beta_warmup=20,
+    ),
+    "wkd": Method(
+        _wkd,
+        (*_LOGIT, "target"),
+        (1, 0, 1),
+        "WKD on logits: Lv et al., NeurIPS 2024",
+    ),
+    "wkd_feature": Method(
+        lambda opt, net: zoo.ProjectedWKD(net.shapes_s[-2], net.shapes_t[-2]),
+        _MAPS,
+        (1, 0, 0.08),
+        "WKD on features: Lv et al., NeurIPS 2024",
     ),
     "abkd": Method(
         lambda opt, net: zoo.ABKD(opt.abkd_alpha, opt.abkd_beta, opt.kd_T),

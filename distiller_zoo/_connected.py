@@ -17,6 +17,7 @@ from .FT import FactorTransfer
 from .IRG import IRG
 from .OFD import OFD, ofd_margin
 from .ReviewKD import HCL
+from .WKD import WKDFeature
 
 
 class Hint(nn.Module):
@@ -96,6 +97,19 @@ class Overhaul(nn.Module):
 
     def forward(self, maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
         return self.loss(self.connectors(maps_s), maps_t)
+
+
+class ProjectedWKD(nn.Module):
+    """WKD's loss on the last stages' maps, the student's after a convolution to the teacher's channels."""
+
+    def __init__(self, shape_s: tuple[int, ...], shape_t: tuple[int, ...]):
+        super().__init__()
+        layers = nn.Conv2d(shape_s[1], shape_t[1], 1, bias=False), nn.BatchNorm2d(shape_t[1]), nn.ReLU(inplace=True)
+        self.embed = nn.Sequential(*layers)
+        self.loss = WKDFeature()
+
+    def forward(self, maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
+        return self.loss(self.embed(maps_s[-1]), maps_t[-1])
 
 
 class InstanceGraph(IRG):

@@ -143,6 +143,7 @@ class Objective:
             "feat_s": lambda: [s(x) for x in out_s.features],
             "feat_t": lambda: [t(x) for x in out_t.features],
             "target": lambda: batch.target,
+            "label": lambda: batch.target,
             "index": lambda: batch.index,
             "shares": lambda: batch.shares,
         }
@@ -219,7 +220,9 @@ def describe_networks(
     shapes_s = [tuple(x.shape) for x in out_s.features]
     if isinstance(teacher, EncoderTeacher):
         dim = out_s.embedding.shape[1]
-        return Networks(shapes_s, [(2, teacher.dim)], dim, dim, targets, headless=teacher.head is None)
+        own = {"headless": teacher.head is None, "num_classes": out_s.logits.shape[1]}
+        return Networks(shapes_s, [(2, teacher.dim)], dim, dim, targets, **own)
     features, _ = teacher.features(images)
     shapes_t = [tuple(x.shape) for x in features]
-    return Networks(shapes_s, shapes_t, shapes_s[-1][1], shapes_t[-1][1], targets, teacher.backbone)
+    dims, classes = (shapes_s[-1][1], shapes_t[-1][1]), out_s.logits.shape[1]
+    return Networks(shapes_s, shapes_t, *dims, targets, teacher.backbone, num_classes=classes)

@@ -19,6 +19,7 @@ from .parser import (
     number,
     positive,
     positive_int,
+    queue_rows,
     run_name,
     teacher_views,
     trial_name,
@@ -241,7 +242,7 @@ def student_parser() -> Parser:
     )
     group.add_argument("--hint_layer", type=int, choices=range(5), default=2, help="hint: which features, stem first")
     group.add_argument(
-        "--feat_dim", type=positive_int, default=128, help="crd, correlation: dimension of the embeddings"
+        "--feat_dim", type=positive_int, default=128, help="crd, correlation, rrd: dimension of the embeddings"
     )
     group.add_argument(
         "--mode", choices=("exact", "relax"), default="exact", help="crd: positives are the image itself, or its class"
@@ -256,6 +257,16 @@ def student_parser() -> Parser:
     group.add_argument("--nkd_T", type=positive, default=3, help="nkd: temperature of the other classes")
     group.add_argument("--nkd_gamma", type=weight, default=3.5, help="nkd: weight of the other classes")
     group.add_argument("--ttm_gamma", type=positive, default=0.1, help="ttm, wttm: the teacher's power")
+    group.add_argument("--wkd_T", type=positive, default=8, help="wkd: temperature of the transport")
+    group.add_argument("--wkd_gamma", type=weight, default=600, help="wkd: weight of the transport")
+    what = "wkd: cost between classes, from the teacher's embeddings of their images, or of their names by a CLIP"
+    group.add_argument("--wkd_cost", choices=("images", "names"), default="images", help=what)
+    what = "unic: each dimension by its own deviation, or all by one rotation and scale (PHI-S)"
+    group.add_argument("--standardize", choices=("std", "phi"), default="std", help=what)
+    what = "rrd: number of the teacher's past embeddings; bank: those of all training images, in the test view"
+    group.add_argument("--queue", type=queue_rows, default=16384, metavar="N|bank", help=what)
+    group.add_argument("--rrd_T_s", type=positive, default=0.1, help="rrd: temperature of the student's similarities")
+    group.add_argument("--rrd_T_t", type=positive, default=0.02, help="rrd: temperature of the teacher's similarities")
     group.add_argument("--rld_alpha", type=weight, default=1, help="rld: weight of the confidence")
     group.add_argument("--rld_beta", type=weight, default=8, help="rld: weight of the other classes")
     group.add_argument(
@@ -360,6 +371,8 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--distill none trains the student alone, without the teacher that -a needs; use --distill kd")
     if opt.distill == "ega" and opt.beta and not opt.node_weight and not opt.edge_weight:
         parser.error("--node_weight and --edge_weight are both 0: EGA would distil nothing; use --distill none")
+    if opt.distill == "wkd" and opt.wkd_cost == "names" and not understands_text(opt):
+        parser.error("--wkd_cost names needs a CLIP as the teacher, which embeds names: use --wkd_cost images")
     if opt.logit_standard and not method.compares_logits(opt):
         parser.error(f"--logit_standard: --distill {opt.distill} compares no logits; set -a, or use another method")
     _check_joint(parser, opt)
@@ -369,6 +382,11 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     _check_network(parser, "--model_s", opt.model_s)
     return opt
+
+
+def understands_text(opt) -> bool:
+    """Whether the teacher is a CLIP with a text encoder."""
+    return bool(opt.clip_tn) and parse_name(opt.clip_mode).library in (None, "open_clip")
 
 
 def check_labels(opt, share: float) -> None:

@@ -73,6 +73,13 @@ def epoch_list(text: str) -> list[int]:
     return epochs
 
 
+def queue_rows(text: str) -> int | str:
+    """The number of rows of a queue, or 'bank'."""
+    if text != "bank" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither bank nor a number from 1 on")
+    return text if text == "bank" else int(text)
+
+
 def teacher_views(text: str) -> str | int:
     """auto, all, or a number from 0 on; only the data set tells how many views there are."""
     if text not in ("auto", "all") and not text.isdecimal():

@@ -213,7 +213,7 @@ def test_logit_standardisation_is_refused_where_no_logits_are_compared(cnn, save
     distil(save_dir, "--distill", "pkt", "--path_t", cnn, "--logit_standard", "-a", 1)
 
 
-@pytest.mark.parametrize("name", ["crd", "factor", "vid", "ega", "dkd"])
+@pytest.mark.parametrize("name", ["crd", "factor", "vid", "ega", "dkd", "rrd", "vkd", "unic"])
 def test_a_resumed_run_is_bit_identical(name, cnn, tmp_path):
     options = ["--distill", name, "--path_t", cnn]
     whole = distil(tmp_path / "whole", *options, "--epochs", 3)
@@ -226,6 +226,25 @@ def test_a_resumed_run_is_bit_identical(name, cnn, tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     if name == "crd":
         assert states[0]["loss.contrast.memory_v1"].shape == (70, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("rrd", ["--queue", "bank"]),
+        ("unic", ["--standardize", "phi", "--joint", "teacher", "--labels", 0, "-r", 0]),
+        ("wkd", ["--wkd_cost", "names"]),
+    ],
+)
+def test_what_a_loss_learns_about_its_teacher_survives_a_resumed_run(name, options, tiny_clip, tmp_path):
+    options = ["--distill", name, "--clip_mode", tiny_clip, *options]
+    if "--joint" in options:
+        options += ["--feature_dim", 256]
+    whole = distil(tmp_path / "whole", *options, "--epochs", 2)
+    distil(tmp_path / "parts", *options, "--epochs", 1, "--name", "parts")
+    parts = distil(tmp_path / "parts", *options, "--epochs", 2, "--name", "parts")
+    assert read_metrics(whole) == read_metrics(parts)
+    assert torch.equal(weights(whole), weights(parts))
 
 
 @pytest.mark.parametrize("mode", ["exact", "relax"])

@@ -63,6 +63,8 @@ def make_training(
         )
         student = create_classifier("resnet8", 5, 8 if joint else None, "s" in method.preact)
     criterion = build(opt, describe_networks(student, teacher, 32, data.train.targets)) if build else None
+    if hasattr(criterion, "acquaint"):  # random embeddings, the same for every process
+        criterion.acquaint(torch.randn(20, 12 if clip else 64), torch.arange(20) % 5, lambda: None)
     train = Split(data.train.images, keep_labels(data.train.targets, labels, data.classes))
     place = {"rank": distributed.rank(), "processes": distributed.count()}
     loader = Loader(

@@ -16,8 +16,8 @@ from models import create_classifier, model_dict
 from models.heads import TeacNet
 
 ROOT = Path(__file__).parents[2]
-NEED_MAPS = {"attention", "vid", "kdsvd", "fsp", "abound", "factor", "nst", "reviewkd", "ofd"}
-OPT = student_parser().parse_args(["--feat_dim", "6", "--nce_k", "3"])
+NEED_MAPS = {"attention", "vid", "kdsvd", "fsp", "abound", "factor", "nst", "reviewkd", "ofd", "wkd_feature"}
+OPT = student_parser().parse_args(["--feat_dim", "6", "--nce_k", "3", "--queue", "7"])
 
 
 def networks(clip: bool) -> Networks:
@@ -25,14 +25,14 @@ def networks(clip: bool) -> Networks:
     features, _ = model_dict["resnet8"](num_classes=5)(torch.zeros(2, 3, 32, 32), is_feat=True)
     shapes = [tuple(x.shape) for x in features]
     if clip:
-        return Networks(shapes, [(2, 16)], 8, 8, torch.arange(9) % 5)
-    return Networks(shapes, shapes, 64, 64, torch.arange(9) % 5, model_dict["resnet8"](num_classes=5))
+        return Networks(shapes, [(2, 16)], 8, 8, torch.arange(9) % 5, num_classes=5)
+    return Networks(shapes, shapes, 64, 64, torch.arange(9) % 5, model_dict["resnet8"](num_classes=5), num_classes=5)
 
 
 def feed(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
     """What each name of a feed stands for, with one process."""
     torch.manual_seed(0)
-    fed = {"target": torch.arange(4), "index": torch.arange(4), "shares": None}
+    fed = {"target": torch.arange(4), "label": torch.arange(4), "index": torch.arange(4), "shares": None}
     for whose in "st":
         features, logits = model_dict["resnet8"](num_classes=5)(torch.randn(4, 3, 32, 32), is_feat=True)
         joint = torch.randn(4, 8)
@@ -190,7 +190,7 @@ def degenerate(fed: dict, kind: str) -> dict:
     if kind == "one sample":
         return part(fed, slice(1))
     if kind == "one class":
-        return fed | {"target": torch.zeros_like(fed["target"])}
+        return fed | dict.fromkeys(("target", "label"), torch.zeros_like(fed["target"]))
     if kind == "equal":
         of_t = {name for name in fed if name.endswith("_t")}
         if fed["own_s"].shape != fed["own_t"].shape:
@@ -201,7 +201,7 @@ def degenerate(fed: dict, kind: str) -> dict:
         level = 0.0 if kind == "a row of zeros" else 2.0
         return torch.cat([torch.full_like(x[:1], level), x[1:]])
 
-    names = [name for name in fed if name not in ("target", "index", "shares")]
+    names = [name for name in fed if name not in ("target", "label", "index", "shares")]
     return fed | {n: [constant(y) for y in fed[n]] if isinstance(fed[n], list) else constant(fed[n]) for n in names}
 
 
@@ -231,7 +231,8 @@ def test_a_degenerate_batch_gives_a_finite_loss_and_gradient_or_is_refused(name,
     value = loss(*(fed[key] for key in feeds)) if feeds else loss.init_loss(fed["feat_s"], fed["feat_t"])
     value = sum(value) if isinstance(value, (list, tuple)) else value
     assert value.isfinite()
-    gradients = torch.autograd.grad(value, [*leaves, *loss.parameters()], allow_unused=True)
+    learned = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(value, [*leaves, *learned], allow_unused=True)
     assert any(gradient is not None for gradient in gradients)
     assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
 

@@ -493,3 +493,15 @@ def test_only_a_first_compiled_step_that_fails_says_that_compiling_did(monkeypat
             [call(value) for value in values]
     with pytest.raises(SpeedUpFailed, match=r"steps cannot be compiled \(ZeroDivisionError: division by zero\)"):
         runtime.compiled(lambda x: 1 / x)(0)
+
+
+def test_a_queue_is_the_bank_or_has_a_row(capsys):
+    assert [parse_student_options(["--queue", text]).queue for text in ("bank", "7")] == ["bank", 7]
+    for text in ("0", "-1", "all"):
+        assert "neither bank nor a number from 1 on" in refused(capsys, parse_student_options, ["--queue", text])
+
+
+def test_a_cost_from_names_needs_a_clip(capsys):
+    wkd = ["--distill", "wkd", "--wkd_cost", "names", "--clip_mode"]
+    assert parse_student_options([*wkd, "open_clip:ViT-B-32/laion2b_s34b_b79k"]).wkd_cost == "names"
+    assert "needs a CLIP" in refused(capsys, parse_student_options, [*wkd, "timm:tf_efficientnet_lite2"])
