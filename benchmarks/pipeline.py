@@ -7,6 +7,7 @@ weights costs what a trained one does; so does a bank of random embeddings.
 import argparse
 import contextlib
 import io
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from dataset.loader import Loader, eval_batch_size
 from distiller_zoo import EGA, METHODS
 from errors import InputError
 from helper import distributed
-from helper.bank import CHUNK, EmbeddingBank, encode_view
+from helper.bank import CHUNK, LAUNCH, EmbeddingBank, chunks_of, encoded, launches_of
 from helper.capture import CapturedStep, CudaGraphs, build_step
 from helper.encoder import load_encoder
 from helper.exits import exit_on_bad_input
@@ -102,15 +103,17 @@ def time_release(dataset: ImageDataset, encoder: nn.Module, opt, warm_up: int, s
 
 
 def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device: torch.device) -> float:
-    """Seconds per image of building a bank, which crops, resizes and encodes."""
-    images = dataset.train.images[:CHUNK].to(device)
-    index = torch.arange(len(images), device=device)
-    view = dataset.views.order(len(images), 2)[:, 1].long().to(device)
-    encode_view(encoder, dataset.views, images, index, view)
+    """Seconds per image of building a bank, which crops, resizes and encodes; so many chunks or a few more."""
+    views = 2
+    launches = launches_of(chunks_of(dataset, views), dataset, device)
+    launches = [launch for launch in launches if launch[0].start >= len(dataset.test) + len(dataset.train)]
+    count = -(-chunks // LAUNCH[device.type])
+    launches = list(itertools.islice(itertools.cycle(launches), count))
+    for _ in encoded(launches[:1], dataset, encoder, views, device):
+        pass
     start = now(device.type)
-    for _ in range(chunks):
-        encode_view(encoder, dataset.views, images, index, view).half().cpu()
-    return (now(device.type) - start) / (chunks * len(images))
+    rows = sum(len(embeddings) for _, embeddings in encoded(launches, dataset, encoder, views, device))
+    return (now(device.type) - start) / rows
 
 
 class Ours:

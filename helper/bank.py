@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +17,19 @@ from tqdm import tqdm
 
 from dataset import ImageDataset
 from dataset.chunks import Chunk, ChunkFile
-from dataset.loader import on_device, take
+from dataset.loader import on_device, read, take
 from dataset.views import CIFAR_VIEWS, Views, normalize
 from errors import InputError
 from models.encoders import FrozenEncoder
 
 from . import checkpoint, distributed
 
-# Images per encoding. A row's last bits may depend on its neighbours in the batch, so the borders between
-# chunks depend on row numbers alone, and the size is part of the bank's key.
+# Rows of a chunk, which is whole or missing. The size is part of the bank's key.
 CHUNK = 128
+
+# Chunks that are encoded at once: one is too little for a GPU. A row's last bits may depend on its neighbours, so the
+# borders between launches depend on row numbers alone, and a launch with a missing chunk is encoded as a whole.
+LAUNCH = {"cpu": 1, "cuda": 8}
 
 
 def encode_view(encoder: FrozenEncoder, views: Views, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def open_bank(
     distributed.in_first(functools.partial(_describe, folder, identity, key))
     distributed.check_shared(folder, _short_lock(folder))
     first = distributed.rank() == 0
-    chunks = _chunks(dataset, num_views)
+    chunks = chunks_of(dataset, num_views)
     files = ChunkFile(folder / "embeddings.fp16", folder / "crc32.u32", np.float16, (encoder.dim,))
     if distributed.from_first(first and files.missing(chunks)):
         lock = FileLock(folder / "lock")
@@ -127,8 +133,10 @@ def open_bank(
             missing = files.missing(chunks) if first else []
             if first and missing:  # another run may have built it meanwhile
                 files.make_room(len(chunks), chunks[-1].end)
-            mine = distributed.from_first(missing)[distributed.rank() :: distributed.count()]
-            _build(files, mine, dataset, encoder, num_views, device)
+            missing = set(distributed.from_first(missing))
+            launches = [launch for launch in launches_of(chunks, dataset, device) if not missing.isdisjoint(launch)]
+            mine = launches[distributed.rank() :: distributed.count()]
+            _build(files, mine, missing, dataset, encoder, num_views, device)
             distributed.wait()
             if any(distributed.collect(distributed.count() > 1 and bool(files.missing(chunks)))):
                 distributed.refuse(
@@ -186,7 +194,7 @@ def _place(rows: Tensor, device: torch.device) -> Tensor:
     return rows
 
 
-def _chunks(dataset: ImageDataset, num_views: int) -> list[Chunk]:
+def chunks_of(dataset: ImageDataset, num_views: int) -> list[Chunk]:
     """All chunks of the file: the test split's, then those of each view of the training split."""
     chunks, start = [], 0
     for rows in [len(dataset.test)] + [len(dataset.train)] * num_views:
@@ -196,32 +204,77 @@ def _chunks(dataset: ImageDataset, num_views: int) -> list[Chunk]:
     return [Chunk(number, *rows) for number, rows in enumerate(chunks)]
 
 
+def _place_of(chunk: Chunk, dataset: ImageDataset) -> tuple[int | None, int]:
+    """The number of the view that a chunk shows, None for the test split, and its first row in its split."""
+    num_test = len(dataset.test)
+    return (None, chunk.start) if chunk.start < num_test else divmod(chunk.start - num_test, len(dataset.train))
+
+
+def launches_of(chunks: list[Chunk], dataset: ImageDataset, device: torch.device) -> list[list[Chunk]]:
+    """The chunks that are encoded at once."""
+
+    def launch(chunk: Chunk) -> tuple:
+        view, start = _place_of(chunk, dataset)
+        return view, start // (CHUNK * LAUNCH[device.type])
+
+    return [list(group) for _, group in itertools.groupby(chunks, launch)]
+
+
+def encoded(
+    launches: list[list[Chunk]], dataset: ImageDataset, encoder: FrozenEncoder, num_views: int, device: torch.device
+) -> Iterator[tuple[list[Chunk], np.ndarray]]:
+    """Each launch and its embeddings (rows, dim) in fp16; a GPU is given the next launch before one is waited for."""
+    views = dataset.views
+    images = {split: on_device(split.images, device) for split in (dataset.train, dataset.test)}
+    order = views.order(len(dataset.train), num_views, device)
+
+    def begin(launch: list[Chunk]) -> tuple[Tensor, torch.cuda.Event | None]:
+        number, start = _place_of(launch[0], dataset)
+        stored, rows = images[dataset.test if number is None else dataset.train], launch[-1].end - launch[0].start
+        part = slice(start, start + rows)
+        index = torch.arange(part.start, part.stop, device=device)
+        view = torch.full_like(index, views.test) if number is None else order[part, number].long()
+        far = stored.device.type != device.type
+        seen = read(stored, torch.arange(part.start, part.stop), device) if far else stored[part]
+        embedding = encode_view(encoder, views, seen, index, view).half()
+        if device.type == "cpu":
+            return embedding, None
+        done, copied = torch.empty(embedding.shape, dtype=torch.half, pin_memory=True), torch.cuda.Event()
+        done.copy_(embedding, non_blocking=True)
+        copied.record()
+        return done, copied
+
+    begun = deque()
+    for launch in itertools.chain(launches, [None]):
+        if launch is not None:
+            begun.append((launch, *begin(launch)))
+        while begun and (len(begun) > 1 or launch is None or device.type == "cpu"):
+            before, embedding, copied = begun.popleft()
+            if copied is not None:
+                copied.synchronize()
+            yield before, embedding.numpy()
+
+
 def _build(
     files: ChunkFile,
-    missing: list[Chunk],
+    launches: list[list[Chunk]],
+    missing: set[Chunk],
     dataset: ImageDataset,
     encoder: FrozenEncoder,
     num_views: int,
     device: torch.device,
 ) -> None:
-    if not missing:
+    if not launches:
         return
-    num_train, num_test, views = len(dataset.train), len(dataset.test), dataset.views
-    order = views.order(num_train, num_views)
     quiet = distributed.rank() > 0
+    total = sum(chunk in missing for launch in launches for chunk in launch)
     shown = {"unit": "chunk", "smoothing": 0.05, "mininterval": 1, "disable": quiet}
-    with tqdm(missing, "teacher's embeddings", **shown) as left:  # ends its line if it is interrupted
-        for chunk in left:
-            if chunk.start < num_test:
-                split, section, start = dataset.test, None, chunk.start
-            else:
-                split, (section, start) = dataset.train, divmod(chunk.start - num_test, num_train)
-            index = torch.arange(start, start + chunk.end - chunk.start)
-            view = torch.full((len(index),), views.test) if section is None else order[index, section].long()
-            images = split.images[start : start + len(index)].to(device)
-            embedding = encode_view(encoder, views, images, index.to(device), view.to(device))
-            encoded = embedding.half().cpu().numpy()
-            if not np.isfinite(encoded).all():
+    with tqdm(desc="teacher's embeddings", total=total, **shown) as bar:  # ends its line if it is interrupted
+        for launch, embeddings in encoded(launches, dataset, encoder, num_views, device):
+            if not np.isfinite(embeddings).all():
                 raise InputError(f"the teacher {encoder.name} gives embeddings that are not finite in fp16")
-            files.write(chunk, encoded)
+            for chunk in launch:
+                if chunk in missing:
+                    files.write(chunk, embeddings[chunk.start - launch[0].start : chunk.end - launch[0].start])
+                    bar.update()
     files.flush()

@@ -77,6 +77,8 @@ class Event:
 
     def synchronize(self):
         current_stream().wait_event(self)
+        while UNDER_WAY:
+            UNDER_WAY.pop(0)()
 
 
 class Stream:
@@ -99,6 +101,9 @@ class Stream:
     def wait_stream(self, other):
         self.wait_event(other.record_event())
 
+
+# Copies to the host that nobody has waited for.
+UNDER_WAY = []
 
 DEFAULT = Stream()
 ON = {"stream": DEFAULT}  # of the main thread, and of autograd's
@@ -182,6 +187,9 @@ def compute(function, args: tuple, kwargs: dict):
         inner_kwargs["device"] = torch.device("cpu")
     elif name == "copy_":
         gpu = on_gpu(args[0])
+    if name == "copy_" and used and not gpu and (kwargs.get("non_blocking") or True in args[2:]):
+        UNDER_WAY.append(lambda: function(*inner_args, **inner_kwargs))
+        return args[0].fill_(-1)
     result = function(*inner_args, **inner_kwargs)
     if not gpu:
         return result

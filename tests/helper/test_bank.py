@@ -17,6 +17,7 @@ from conftest import noise_dataset, snapshot
 from dataset import ImageDataset, Split
 from dataset.loader import Loader
 from dataset.views import CLIP_NORMALIZATION, CropViews, ResizedCropViews, crop_resize_flip, normalize, view_order
+from helper import bank as bank_module
 from helper.bank import CHUNK, EmbeddingBank, OnTheFly, open_bank
 from models.clip_teacher import ImageEncoder
 from models.encoders import FrozenEncoder
@@ -199,6 +200,32 @@ def test_borders_between_chunks_depend_on_row_numbers_alone(tmp_path, dataset):
     build(tmp_path, dataset, encoder, 2)
     assert CHUNK == 128
     assert encoder.sizes == [70, 128, 128, 44, 128, 128, 44]
+
+
+class Neighbours(Encoder):
+    """An embedding depends on all images that are encoded at once, as its last bits may on a GPU."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image) + image.mean()
+
+
+def test_several_chunks_at_once_have_the_same_bits_whichever_of_them_is_missing(tmp_path, dataset, monkeypatch):
+    """As on a GPU; a launch begins and ends with a view."""
+    alone, whole = Neighbours(), Neighbours()
+    build(tmp_path / "alone", dataset, alone, 2)
+    monkeypatch.setitem(bank_module.LAUNCH, "cpu", 2)
+    build(tmp_path / "whole", dataset, whole, 2)
+    assert whole.sizes == [70, 256, 44, 256, 44]
+    assert content(tmp_path / "alone")["bank.json"] == content(tmp_path / "whole")["bank.json"]
+    assert content(tmp_path / "alone") != content(tmp_path / "whole")
+    before = content(tmp_path / "whole")
+    with (folder_of(tmp_path / "whole") / "embeddings.fp16").open("r+b") as file:
+        file.seek(2 * 6 * (70 + 128))  # in the second chunk of the first view
+        file.write(b"damaged")
+    again = Neighbours()
+    build(tmp_path / "whole", dataset, again, 2)
+    assert again.sizes == [256]
+    assert content(tmp_path / "whole") == before
 
 
 @pytest.mark.parametrize("die_after", [0, 1, 3, 6])
