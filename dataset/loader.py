@@ -1,9 +1,10 @@
 """Batches of a data set: no worker processes, the same on CPU and GPU.
 
-Images in memory, or on the GPU where they fit, are simply taken; a thread reads images that lie elsewhere ahead.
+Images in memory, or on the GPU where they fit, are simply taken; threads read images that lie elsewhere ahead.
 """
 
 import copy
+import functools
 import itertools
 import time
 from collections import deque
@@ -23,8 +24,9 @@ from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
 # Samples of 32 pixels per batch of a test pass, by device: any number gives the same result, a large one is fast.
 _EVAL_BATCH_SIZE = {"cpu": 500, "cuda": 2500}
 
-# Batches that are read before they are asked for.
-_AHEAD = 2
+# Threads that read images, and batches that are read before they are asked for. On a CPU more threads would take the
+# cores from the step.
+_READERS, _AHEAD = {"cpu": 1, "cuda": 4}, {"cpu": 2, "cuda": 8}
 
 # The copies on GPUs of images that are in memory, one for all that use them.
 _on_gpu = WeakTensorKeyDictionary()
@@ -52,7 +54,10 @@ def take(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
 
 
 def read(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
-    """Do as ``take``, for images on the host; the calling thread alone copies, and leaves the cores to the step."""
+    """Do as ``take``, for images on the host; the calling thread alone copies, and leaves the cores to the step.
+
+    The copy to a GPU belongs to the current stream and is not waited for.
+    """
     if isinstance(images, Rows):
         images, index = images.images, images.numbers[index]
     last = channels_last(images)
@@ -61,6 +66,23 @@ def read(images: Tensor | Rows, index: Tensor, device: torch.device) -> Tensor:
     np.take(images.numpy(), index.numpy(), axis=0, out=stored.numpy(), mode="clip")
     stored = stored.permute(0, 3, 1, 2) if last else stored
     return stored.to(device, non_blocking=True)
+
+
+def _read_beside(
+    stream: torch.cuda.Stream, images: Tensor | Rows, index: Tensor, device: torch.device
+) -> tuple[Tensor, torch.cuda.Event]:
+    """Do as ``read``, with the copy on a stream of its own; the event says when it is done."""
+    with torch.cuda.stream(stream):
+        stored = read(images, index, device)
+        return stored, stream.record_event()
+
+
+def _arrived(stored: Tensor, copied: torch.cuda.Event) -> Tensor:
+    """What ``_read_beside`` gave, for use on the current stream."""
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    stored.record_stream(current)  # its memory is given away again only after its use there
+    return stored
 
 
 def eval_batch_size(device: str, image_size: int) -> int:
@@ -125,7 +147,7 @@ class Loader:
     order, each in the test view.
 
     Attributes:
-        reads_ahead: a thread reads the images of the next batches, as they lie neither on the device nor in memory.
+        reads_ahead: threads read the images of the next batches, as they lie neither on the device nor in memory.
         waited: seconds spent so far waiting for images to be read.
 
     Args:
@@ -246,19 +268,23 @@ class Loader:
 
     def _read_ahead(self, draws: Iterator[Draw]) -> Iterator[Draw]:
         """The draws with their images, on the device."""
-        current = (torch.cuda.current_device(),) if self.device.type == "cuda" else ()
-        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if current else None, initargs=current) as thread:
+        kind, cuda = self.device.type, self.device.type == "cuda"
+        current = (torch.cuda.current_device(),) if cuda else ()
+        reading = functools.partial(_read_beside, torch.cuda.Stream()) if cuda else read
+        with ThreadPoolExecutor(
+            _READERS[kind], initializer=torch.cuda.set_device if cuda else None, initargs=current
+        ) as threads:
             ahead = deque()
             while True:
-                for draw in itertools.islice(draws, _AHEAD - len(ahead)):
-                    ahead.append((draw, thread.submit(read, self.images, draw.host[0], self.device)))
+                for draw in itertools.islice(draws, _AHEAD[kind] - len(ahead)):
+                    ahead.append((draw, threads.submit(reading, self.images, draw.host[0], self.device)))
                 if not ahead:
                     return
-                draw, reading = ahead.popleft()
+                draw, found = ahead.popleft()
                 start = time.perf_counter()
-                stored = reading.result()
+                stored = found.result()
                 self.waited += time.perf_counter() - start
-                yield draw._replace(stored=stored)
+                yield draw._replace(stored=_arrived(*stored) if cuda else stored)
 
     def batch(self, draw: Draw) -> Batch:
         """Make a batch, on the device."""

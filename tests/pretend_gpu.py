@@ -64,6 +64,9 @@ class GpuTensor(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def record_stream(self, stream):
+        assert stream is current_stream()
+
     def numpy(self):
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
 
