@@ -30,7 +30,7 @@ def train(opt: argparse.Namespace) -> None:
     from helper.objective import build_objective, check_lone_image
     from helper.run import Run
     from helper.runtime import resolve
-    from helper.student import build_student, find_student, model_file
+    from helper.student import build_student, find_student, model_file, own_code
     from helper.teacher import build_teacher, find_teacher
     from helper.validation import Evaluation
 
@@ -62,7 +62,7 @@ def train(opt: argparse.Namespace) -> None:
             teacher.open(opt, dataset)
             acquaint(objective, teacher, loaders, opt)
         evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
-        run.start()
+        run.start(own_code(opt))
     seen = loaders.image_facts()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""

@@ -22,6 +22,7 @@ from helper.util import accuracy, processor
 from models import create_model
 from models.heads import Student
 from models.library import LibraryModel
+from models.names import OWN, parse_name
 
 from .predict import open_file, open_onnx
 
@@ -127,6 +128,11 @@ def export(opened: TrainedStudent, form: str, takes_pixels: bool, folder: Path) 
     Raises:
         InputError: torch's exporters, or the network's library, do not take it.
     """
+    if form == "safetensors" and parse_name(opened.run.options["model_s"]).library in OWN:
+        raise InputError(
+            f"--format safetensors is for the weights of libraries' networks; {opened.path} holds those of "
+            f"{opened.run.options['model_s']}: use --format onnx or exported"
+        )
     network = Exportable(opened.network, opened.normalization if takes_pixels else None).eval()
     shape = (2, 3, opened.image_size, opened.image_size)
     example = torch.zeros(shape, dtype=torch.uint8 if takes_pixels else torch.float32)

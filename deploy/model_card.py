@@ -8,7 +8,7 @@ from distiller_zoo import METHODS
 from evaluation.student import TrainedStudent
 from helper import checkpoint
 from models.library import library_options
-from models.names import parse_name
+from models.names import LIBRARIES, OWN, parse_name
 
 from .predict import EXACT_8_BIT
 
@@ -30,7 +30,7 @@ def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: boo
     """
     name, resolution = parse_name(opened.run.options["model_s"]), opened.network.resolution
     options = {}
-    if name.library is not None:
+    if name.library in LIBRARIES:
         weighted = name.path is not None or opened.run.options["pretrained_s"]
         options = library_options(name, resolution, weighted)
     mean, std = map(list, opened.normalization)
@@ -39,8 +39,8 @@ def model_config(opened: TrainedStudent, form: str, file: str, takes_pixels: boo
         "format": form,
         "file": file,
         "quantized": None,
-        "library": name.library or "RepDistiller",
-        "architecture": name.name,
+        "library": {None: "RepDistiller", **dict.fromkeys(OWN, "own")}.get(name.library, name.library),
+        "architecture": name.short if name.library in OWN else name.name,
         "num_classes": len(opened.classes),
         "network_options": options,
         "resolution": resolution,
@@ -147,7 +147,7 @@ def card(config: dict, table: str) -> str:
         table: see ``costs.cost_table``.
     """
     trained, facts = config["training"], config["input"]
-    source = "" if config["library"] == "RepDistiller" else f" of {config['library']}"
+    source = "" if config["library"] in ("RepDistiller", "own") else f" of {config['library']}"
     taught = "trained without a teacher"
     if trained["distill"] != "none":
         taught = f"taught by {trained['model_t']} ({METHODS[trained['distill']].citation})"

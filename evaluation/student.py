@@ -19,6 +19,8 @@ from helper.names import sized_name
 from helper.records import StoredRun, read_run
 from models import create_classifier, create_student
 from models.heads import Classifier, Student
+from models.names import at, parse_name
+from models.weights import sha256_of
 
 
 def restore_student(options: dict, state: dict, num_classes: int) -> Student | Classifier:
@@ -35,7 +37,8 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
     sized = {"resolution": options["student_resolution"]}
     # The weights know the joint space's width, which is the teacher's own or what the options say.
     dim = len(state["layer"]["fit_dim_Net.weight"]) if state["layer"] else None
-    name, began_from_file, _ = options["model_s"].partition("=")  # that file need not be there any more
+    name = parse_name(options["model_s"])
+    began_from_file, name = name.path is not None, str(name._replace(path=None))  # that file may be gone by now
     if options["clip_tn"]:
         student = create_student(name, dim, num_classes, **sized)
     else:
@@ -46,6 +49,27 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
     student.backbone.load_state_dict(state["model"])
     student.head.load_state_dict(state["layer"])
     return student.eval()
+
+
+def student_name(run: StoredRun) -> str:
+    """The name of a run's backbone; the code of a network of one's own is the run's copy.
+
+    Raises:
+        InputError: the copy is missing, or has changed since.
+    """
+    name = run.options["model_s"]
+    if parse_name(name).library != "file":
+        return name
+    path = run.folder / "student.py"
+    check_code(path, name, run.options["student_sha256"])
+    return at(name, path)
+
+
+def check_code(path: Path, name: str, sha256: str) -> None:
+    """Raise an InputError where a run's copy of a network's code is missing, or has changed since."""
+    if not path.is_file() or sha256_of(path) != sha256:
+        what = "has changed since the run" if path.is_file() else "is missing"
+        raise InputError(f"{path}, the code of {name}, {what}: put the file back as it was")
 
 
 def model_path(run: StoredRun, which: str = "best") -> Path:
@@ -101,7 +125,7 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
     state = checkpoint.load(path)
     try:
         facts = {name: state[name] for name in ("classes", "image_size", "normalization", "stored_size")}
-        network = restore_student(run.options, state, len(facts["classes"]))
+        network = restore_student(run.options | {"model_s": student_name(run)}, state, len(facts["classes"]))
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path} is not a file of the student in {run.folder}") from error
     return TrainedStudent(run, path, state, network, **facts)

@@ -18,6 +18,7 @@ from helper.teacher import (
 from models.create import encoder_sha256
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, TeacNet
+from models.names import at, parse_name
 from models.weights import sha256_of
 
 
@@ -75,12 +76,18 @@ def open_teacher_network(
     if options["distill"] == "none":
         raise InputError(f"the run in {run.folder} has no teacher: it was trained with --distill none")
     if options["clip_tn"]:
-        network = load_encoder(options["clip_mode"], options["clip_root"], device, amp, options["teacher_resolution"])
+        network = load_encoder(teacher_name(run), options["clip_root"], device, amp, options["teacher_resolution"])
         check_same(run, "clip_sha256", network.sha256)
         return network, _restore_head(run, state, network.dim)
     backbone, resolution = load_cnn(options["path_t"], num_classes, Needs())
     check_same(run, "teacher_sha256", sha256_of(options["path_t"]))
     return Classifier(backbone, resolution=resolution).eval(), _restore_head(run, state, backbone.num_features)
+
+
+def teacher_name(run: StoredRun) -> str:
+    """The name of a run's frozen encoder; the code of a network of one's own is the run's copy."""
+    name = run.options["clip_mode"]
+    return at(name, run.folder / "teacher.py") if parse_name(name).library == "file" else name
 
 
 def check_teacher(run: StoredRun) -> None:
@@ -92,7 +99,7 @@ def check_teacher(run: StoredRun) -> None:
     """
     options = run.options
     if options["clip_tn"]:
-        check_same(run, "clip_sha256", encoder_sha256(options["clip_mode"], options["clip_root"]))
+        check_same(run, "clip_sha256", encoder_sha256(teacher_name(run), options["clip_root"]))
     else:
         architecture(options["path_t"])
         check_same(run, "teacher_sha256", sha256_of(options["path_t"]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.create import create_encoder, encoder_sha256, library_version
 from models.encoders import FrozenEncoder
-from models.names import parse_name, short_name
+from models.names import OWN, parse_name, short_name
 
 from . import checkpoint, distributed
 from .runtime import DTYPES, teacher_precision
@@ -57,7 +57,7 @@ def encoder_facts(clip_mode: str, clip_root: str, resolution: int | None, save_d
     """The facts of a frozen encoder, which are the attributes of a ``KnownEncoder``.
 
     The file of its weights is hashed every time, so that other weights have other facts. A network with a library's
-    own weights is built every time, as there is no file to hash.
+    own weights is built every time, as there is no file to hash, and so is a network of one's own.
 
     Args:
         clip_mode, clip_root, resolution: see ``create_encoder``.
@@ -67,7 +67,7 @@ def encoder_facts(clip_mode: str, clip_root: str, resolution: int | None, save_d
         InputError, OSError: see ``create_encoder``.
     """
     name = parse_name(clip_mode)
-    if name.library is not None and name.path is None:
+    if name.library in OWN or (name.library is not None and name.path is None):
         return _facts_of(create_encoder(clip_mode, clip_root, resolution=resolution))
     network = None if name.library is None else name.name
     key = [name.library, network, encoder_sha256(clip_mode, clip_root), resolution, library_version(name)]

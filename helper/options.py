@@ -6,7 +6,7 @@ from dataset import DATASETS, FROM_FILES, check_image_size
 from distiller_zoo import METHODS
 from errors import InputError
 from models import check_model_name, model_dict
-from models.names import PUBLISHED, parse_name, short_name
+from models.names import OWN, PUBLISHED, parse_name, short_name
 
 from .names import sized_name
 from .parser import (
@@ -40,8 +40,9 @@ _FEATURE_DIM = 256
 AUTO_VIEWS = {"cuda": 16, "cpu": 1}
 
 _ENCODERS = f"OpenAI's {', '.join(PUBLISHED)}, or a checkpoint in its format; open_clip:ARCH/TAG, timm:NAME or "
-_ENCODERS += "torchvision:NAME, each with =PATH for local weights"
-_NETWORKS = f"{', '.join(model_dict)}; timm:NAME or torchvision:NAME, any classifier of theirs"
+_ENCODERS += "torchvision:NAME, each with =PATH for local weights; FILE.py:FUNCTION[=PATH], a network of your own"
+_LIBRARIES = f"{', '.join(model_dict)}; timm:NAME or torchvision:NAME, any classifier of theirs"
+_NETWORKS = f"{_LIBRARIES}; FILE.py:FUNCTION, a network of your own"
 
 
 def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> argparse._ArgumentGroup:
@@ -358,7 +359,7 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
     _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model_s, _LEARNING_RATE))
     if opt.pretrained_s and opt.init_s is not None:
         parser.error("--pretrained_s and --init_s both say what the student starts from; leave one of them out")
-    if opt.pretrained_s and parse_name(opt.model_s).library is None:
+    if opt.pretrained_s and parse_name(opt.model_s).library not in ("timm", "torchvision"):
         parser.error(f"--pretrained_s: {opt.model_s} is no timm:NAME or torchvision:NAME; use --init_s PATH")
 
     if not opt.gamma and not opt.alpha and not opt.beta:
@@ -482,7 +483,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         type=encoder_name,
         default="ViT-B/32",
         metavar="NAME|PATH",
-        help=f"frozen encoder: {_ENCODERS}; CNN: {_NETWORKS}",
+        help=f"frozen encoder: {_ENCODERS}; CNN: {_LIBRARIES}",
     )
     group.add_argument(
         "--clip_tn",
@@ -516,6 +517,8 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
         return opt
     if opt.teacher_views != "auto":
         parser.error("--teacher_views is for a frozen encoder: a CNN sees every view")
+    if parse_name(opt.model).library in OWN:
+        parser.error(f"--model {opt.model}: a network of your own is a frozen encoder here; leave --clip_tn at 1")
     opt.model_t, opt.teacher_views = sized_name(opt.model, opt.teacher_resolution), None
     _resolve_optimizer(parser, opt, _LEARNING_RATES.get(opt.model, _LEARNING_RATE))
     _check_network(parser, "--model", opt.model)

@@ -88,11 +88,11 @@ def teacher_views(text: str) -> str | int:
 
 
 def network_name(text: str) -> str:
-    """A student or a CNN: one of the house's, ``timm:NAME`` or ``torchvision:NAME``.
+    """A student or a CNN: one of the house's, ``timm:NAME``, ``torchvision:NAME`` or ``FILE.py:FUNCTION``.
 
     Only the library knows whether it has such a network: see ``check_model_name``.
     """
-    in_library = text.startswith(("timm:", "torchvision:"))
+    in_library = text.startswith(("timm:", "torchvision:")) or ".py:" in text
     return _checked(parse_name if in_library else check_model_name, text)
 
 

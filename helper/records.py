@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import InputError
+from models.names import parse_name
 
 # Options that do not change a run's result: where things are, what is printed, what is saved. Data and weights are
 # recognised by their hashes instead of their paths.
@@ -35,11 +36,14 @@ HASH = "record_sha256"
 
 
 def settings(options: dict) -> dict:
-    """The options that decide a run's result, its epochs among them; 1 and 1.0 are the same value."""
-    return {name: _plain(value) for name, value in options.items() if name not in {*_PLACES, HASH}}
+    """The options that decide a run's result, its epochs among them; see ``setting``."""
+    return {name: setting(name, value) for name, value in options.items() if name not in {*_PLACES, HASH}}
 
 
-def _plain(value: object) -> object:
+def setting(name: str, value: object) -> object:
+    """An option's value without what changes no result: 1.0 is 1, and a file of Python counts by its name and hash."""
+    if name == "model_s" and parse_name(value).library == "file":
+        return value.rpartition("/")[2]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

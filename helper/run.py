@@ -12,7 +12,7 @@ from errors import InputError
 from . import checkpoint, distributed
 from .exits import resumes, unbroken, without, write_at_end
 from .logger import Logger
-from .records import FREE, HASH, best_record, read_record, record_hash
+from .records import FREE, HASH, best_record, read_record, record_hash, setting
 
 
 class Run:
@@ -127,7 +127,7 @@ class Run:
             return
         for key, value in values.items():
             recorded = self.recorded.get(key)
-            if recorded != value and key not in without():
+            if setting(key, recorded) != setting(key, value) and key not in without():
                 raise InputError(
                     f"{self.folder} holds a run with {key} {recorded}, not {value}: "
                     "use the same options and files to resume it, or another --name for a new run"
@@ -150,8 +150,12 @@ class Run:
         except (InputError, FileNotFoundError):  # a damaged or missing file is written again
             return False
 
-    def start(self) -> None:
-        """Write the options, and the logs of the epochs that are done."""
+    def start(self, code: dict[str, bytes] | None = None) -> None:
+        """Write the options, and the logs of the epochs that are done.
+
+        Args:
+            code: the content of files that the run keeps beside its weights, by name.
+        """
         if not self._writes:
             return
         with checkpoint.writing(self.folder):
@@ -159,6 +163,8 @@ class Run:
                 left.unlink()
         if self._next_best.exists():  # the run was killed while it wrote a checkpoint
             self._settle_best()
+        for name, content in (code or {}).items():
+            checkpoint.write_bytes(content, self.folder / name)
         checkpoint.write_json(self.options, self.folder / "options.json")
         self._logger = Logger(self.folder, self._tb_folder, self.history)
         if self.steps:

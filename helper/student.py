@@ -11,7 +11,8 @@ from errors import InputError
 from models import create_classifier, create_student
 from models.heads import Classifier, Student, check_image_size
 from models.library import load_into, synchronize_norms
-from models.names import parse_name
+from models.names import OWN, own_file, parse_name
+from models.own import check_own_model
 from models.weights import read_state, sha256_of
 
 from . import checkpoint
@@ -36,7 +37,7 @@ def build_student(
     student, left_out = _create(opt, num_classes, needs, teacher.dim if opt.joint == "teacher" else None)
     if opt.init_s is not None:
         print(f"{opt.init_s}: " + (f"left out {', '.join(left_out)}" if left_out else "every tensor is used"))
-    check_image_size(student, opt.model_s, image_size, "--student_resolution")
+    _check_images(opt, student, image_size)
     student = synchronize_norms(student) if opt.sync_bn else student
     return student.to(opt.device, memory_format=torch.channels_last)
 
@@ -51,8 +52,8 @@ def find_student(opt, needs: Needs, image_size: int | None) -> tuple[Normalizati
         image_size: height and width of the images in pixels; None where only the images tell.
 
     Returns:
-        Mean and std of its images' channels; and the hash of the file of start weights, by name, which is empty where
-        no file is given.
+        Mean and std of its images' channels; and by name the hashes of the files of start weights and of the network's
+        code, where there are such files.
 
     Raises:
         InputError: no such file; see also ``build_student``.
@@ -61,10 +62,21 @@ def find_student(opt, needs: Needs, image_size: int | None) -> tuple[Normalizati
     if opt.init_s is not None and not Path(opt.init_s).is_file():
         raise InputError(f"--init_s {opt.init_s}: no such file of weights")
     student, _ = _create(opt, num_classes=2, needs=needs, teacher_dim=2)  # no check depends on these numbers
+    name = parse_name(opt.model_s)
     if image_size is not None:
-        check_image_size(student, opt.model_s, image_size, "--student_resolution")
-    path = parse_name(opt.model_s).path if opt.init_s is None else opt.init_s
-    return _normalization(opt, student), {} if path is None else {"init_sha256": sha256_of(path)}
+        _check_images(opt, student, image_size)
+    path = name.path if opt.init_s is None else opt.init_s
+    hashes = {"init_sha256": path, "student_sha256": own_file(name) if name.library == "file" else None}
+    hashes = {key: sha256_of(file) for key, file in hashes.items() if file is not None}
+    return _normalization(opt, student), hashes
+
+
+def _check_images(opt, student: Student | Classifier, image_size: int) -> None:
+    """Raise an InputError where the student cannot take images of a size, or a network of one's own is no student."""
+    name = parse_name(opt.model_s)
+    if name.library in OWN:
+        check_own_model(student.backbone, name, opt.student_resolution or image_size)
+    check_image_size(student, opt.model_s, image_size, "--student_resolution")
 
 
 def _normalization(opt, student: Student | Classifier) -> Normalization:
@@ -73,7 +85,7 @@ def _normalization(opt, student: Student | Classifier) -> Normalization:
     A student's file of this project holds them; other weights of a library's network have the library's.
     """
     own, name = normalization_of(bool(opt.clip_tn)), parse_name(opt.model_s)
-    if name.library is not None and (opt.pretrained_s or opt.init_s is not None or name.path is not None):
+    if name.library not in (None, *OWN) and (opt.pretrained_s or opt.init_s is not None or name.path is not None):
         own = student.backbone.normalization
     if opt.init_s is not None:
         with contextlib.suppress(InputError):  # the file is another project's
@@ -96,6 +108,15 @@ def _create(opt, num_classes: int, needs: Needs, teacher_dim: int | None) -> tup
     if opt.init_s is None:
         return student, []
     return student, load_into(student.backbone, read_state(opt.init_s))
+
+
+def own_code(opt) -> dict[str, bytes]:
+    """The files of networks of one's own, which a run keeps, by their names there: student.py and teacher.py."""
+    names = {"student.py": opt.model_s}
+    if opt.distill != "none" and opt.clip_tn:
+        names["teacher.py"] = opt.clip_mode
+    parsed = {kept: parse_name(name) for kept, name in names.items()}
+    return {kept: own_file(name).read_bytes() for kept, name in parsed.items() if name.library == "file"}
 
 
 def model_file(

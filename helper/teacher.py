@@ -17,6 +17,7 @@ from models import check_model_name, create_classifier, create_model, model_dict
 from models.encoders import FrozenEncoder
 from models.heads import Classifier, Outputs, TeacNet, check_image_size, enlarge
 from models.library import own_names, synchronize_norms
+from models.names import OWN, parse_name
 from models.weights import load_weights, named_tensors, sha256_of
 
 from . import checkpoint
@@ -283,6 +284,11 @@ def _architecture(path: str, state: dict) -> str | None:
     arch = state.get("arch") or max(named, key=len, default=None)
     if isinstance(state.get("args"), argparse.Namespace) and arch == getattr(state["args"], "model", None):
         arch = f"timm:{arch}"
+    if parse_name(arch or "").library in OWN:  # the code is not run that a file of weights names
+        raise InputError(
+            f"--path_t {path} holds {arch}, a network of one's own: give its weights to a frozen encoder, "
+            "--clip_mode FILE.py:FUNCTION=WEIGHTS"
+        )
     try:
         check_model_name(arch or "")
     except ValueError:

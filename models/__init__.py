@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from errors import InputError
 
-from .names import parse_name, unknown
+from .names import OWN, check_file, parse_name, unknown
 
 
 def _constructor(file: str, name: str) -> Callable:
@@ -47,8 +47,16 @@ def __getattr__(name: str):
 
 
 def check_model_name(model: str) -> None:
-    """Raise an InputError that lists known names, unless a name is ours, timm:NAME or torchvision:NAME."""
+    """Raise an InputError that lists known names, unless a name is ours, timm:NAME, torchvision:NAME or one's own.
+
+    The file of a network of one's own has to be there; only building the network runs it.
+    """
     name = parse_name(model)
+    if name.library == "file" and name.path is not None:
+        raise InputError(f"{model}: a student's start weights are given by --init_s {name.path}")
+    if name.library in OWN:
+        check_file(name)
+        return
     if name.library in ("timm", "torchvision"):
         from .library import check_library_model  # here, as it imports the library
 
@@ -58,4 +66,4 @@ def check_model_name(model: str) -> None:
 
         if model and (longer := [*(name for name in model_dict if name.startswith(model)), *names_in_libraries(model)]):
             raise InputError(f"unknown model {model!r}; did you mean {' or '.join(longer)}?")
-        raise unknown("model", model, [*model_dict, "timm:NAME", "torchvision:NAME"])
+        raise unknown("model", model, [*model_dict, "timm:NAME", "torchvision:NAME", "FILE.py:FUNCTION"])

@@ -11,7 +11,8 @@ from . import check_model_name, model_dict
 from .encoders import FrozenEncoder, LibraryEncoder, TextEncoder, open_clip_text_encoder
 from .heads import Classifier, Projection, Student, StudNet
 from .library import create_library_model
-from .names import Name, check_file, parse_name
+from .names import OWN, Name, check_file, parse_name
+from .own import create_own_model, own_sha256
 from .published import fetch_clip
 from .weights import sha256_of
 
@@ -20,7 +21,7 @@ def create_model(name: str, num_classes: int, **options) -> nn.Module:
     """A backbone; with 0 classes it has no classifier.
 
     Args:
-        name: one of ``model_dict``, timm:NAME or torchvision:NAME.
+        name: one of ``model_dict``, timm:NAME, torchvision:NAME or FILE.py:FUNCTION.
         num_classes: number of classes.
         options: options of a library's network, see ``create_library_model``. Our own networks give all maps at any
             size.
@@ -31,6 +32,8 @@ def create_model(name: str, num_classes: int, **options) -> nn.Module:
     check_model_name(name)
     if name in model_dict:
         return model_dict[name](num_classes=num_classes)
+    if parse_name(name).library in OWN:
+        return create_own_model(parse_name(name), num_classes, options.get("maps", False), options.get("preact", False))
     return create_library_model(parse_name(name), num_classes, **options)
 
 
@@ -125,9 +128,11 @@ def encoder_sha256(clip_mode: str, clip_root: str) -> str:
     name = parse_name(clip_mode)
     if name.library is None:
         return fetch_clip(clip_mode, clip_root)[1]
+    check_file(name)
+    if name.library in OWN:
+        return own_sha256(name)
     if name.path is None:
         return LibraryEncoder(name).sha256
-    check_file(name)
     return sha256_of(name.path)
 
 

@@ -11,7 +11,8 @@ from errors import InputError
 
 from .heads import check_sees_all
 from .library import check_library_model, import_library, library_network, torchvision_models
-from .names import Name, check_file, library_errors, unknown
+from .names import OWN, Name, check_file, library_errors, unknown
+from .own import own_encoder, own_sha256
 from .weights import read_state, sha256_of, sha256_of_state
 
 # Images at a time for a convolutional network on a CPU: the maps of more do not fit into its caches.
@@ -80,10 +81,11 @@ class TextEncoder(NamedTuple):
 
 
 class LibraryEncoder(FrozenEncoder):
-    """An image encoder of timm, open_clip or torchvision.
+    """An image encoder of timm, open_clip or torchvision, or one's own.
 
     Args:
         name: with one of these libraries; its ``path`` names a local file of weights, otherwise the library downloads.
+            Or one's own, see ``own_encoder``.
         dtype: what it computes in, under autocast: its norms stay in float32.
         resolution: its own if None.
 
@@ -95,7 +97,7 @@ class LibraryEncoder(FrozenEncoder):
 
     def __init__(self, name: Name, dtype: torch.dtype = torch.float32, resolution: int | None = None):
         super().__init__()
-        if name.library != "open_clip":
+        if name.library in ("timm", "torchvision"):
             check_library_model(name)
         check_file(name)
         self.name = name.short
@@ -105,7 +107,10 @@ class LibraryEncoder(FrozenEncoder):
         self.resolution, mean, std, self.interpolation, self.antialias = fed
         self.normalization = (tuple(mean), tuple(std))
         self.net.eval().requires_grad_(False)
-        self.sha256 = sha256_of_state(self.net.state_dict()) if name.path is None else sha256_of(name.path)
+        if name.library in OWN:
+            self.sha256 = own_sha256(name, self.net)
+        else:
+            self.sha256 = sha256_of_state(self.net.state_dict()) if name.path is None else sha256_of(name.path)
         # A transformer has one convolution, which cuts the picture into patches.
         self.channels_last = sum(isinstance(module, nn.Conv2d) for module in self.net.modules()) > 1
         if self.channels_last:
@@ -242,4 +247,10 @@ def _make_torchvision(name: Name, resolution: int | None) -> tuple[nn.Module, _I
     return net, _Input(size, config.mean, config.std, config.interpolation.value, bool(config.antialias))
 
 
+def _make_own(name: Name, resolution: int | None) -> tuple[nn.Module, _Input]:
+    own = own_encoder(name, resolution)
+    return own.net, _Input(*own[1:])
+
+
 _MAKERS = {"timm": _make_timm, "open_clip": _make_open_clip, "torchvision": _make_torchvision}
+_MAKERS |= dict.fromkeys(OWN, _make_own)

@@ -61,14 +61,17 @@ class Network(NamedTuple):
 
     net: the network without its classifier; it gives pooled features (B, D).
     classifier: the library's name for the classifier.
-    size: a height and width of images, in pixels, that the network takes.
-    normalization: mean and std of each channel of the images that its published weights were trained on.
+    size: a height and width of images, in pixels, that the network takes; None where nobody says.
+    normalization: mean and std of each channel of the images that its published weights were trained on; None where it
+        has none.
+    width: the width of the pooled features; None where it has to be measured.
     """
 
     net: nn.Module
     classifier: str
-    size: int
-    normalization: tuple[tuple[float, ...], tuple[float, ...]]
+    size: int | None
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
+    width: int | None = None
 
 
 def library_network(name: Name, resolution: int | None = None, pretrained: bool = False) -> Network:
@@ -197,7 +200,7 @@ def create_library_model(
 
 
 class LibraryModel(nn.Module):
-    """A library's network without its classifier, and a linear classifier.
+    """A library's network, or one's own, without its classifier, and a linear classifier.
 
     ``normalization`` is that of ``Network``. Its state dict is the library's under ``net.``, and the classifier's under
     ``classifier.``.
@@ -213,7 +216,7 @@ class LibraryModel(nn.Module):
         super().__init__()
         self.net, self.label, self.classifier_name, self.taps = network.net, label, network.classifier, taps
         self.normalization = network.normalization
-        self.num_features = _width(label, network)
+        self.num_features = network.width or _width(label, network)
         self.classifier = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def library_state(self) -> dict[str, Tensor]:

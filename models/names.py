@@ -2,7 +2,8 @@
 
 ``resnet8x4`` is one of this project's names, ``ViT-B/32`` one of OpenAI's. ``timm:NAME``, ``torchvision:NAME`` and
 ``open_clip:ARCH/TAG`` are those libraries' own; ``=PATH`` after one of them takes the weights from a local file
-instead of the library's download.
+instead of the library's download. ``FILE.py:FUNCTION`` is a network of one's own, and ``module:NAME`` one that a Python
+program gave.
 """
 
 import contextlib
@@ -16,6 +17,9 @@ from errors import InputError
 
 LIBRARIES = ("open_clip", "timm", "torchvision")
 
+# Where networks of one's own come from, in the place of a library.
+OWN = ("file", "module")
+
 # OpenAI's own names of its CLIPs.
 PUBLISHED = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
@@ -23,8 +27,8 @@ PUBLISHED = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B
 class Name(NamedTuple):
     """A network's name in its parts.
 
-    library: one of ``LIBRARIES``; None for a name of ours or of OpenAI's, or a bare path.
-    name: the library's name for it.
+    library: one of ``LIBRARIES`` or ``OWN``; None for a name of ours or of OpenAI's, or a bare path.
+    name: the library's name for it; FILE.py:FUNCTION for one in a file.
     path: the file of its weights; None where the library has them.
     """
 
@@ -32,9 +36,17 @@ class Name(NamedTuple):
     name: str
     path: str | None
 
+    def __str__(self) -> str:
+        library = "" if self.library in (None, "file") else f"{self.library}:"
+        return f"{library}{self.name}" + ("" if self.path is None else f"={self.path}")
+
     @property
     def short(self) -> str:
-        """The name in names of runs: 'timm-resnet18'."""
+        """The name in names of runs: 'timm-resnet18', or 'net-tiny' for some/net.py:tiny."""
+        if self.library == "file":
+            return f"{own_file(self).stem}-{self.name.rpartition(':')[2]}"
+        if self.library == "module":
+            return self.name.rpartition("-")[0]
         return "-".join([self.library or "", *self.name.split("/")]).lstrip("-").replace(":", "-")
 
 
@@ -42,15 +54,34 @@ def parse_name(text: str) -> Name:
     """'timm:resnet18=FILE' to Name('timm', 'resnet18', 'FILE').
 
     Raises:
-        InputError: no name follows a library, or no path follows a '='.
+        InputError: no name follows a library, no path follows a '=', or no function follows a file of Python.
     """
     library, colon, rest = text.partition(":")
+    file, python, function = text.partition(".py:")
+    if python and library not in LIBRARIES:
+        function, equals, path = function.partition("=")
+        if not file or not function.isidentifier() or (equals and not path):
+            raise InputError(f"{text!r} is no network: write FILE.py:FUNCTION, or FILE.py:FUNCTION=PATH for weights")
+        return Name("file", f"{file}.py:{function}", path or None)
+    if colon and library == "module":
+        return Name(library, rest, None)
     if not colon or library not in LIBRARIES:
         return Name(None, text, None)
     name, equals, path = rest.partition("=")
     if not name or (equals and not path):
         raise InputError(f"{text!r} is no network: write {library}:NAME, or {library}:NAME=PATH for local weights")
     return Name(library, name, path or None)
+
+
+def own_file(name: Name) -> Path:
+    """The file of a network of one's own."""
+    return Path(name.name.rpartition(":")[0])
+
+
+def at(text: str, file: str | Path) -> str:
+    """The name of the same network of one's own, with its code in another file."""
+    name = parse_name(text)
+    return str(name._replace(name=f"{file}:{name.name.rpartition(':')[2]}"))
 
 
 # The paper's release calls its models so in the names of runs.
@@ -71,9 +102,11 @@ def short_name(clip_mode: str, resolution: int | None = None) -> str:
 
 
 def check_file(name: Name) -> None:
-    """Raise an InputError where a name's file of weights is missing."""
+    """Raise an InputError where a name's file of weights, or of Python, is missing."""
+    if name.library == "file" and not own_file(name).is_file():
+        raise InputError(f"{name.name}: no such file {own_file(name)}")
     if name.path is not None and not Path(name.path).is_file():
-        raise InputError(f"{name.library}:{name.name}={name.path}: no such file of weights")
+        raise InputError(f"{name}: no such file of weights")
 
 
 # The most names that an error lists.
