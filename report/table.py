@@ -214,9 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         "--choose", metavar="OPTION", help="print the value of this option in the run that is best on its hold-out"
     )
     only.add_argument("--best", type=positive_int, metavar="N", help="print the N methods with the highest accuracy")
-    parser.add_argument(
-        "--except", dest="without", default="", metavar="METHODS", help="methods that --best passes over"
-    )
+    parser.add_argument("--except", dest="without", metavar="METHODS", help="methods that --best passes over")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run: SAVE/student_model/NAME")
     args = parser.parse_args(argv)
     with exit_on_bad_input(parser.prog):
@@ -224,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.choose is not None:
             print(choose(args.choose, runs))
         elif args.best is not None:
-            print(*best_methods(args.best, runs, args.without.split()))
+            print(*best_methods(args.best, runs, (args.without or "").split()))
         else:
             print(run_table(runs, args.against))
 
