@@ -43,7 +43,7 @@ FROM_FILES = {
 
 
 # Options of data sets that are image files; other data sets leave them alone.
-FILE_OPTIONS = ("image_size", "max_bad_images", "holdout", "exact_decode")
+FILE_OPTIONS = ("image_size", "max_bad_images", "holdout", "exact_decode", "data_list")
 
 
 def check_image_size(name: str, image_size: int | None) -> None:
@@ -67,9 +67,13 @@ def student_size(name: str, image_size: int | None) -> int | None:
     return image_size if name == "folder" else _SIZES.get(name)
 
 
-def folder_name(data_dir: str, image_size: int) -> str:
-    """The name of a folder of images as a data set: the last part of the folder's path, and the images' size."""
-    own = Path(os.path.abspath(data_dir)).name
+def folder_name(data_dir: str | list[str], image_size: int) -> str:
+    """The name of a folder of images as a data set: the last part of the folder's path, and the images' size.
+
+    Several folders are called by the first, and how many more there are.
+    """
+    first, *more = [data_dir] if isinstance(data_dir, str) else data_dir
+    own = Path(os.path.abspath(first)).name + (f"-and-{len(more)}-more" if more else "")
     return f"folder-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in own)}@{image_size}px"
 
 
@@ -89,22 +93,23 @@ def open_dataset(options: dict) -> ImageDataset:
 
 def load_dataset(
     name: str,
-    data_dir: str,
+    data_dir: str | list[str],
     *,
     image_size: int | None = None,
     save_dir: str = "./save",
     max_bad_images: int = 0,
     holdout: float | None = None,
     exact_decode: bool = False,
+    data_list: str | None = None,
 ) -> ImageDataset:
     """Load a data set by name.
 
     Args:
         name: a key of ``DATASETS`` or ``FROM_FILES``.
-        data_dir: the folder that it lies in, or is downloaded to.
+        data_dir: the folder that it lies in, or is downloaded to; see also ``load_folder``.
         image_size: see ``load_folder``; no other data set has it.
         save_dir, max_bad_images, exact_decode: see ``open_images``; for data sets that are image files.
-        holdout: see ``load_folder``.
+        holdout, data_list: see ``load_folder``.
 
     Raises:
         InputError: the name is unknown, or the data set's files are not as described.
@@ -114,7 +119,7 @@ def load_dataset(
         raise InputError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *FROM_FILES])}")
     check_image_size(name, image_size)
     if name == "folder":
-        return FROM_FILES[name](data_dir, image_size, save_dir, max_bad_images, holdout, exact_decode)
+        return FROM_FILES[name](data_dir, image_size, save_dir, max_bad_images, holdout, exact_decode, data_list)
     if name in FROM_FILES:
         return FROM_FILES[name](data_dir, save_dir, max_bad_images, exact_decode)
     return DATASETS[name](data_dir)

@@ -26,18 +26,11 @@ from tqdm import tqdm
 from errors import InputError, WriteError, writing
 
 from .chunks import Chunk, ChunkFile
-from .decode import EXTENSIONS, RESAMPLING, SCALED, BadImage, read_square
+from .decode import RESAMPLING, SCALED, BadImage, read_square
+from .listing import ImageFile, shown
 
 # Images that one process decodes at a time; part of the key.
 CHUNK = 64
-
-
-class ImageFile(NamedTuple):
-    """An image file: its name below the data set's folder, bytes, and time of the last change in ns."""
-
-    name: str
-    size: int
-    time: int
 
 
 class Squares(NamedTuple):
@@ -49,44 +42,6 @@ class Squares(NamedTuple):
 
     images: Tensor
     files: Tensor
-
-
-def shown(name: str) -> str:
-    """A file's name in one line that can be printed anywhere."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name is an image's: it is not hidden, and has the extension of a format that Pillow reads."""
-    return not os.path.basename(name).startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def list_images(root: Path, folder: str) -> tuple[list[ImageFile], list[str]]:
-    """The image files in a folder below ``root`` and in all folders in it, by name; and the names of other files.
-
-    Hidden files are left out of both.
-    """
-    images, others = [], []
-
-    def scan(below: str, above: tuple[tuple[int, int], ...]) -> None:
-        with os.scandir(root / below) as entries:
-            for entry in entries:
-                name = f"{below}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                about = entry.stat()
-                if entry.is_dir():
-                    place = (about.st_dev, about.st_ino)
-                    if place not in above:  # else it is a link to a folder that it lies in
-                        scan(name, (*above, place))
-                elif is_image(name):
-                    images.append(ImageFile(name, about.st_size, about.st_mtime_ns))
-                else:
-                    others.append(name)
-
-    about = os.stat(root / folder)
-    scan(folder, ((about.st_dev, about.st_ino),))
-    return sorted(images), sorted(others)
 
 
 def open_images(

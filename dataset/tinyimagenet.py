@@ -8,8 +8,9 @@ import torch
 from errors import InputError
 
 from .archives import Archive, fetch
-from .files import list_images, open_images
+from .files import open_images
 from .images import ImageDataset, Split, told_apart
+from .listing import list_images
 from .views import CropViews
 
 SIZE = 64

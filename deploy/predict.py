@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.decode import BadImage, read_rgb
-from dataset.files import shown
+from dataset.listing import shown
 from errors import InputError
 from evaluation.student import image_transform
 from models import create_model

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.decode import BadImage, read_square
-from dataset.files import is_image, shown
+from dataset.listing import is_image, shown
 from dataset.loader import Batch
 from dataset.views import CropViews, ResizedCropViews, normalize
 from errors import InputError

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.decode import BadImage, read_rgb, read_square
-from dataset.files import shown
+from dataset.listing import shown
 from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun, read_run

@@ -141,7 +141,8 @@ def open_run_dataset(run: StoredRun, data_dir: str | None = None) -> ImageDatase
         InputError: the data set has changed since.
         OSError: it is not there.
     """
-    where = {"save_dir": str(run.folder.absolute().parents[1])} | ({} if data_dir is None else {"data_dir": data_dir})
+    where = {"save_dir": str(run.folder.absolute().parents[1])}
+    where |= {} if data_dir is None else {"data_dir": data_dir, "data_list": None}
     dataset = open_dataset(run.options | where)
     if dataset.fingerprint() != run.options["dataset_sha256"]:
         raise InputError(f"the run in {run.folder} was trained with another dataset than is there now")

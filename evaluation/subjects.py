@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset, Split, open_dataset
+from dataset import FILE_OPTIONS, ImageDataset, Split, open_dataset
 from dataset.loader import Loader, eval_batch_size
 from dataset.resize import resize
 from dataset.views import Views, normalization_of
@@ -156,14 +156,14 @@ def open_subjects(paths: Sequence[str], opt, device: str) -> list[Subject]:
     loaded: dict[str, ImageDataset] = {}
 
     def dataset_of(options: dict, save_dir: str) -> ImageDataset:
-        recorded = ("dataset", "data_dir", "image_size", "max_bad_images", "exact_decode", "holdout", "leave_out")
+        recorded = ("dataset", "data_dir", "leave_out", *FILE_OPTIONS)
         wanted = {"dataset": "cifar100", "data_dir": "./data"}
         wanted |= {name: options[name] for name in recorded if name in options} | {"save_dir": save_dir}
         if opt.dataset is not None:
-            wanted |= {"dataset": opt.dataset, "holdout": None, "leave_out": None}
+            wanted |= {"dataset": opt.dataset, "holdout": None, "leave_out": None, "data_list": None}
             wanted["image_size"] = opt.image_size if opt.dataset == "folder" else None
         if opt.data_dir is not None:
-            wanted["data_dir"] = opt.data_dir
+            wanted |= {"data_dir": opt.data_dir, "data_list": None}
         key = json.dumps(wanted)
         if key not in loaded:
             loaded[key] = open_dataset(wanted)

@@ -2,7 +2,8 @@
 
 import argparse
 
-from .options import add_data_options, add_run_options, add_training_speed_options, check_data
+from .data_options import add_data_options, check_data
+from .options import add_run_options, add_training_speed_options
 from .parser import Parser, number, positive, positive_int, weight
 
 

@@ -13,7 +13,7 @@ from dataset.views import Normalization, normalization_of
 from errors import InputError
 
 from . import distributed
-from .options import check_labels
+from .data_options import check_labels
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,18 @@
 
 import argparse
 
-from dataset import DATASETS, FROM_FILES, check_image_size
 from distiller_zoo import METHODS
-from errors import InputError
 from models import check_model_name, model_dict
 from models.names import OWN, PUBLISHED, parse_name, short_name
 
+from .data_options import (
+    add_data_options,
+    add_holdout_option,
+    add_label_options,
+    check_data,
+    check_labels,
+    follow_data,
+)
 from .names import sized_name
 from .parser import (
     ListMethods,
@@ -81,66 +87,6 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
         help="autocast; auto: bf16 where the processor has it; off: float32, on a GPU too, without TF32",
     )
     return group
-
-
-def add_data_options(parser: Parser) -> argparse._ArgumentGroup:
-    """Add the flags of the data set."""
-    group = parser.add_argument_group("data")
-    choices = (*DATASETS, *FROM_FILES)
-    group.add_argument("--dataset", choices=choices, default="cifar100", help="data set; folder: your own images")
-    what = "folder of the data sets; --dataset folder: the folder with train/CLASS/ and test/CLASS/ or val/CLASS/"
-    group.add_argument("--data_dir", default="./data", help=what)
-    group.add_argument(
-        "--image_size",
-        type=positive_int,
-        metavar="R",
-        help="folder: height and width of the student's images in pixels",
-    )
-    what = "leave out up to so many image files that cannot be decoded"
-    group.add_argument("--max_bad_images", type=number(int, 0), default=0, metavar="N", help=what)
-    what = "decode large JPEGs at their full size: several times slower, for the pixels of the usual evaluation"
-    group.add_argument("--exact_decode", action="store_true", help=what)
-    return group
-
-
-def add_holdout_option(parser: Parser) -> None:
-    """Add ``--holdout``, the rows that choose the best epoch."""
-    parser.add_argument_group("selection").add_argument(
-        "--holdout",
-        type=number(float, 0, 0.5, above=True),
-        metavar="F",
-        help="hold out this fraction of the training set and choose the best epoch on it, not on the test set; in a "
-        "folder without test images it becomes the test set",
-    )
-
-
-def check_data(parser: Parser, opt: argparse.Namespace) -> None:
-    """Refuse options of the data set that do not go together."""
-    try:
-        check_image_size(opt.dataset, opt.image_size)
-    except ValueError as error:
-        parser.error(str(error))
-    if opt.max_bad_images and opt.dataset not in FROM_FILES:
-        parser.error(f"--max_bad_images: {opt.dataset} is not decoded from image files; leave it out")
-    if opt.exact_decode and opt.dataset not in FROM_FILES:
-        parser.error(f"--exact_decode: {opt.dataset} is not decoded from image files; leave it out")
-
-
-def add_label_options(parser: Parser, what: str, low: float | None = None) -> None:
-    """Add ``--labels``, the share of the training images that has a label.
-
-    Args:
-        what: says what becomes of the other images.
-        low: the share must be above this number; None where it may be 0.
-    """
-    group = parser.add_argument_group("labels")
-    group.add_argument(
-        "--labels",
-        type=number(float, low or 0, 1, above=low is not None),
-        default=1.0,
-        metavar="F",
-        help=f"share of each class's training images that has a label, the same images for every seed; {what}",
-    )
 
 
 def add_optimizer_options(parser: Parser, learning_rate: str) -> argparse._ArgumentGroup:
@@ -292,9 +238,9 @@ def student_parser() -> Parser:
     group.add_argument(
         "--joint",
         choices=("projected", "teacher"),
-        default="projected",
         help="projected: each side has a head that leads to the joint space; teacher: the joint space is the frozen "
-        "encoder's own, and the teacher has no head and needs no label",
+        "encoder's own, and the teacher has no head and needs no label; if unset, projected, or teacher where no "
+        "picture has a label",
     )
     group.add_argument(
         "--clip_mode", type=encoder_name, default="ViT-B/32", metavar="NAME|PATH", help=f"frozen encoder: {_ENCODERS}"
@@ -344,6 +290,7 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
     check_data(parser, opt)
     _resolve_teacher(parser, opt)
     opt.stem = sized_name(opt.model_s, opt.student_resolution)  # begins the names of its files of weights
+    follow_data(parser, opt)
     method, clip = METHODS[opt.distill], bool(opt.clip_tn)
     if clip and method.needs_maps:
         able = ", ".join(name for name, other in METHODS.items() if not other.needs_maps)
@@ -388,39 +335,6 @@ def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
 def understands_text(opt) -> bool:
     """Whether the teacher is a CLIP with a text encoder."""
     return bool(opt.clip_tn) and parse_name(opt.clip_mode).library in (None, "open_clip")
-
-
-def check_labels(opt, share: float) -> None:
-    """Raise an InputError where the options need labels that are missing.
-
-    Args:
-        opt: the options of train_student.py or train_teacher.py; the latter needs labels, but not for every image.
-        share: share of the training images that have a label.
-    """
-    if share == 1:
-        return
-    distill = getattr(opt, "distill", None)
-    if distill is not None and METHODS[distill].needs_labels(opt):
-        others = {name: other for name, other in METHODS.items() if other.build and not other.needs_labels(opt)}
-        able = ", ".join(name for name, other in others.items() if not (opt.clip_tn and other.needs_maps))
-        what = f"{distill} --mode relax" if distill == "crd" else distill
-        raise InputError(
-            f"--distill {what} needs the class of every image, but only a share of {share:.3g} has a label: use "
-            f"{'' if opt.labels == 1 else '--labels 1, or '}one of {able}"
-        )
-    if share > 0:
-        return
-    if distill is None:
-        raise InputError("a teacher is trained by the classes of its images, but none has a label")
-    if opt.gamma:
-        raise InputError(f"-r {opt.gamma:g} weighs the classification, but no image has a label: use -r 0 (and -b 1)")
-    untrained = "the teacher's head would be trained by the classes of the images, but none has a label"
-    if opt.clip_tn and opt.path_t is None and opt.joint == "projected":
-        raise InputError(f"{untrained}: use --joint teacher, which has no head, or --path_t with a trained head")
-    if not opt.clip_tn and METHODS[distill].needs(clip=False).joint:
-        raise InputError(
-            f"{untrained}: use a frozen encoder with --joint teacher, or a method that needs no joint space"
-        )
 
 
 def _check_joint(parser: Parser, opt: argparse.Namespace) -> None:
@@ -504,6 +418,7 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     opt = parser.parse_args(argv)
     check_data(parser, opt)
     opt.path_t, opt.joint = None, "projected"  # the head, or the CNN, is trained here
+    follow_data(parser, opt)
     if opt.clip_tn is None:
         opt.clip_tn = int(opt.model not in model_dict)
     if opt.clip_tn:

@@ -13,6 +13,7 @@ from models.names import parse_name
 _PLACES = {
     "name",
     "data_dir",
+    "data_list",
     "max_bad_images",
     "exact_decode",
     "clip_root",

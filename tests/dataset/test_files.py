@@ -15,7 +15,8 @@ from PIL import Image
 import dataset.files
 from conftest import snapshot
 from dataset.decode import read_square
-from dataset.files import list_images, open_images
+from dataset.files import open_images
+from dataset.listing import list_images
 from errors import WriteError
 
 SIDE = 8

@@ -9,7 +9,7 @@ from PIL import Image
 import dataset.files
 from dataset import folder_name, load_dataset
 from dataset.decode import read_square
-from dataset.folder import class_names
+from dataset.folder import UNLABELLED, class_names
 from dataset.images import told_apart
 from dataset.views import CropViews, ResizedCropViews
 from errors import InputError
@@ -178,7 +178,8 @@ def test_files_of_every_kind_in_one_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ("other/x.png", "holds no train/CLASS/ with images"),
+        ("other/x.png", "no image in test/CLASS/ or val/CLASS/"),
+        ("train/.hidden/x.png", "holds no train/CLASS/ with images in it, and no image in unlabelled/"),
         ("train/x.png val/a/1.png", "train/ holds an image outside of its classes' folders, x.png"),
         ("train/a/1.png", "no image in test/CLASS/ or val/CLASS/"),
         ("train/a/1.png val/x.png", "no image in test/CLASS/ or val/CLASS/"),
@@ -189,6 +190,109 @@ def test_files_of_every_kind_in_one_folder(tmp_path, capsys):
 def test_a_folder_that_is_not_as_described_ends_in_one_line(tmp_path, files, said):
     with pytest.raises(ValueError, match=said):
         load(make(tmp_path / "pets", files))
+    assert not (tmp_path / "save").exists()
+
+
+FLAT = " ".join(f"{folder}{i}.png" for folder in ("", "a/", "a/deep/er/", "b/") for i in range(5))
+
+
+def test_every_picture_below_any_other_folder_has_no_label(tmp_path, capsys):
+    root = make(tmp_path / "photos", FLAT)
+    (root / "a" / "notes.txt").write_text("not a picture")
+    data = load(root, holdout=0.1)
+    assert data.classes == [UNLABELLED] and data.holdout == 0.1
+    train, test = numbers(data.train), numbers(data.test)
+    assert (len(train), len(test)) == (18, 2)
+    assert sorted(train + test) == [(i, -1) for i in range(1, 21)]
+    assert "passed over 1 files that have no image's extension: a/notes.txt" in capsys.readouterr().out
+    assert numbers(load(root, holdout=0.1).test) == test
+    assert len(load(root, holdout=0.5).test) == 10
+
+
+def test_the_images_in_unlabelled_alone_are_a_data_set(tmp_path):
+    data = load(
+        make(tmp_path / "pets", "unlabelled/a.png unlabelled/deep/b.png unlabelled/c.png other/d.png"), holdout=0.3
+    )
+    assert data.classes == [UNLABELLED]
+    assert sorted(numbers(data.train) + numbers(data.test)) == [(1, -1), (2, -1), (3, -1)]
+
+
+def test_several_folders_and_files_are_one_data_set(tmp_path):
+    make(tmp_path, "x/1.png x/train/2.png y/3.png z/4.png z/5.png")
+    places = [str(tmp_path / name) for name in ("x", "y", "z/5.png", "x/1.png")]  # one of them twice
+    data = load_dataset("folder", places, image_size=8, save_dir=str(tmp_path / "save"), holdout=0.25)
+    assert sorted(numbers(data.train) + numbers(data.test)) == [(1, -1), (2, -1), (3, -1), (5, -1)]
+    assert data.name == "folder-x-and-3-more@8px"
+
+
+def test_a_data_set_of_several_folders_that_moved_together_is_the_same(tmp_path):
+    prints = []
+    for place in ("here", "there"):
+        make(tmp_path / place, "x/1.png y/2.png")
+        places = [str(tmp_path / place / name) for name in "xy"]
+        made = load_dataset("folder", places, image_size=8, save_dir=str(tmp_path / place / "save"), holdout=0.5)
+        prints.append(made.fingerprint())
+    assert prints[0] == prints[1]
+
+
+def load_list(path: Path, **options):
+    save = str(path.parent / "save")
+    return load_dataset("folder", "./data", data_list=str(path), image_size=8, save_dir=save, **options)
+
+
+def test_a_list_names_pictures_relative_to_its_own_folder(tmp_path):
+    make(tmp_path, "photos/1.png photos/2.png photos/3.png")
+    path = tmp_path / "mine.txt"
+    path.write_text(f"photos/3.png\r\n\n{tmp_path}/photos/1.png\n")
+    data = load_list(path, holdout=0.5)
+    assert sorted(numbers(data.train) + numbers(data.test)) == [(1, -1), (3, -1)]
+    assert data.classes == [UNLABELLED] and data.name == "folder-mine@8px"
+
+
+def test_a_csv_has_labels_and_its_classes_are_in_the_order_of_their_names(tmp_path):
+    make(tmp_path, " ".join(f"{i}.png" for i in range(1, 8)))
+    path = tmp_path / "mine.csv"
+    rows = ["1.png,dog,x", "2.png,a cat,", '3.png,"a cat",', "4.png,dog,", "5.png,,", "6.png,dog,", "7.png,a cat,"]
+    path.write_text("\n".join(["path,label,by", *rows]))
+    data = load_list(path, holdout=0.3)
+    assert data.classes == ["a cat", "dog"]
+    assert sorted(numbers(data.train) + numbers(data.test)) == [(1, 1), (2, 0), (3, 0), (4, 1), (5, -1), (6, 1), (7, 0)]
+    assert sorted(target for _, target in numbers(data.test)) == [0, 1]
+    before = data.fingerprint()
+    path.write_text(path.read_text().replace("4.png,dog", "4.png,a cat"))
+    assert load_list(path, holdout=0.3).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("mine.txt", "\n \n", "mine.txt names no picture"),
+        ("mine.csv", "path,label\n", "mine.csv names no picture"),
+        ("mine.csv", "", "mine.csv has no column path and no column label: its first line must be path,label"),
+        ("mine.csv", "path,Label\n1.png,a\n", "mine.csv has no column label"),
+        ("mine.txt", "1.png\n1.png\n", "mine.txt names 1.png twice"),
+        ("mine.txt", "1.png\n2.png\n", "mine.txt names 2.png, which cannot be read .No such file"),
+        ("mine.txt", b"\xff\xfe1", "mine.txt cannot be read as text in UTF-8"),
+        ("mine.txt", None, "mine.txt cannot be read as text in UTF-8"),
+    ],
+)
+def test_a_list_that_is_not_as_described_ends_in_one_line(tmp_path, name, text, said):
+    make(tmp_path, "1.png")
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=said):
+        load_list(tmp_path / name, holdout=0.5)
+    assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"), [("notes.txt", "photos: no picture in it, at any depth"), ("1.png", "holds a single image")]
+)
+def test_a_folder_without_two_pictures_ends_in_one_line(tmp_path, files, said):
+    root = tmp_path / "photos"
+    make(root, files) if files.endswith("png") else root.mkdir()
+    with pytest.raises(InputError, match=said):
+        load(root, holdout=0.1)
     assert not (tmp_path / "save").exists()
 
 

@@ -9,7 +9,8 @@ from conftest import make_dataset
 from dataset import ImageDataset, Split
 from helper import distributed
 from helper.data import build_loaders
-from helper.options import check_labels, parse_student_options, parse_teacher_options
+from helper.data_options import check_labels
+from helper.options import parse_student_options, parse_teacher_options
 
 
 def loaders(*argv: str, data: ImageDataset | None = None, parse=parse_student_options):
