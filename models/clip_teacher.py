@@ -29,15 +29,19 @@ def load_clip(path: str | os.PathLike) -> CLIP:
     """
     state = read_state(path)
     try:
+        # Sizes are the file's: no memory is taken for them, and no numbers are drawn that it replaces.
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            build_model(dict(state))  # whether all fits, before memory is taken for the sizes that the file tells
-        model = build_model(dict(state))
+            model = build_model(dict(state))
     except (KeyError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a CLIP in OpenAI's format ({reason})") from error
-    if state["visual.conv1.weight"].dtype == torch.float32:  # which build_model has rounded to fp16
-        model.float().load_state_dict({name: x for name, x in state.items() if name in model.state_dict()})
+    if state["visual.conv1.weight"].dtype == torch.float32:
+        model.float()  # build_model has made it fp16
+    weights = {name: state[name].to(x.dtype).contiguous() for name, x in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    for block in model.transformer.resblocks:
+        block.attn_mask = model.build_attention_mask()  # no weight: it was made without memory too
     return model.eval().requires_grad_(False)
 
 
