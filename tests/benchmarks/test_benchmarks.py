@@ -1,5 +1,6 @@
 """The benchmarks at toy size: that they run, print their rows, and that their baseline computes what it should."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -170,6 +171,8 @@ def growth_forks(monkeypatch, tmp_path) -> list[list[str]]:
         return subprocess.CompletedProcess(command, 0, out.read_text())
 
     monkeypatch.setattr(growth.subprocess, "run", run)
+    # All of them share the random images of the first.
+    monkeypatch.setattr(growth, "load_images", functools.cache(growth.load_images))
     return started
 
 

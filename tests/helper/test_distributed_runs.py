@@ -50,7 +50,7 @@ BASE = [
 
 def distil(*argv: str) -> int:
     """Run train_student.py; its exit code."""
-    dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
+    dataset.DATASETS |= {"tiny": lambda data_dir: make_dataset(), "twenty": lambda data_dir: make_dataset(20 * 16)}
     try:
         train_student.main([*BASE, *argv])
     except SystemExit as exit_:
@@ -88,8 +88,8 @@ def test_a_run_is_written_once(job, runs):
 
 def test_the_bank_of_all_is_that_of_one(job, runs, tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setitem(dataset.DATASETS, "tiny", lambda data_dir: make_dataset())
-    argv = ["--clip_mode", str(tiny_clip), "--teacher_views", "2", "--epochs", "1", "--save_dir", str(tmp_path)]
-    assert distil(*argv) == 0
+    argv = ["--clip_mode", str(tiny_clip), "--teacher_views", "2", "--epochs", "1", "--max_steps", "1"]
+    assert distil(*argv, "--save_dir", str(tmp_path)) == 0
     assert snapshot(tmp_path / "teacher_bank") == snapshot(runs / "teacher_bank")
 
 
@@ -233,19 +233,6 @@ def test_no_process_contrasts_a_single_image(job, tmp_path, batch_size):
     assert set(job(functools.partial(pretrain, network=RESNET), *argv)) == {0}
 
 
-def reviewed(teacher: str, *argv: str) -> int:
-    """Distil by reviewkd, which normalises pooled features; the exit code."""
-    return distil("--distill", "reviewkd", "--path_t", teacher, "--epochs", "1", *argv)
-
-
-@pytest.mark.parametrize("batch_size", ["69", "67", "3"])
-def test_no_process_distils_a_single_image(job, tmp_path, batch_size):
-    assert set(job(teach, str(tmp_path))) == {0}
-    (teacher,) = (tmp_path / "models").glob("*/resnet14_last.pth")
-    argv = ["--batch_size", batch_size, "--save_dir", str(tmp_path)]
-    assert set(job(reviewed, str(teacher), *argv)) == {0}
-
-
 def teach(save_dir: str) -> int:
     """Run train_teacher.py for a CNN; its exit code."""
     dataset.DATASETS["tiny"] = lambda data_dir: make_dataset()
@@ -255,12 +242,30 @@ def teach(save_dir: str) -> int:
     return 0
 
 
+@pytest.fixture(scope="module")
+def cnn(job, tmp_path_factory) -> str:
+    """The checkpoint of a CNN that all processes trained together."""
+    folder = tmp_path_factory.mktemp("cnn")
+    assert set(job(teach, str(folder))) == {0}
+    (path,) = folder.glob("models/*/resnet14_last.pth")
+    return str(path)
+
+
+def reviewed(teacher: str, *argv: str) -> int:
+    """Distil by reviewkd, which normalises pooled features; the exit code."""
+    return distil("--distill", "reviewkd", "--path_t", teacher, "--epochs", "1", *argv)
+
+
+@pytest.mark.parametrize("batch_size", ["69", "67", "3"])
+def test_no_process_distils_a_single_image(job, cnn, tmp_path, batch_size):
+    argv = ["--batch_size", batch_size, "--save_dir", str(tmp_path)]
+    assert set(job(reviewed, cnn, *argv)) == {0}
+
+
 @pytest.mark.parametrize("method", ["abound", "factor", "fsp"])
-def test_a_cnn_and_first_stages_train_over_processes(job, method, tmp_path):
+def test_a_cnn_and_first_stages_train_over_processes(job, cnn, method, tmp_path):
     """Last batches that leave a process without a sample included."""
-    assert set(job(teach, str(tmp_path))) == {0}
-    (teacher,) = (tmp_path / "models").glob("*/resnet14_last.pth")
-    argv = ["--distill", method, "--path_t", str(teacher), "--init_epochs", "2", "--epochs", "1", "--batch_size", "17"]
+    argv = ["--distill", method, "--path_t", cnn, "--init_epochs", "2", "--epochs", "1", "--batch_size", "17"]
     assert set(job(distil, *argv, "--learning_rate", "0.001", "--save_dir", str(tmp_path))) == {0}
     lines = (run_folder(tmp_path) / "init" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["init_train_loss"] for line in lines]
@@ -414,29 +419,14 @@ def distil_in_a_job(*argv: str) -> None:
         assert distil(*argv) == 0
 
 
-SHAPES = ["--distill", "none", "--dataset", "shapes", "--model_s", "resnet8", "--epochs", "2", "--batch_size", "16"]
-SHAPES += [
-    "--amp",
-    "off",
-    "--feature_dim",
-    "8",
-    "--max_steps",
-    "20",
-    "--save_steps",
-    "4",
-    "--print_freq",
-    "4",
-    "--device",
-    "cpu",
-    "--save_dir",
-]
+TWENTY_STEPS = ["--distill", "none", "--dataset", "twenty", "--epochs", "2", "--save_steps", "4", "--print_freq", "4"]
 
 
 @pytest.mark.parametrize("job", [2], indirect=True)
 def test_a_job_that_loses_a_process_goes_on_by_itself_and_ends_bit_identical(job, tmp_path):
     """Whatever --resume said at first; ``python -m tests.restarts`` does it at random moments."""
-    assert set(job(distil, *SHAPES, str(tmp_path / "whole"))) == {0}
-    argv = ("--resume", "none", *SHAPES, str(tmp_path / "other"))
+    assert set(job(distil, *TWENTY_STEPS, "--save_dir", str(tmp_path / "whole"))) == {0}
+    argv = ("--resume", "none", *TWENTY_STEPS, "--save_dir", str(tmp_path / "other"))
     process, said, killed = torchrun(2, 1, distil_in_a_job, argv, tmp_path), tmp_path / "stdout", False
     while process.is_alive():
         if not killed and said.exists() and "\nEpoch 2 [8/" in said.read_text():
