@@ -48,7 +48,8 @@ def contrast_loss(log_p: Tensor, n_data: int) -> Tensor:
     noise = K / n_data
     # Its sigmoid is the probability that a pair is the positive one, p / (p + noise + eps).
     logit = log_p - math.log(noise + _EPS)
-    right = F.logsigmoid(logit[:, 0]).sum() + F.logsigmoid(-logit[:, 1:]).sum()
+    # The logarithm of a sigmoid is x - softplus(x), that of its complement -softplus(x).
+    right = logit[:, 0].sum() - F.softplus(logit).sum()
     # RepDistiller has noise / (p + noise + eps) for a negative, which does not add up to 1 with the positive's.
     return K * math.log1p(_EPS / noise) - right / len(log_p)
 
@@ -99,7 +100,7 @@ class ContrastMemory(nn.Module):
             idx[:, 0] = y
         # A copy: the buffer changes before the backward pass.
         _, T, *Z, momentum = self.params.clone()
-        scores = [contrast_scores(v1, self.memory_v2, idx) / T, contrast_scores(v2, self.memory_v1, idx) / T]
+        scores = [contrast_scores(v1 / T, self.memory_v2, idx), contrast_scores(v2 / T, self.memory_v1, idx)]
         with torch.no_grad():
             estimates = [score.exp().mean() * len(self.memory_v1) for score in scores]
             Z = [torch.where(old < 0, new, old) for old, new in zip(Z, estimates, strict=True)]
@@ -163,67 +164,89 @@ class CRDLoss(nn.Module):
             return self.criterion_s(log_p_s) + self.criterion_t(log_p_t)
 
 
-def _draw(allowed: Tensor, k: int) -> Tensor:
-    """k columns of each row, uniformly of those allowed, with replacement: (B, n) to (B, k)."""
-    count = allowed.cumsum(dim=1)
-    rank = (torch.rand(len(allowed), k, dtype=torch.float64, device=allowed.device) * count[:, -1:]).long()
-    return torch.searchsorted(count, rank + 1)
-
-
-def _draw_distinct(allowed: Tensor, k: int) -> Tensor:
-    """k different columns of each row, uniformly of those allowed, in no order: (B, n) to (B, k)."""
-    # In float64 no two keys are equal.
-    keys = torch.rand(allowed.shape, dtype=torch.float64, device=allowed.device)
-    return keys.masked_fill_(~allowed, -1).topk(k, sorted=False).indices
-
-
-def count_negatives(targets: Tensor) -> tuple[int, int]:
-    """The fewest and the most rows of other classes that a class of targets (n_data,) has; -1 is no class.
-
-    Raises:
-        ValueError: a class has none.
-    """
-    classes = targets[targets >= 0]
-    counts = len(classes) - classes.unique(return_counts=True)[1]
-    if not len(counts) or not counts.min():
-        raise ValueError("CRD has no negatives to draw: all rows are of one class")
-    return int(counts.min()), int(counts.max())
-
-
-def sample_contrast(
-    index: Tensor, targets: Tensor, k: int, mode: str = "exact", counted: tuple[int, int] | None = None
-) -> Tensor:
-    """Draw the rows that each sample of a batch is contrasted with: a positive, then k negatives.
+class ContrastSampler(nn.Module):
+    """Draws the rows that each sample of a batch is contrasted with: a positive, then k negatives.
 
     Negatives come from all rows of other classes, uniformly, without replacement if there are k of them, else with.
 
     Args:
-        index: rows of the batch's samples in the training set, (B,).
         targets: classes of the training set, (n_data,); a row of class -1 is never drawn.
         k: number of negatives.
         mode: 'exact' for the sample itself as its positive, 'relax' for any row of its class, itself included.
-        counted: what ``count_negatives`` gives, so that a GPU need not be waited for; None to count them.
-
-    Returns:
-        Rows, (B, k + 1), on the device of targets.
 
     Raises:
         ValueError: for another mode, or a class without negatives.
     """
-    if mode not in ("exact", "relax"):
-        raise ValueError(f"mode must be 'exact' or 'relax', got {mode!r}")
-    fewest, most = count_negatives(targets) if counted is None else counted
-    classes = targets[index, None]
-    negative = (targets != classes) & (targets >= 0)
-    if fewest >= k:
-        negatives = _draw_distinct(negative, k)
-    else:
-        negatives = _draw(negative, k)
-        if most >= k:
-            enough = negative.sum(dim=1, keepdim=True) >= k
-            negatives = torch.where(enough, _draw_distinct(negative, k), negatives)
-    positive = index[:, None] if mode == "exact" else _draw(targets == classes, 1)
-    return torch.cat([positive, negatives], dim=1)
+
+    def __init__(self, targets: Tensor, k: int, mode: str = "exact"):
+        super().__init__()
+        if mode not in ("exact", "relax"):
+            raise ValueError(f"mode must be 'exact' or 'relax', got {mode!r}")
+        self.k, self.mode = k, mode
+        rows = torch.argsort(targets, stable=True)[int((targets < 0).sum()) :]
+        sizes = torch.bincount(targets[rows])
+        counts = len(rows) - sizes[sizes > 0]
+        if not len(counts) or not counts.min():
+            raise ValueError("CRD has no negatives to draw: all rows are of one class")
+        self.fewest, self.most = int(counts.min()), int(counts.max())
+        # The rows of class after class, twice: those of the other classes follow a class in one piece.
+        for name, value in {"targets": targets, "sizes": sizes, "rows": rows.repeat(2)}.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Rows, (B, k + 1), for the samples at index, (B,), each of a class."""
+        classes = self.targets[index, None]
+        size, end = self.sizes[classes], self.sizes.cumsum(0)[classes]
+        count = len(self.rows) // 2 - size
+        if self.fewest >= self.k:
+            rank = _draw_distinct(count, self.k, self.fewest, self.most)
+        else:
+            rank = _draw(count, self.k)
+            if self.most >= self.k:
+                enough = count >= self.k
+                distinct = _draw_distinct(count.where(enough, self.most), self.k, self.k, self.most)
+                rank = torch.where(enough, distinct, rank)
+        # On a CPU this is twice as fast as rows[...].
+        negatives = self.rows.index_select(0, (rank + end).flatten()).view(rank.shape)
+        positive = index[:, None] if self.mode == "exact" else self.rows[end - size + _draw(size, 1)]
+        return torch.cat([positive, negatives], dim=1)
+
+
+def _draw(count: Tensor, k: int) -> Tensor:
+    """k numbers below each count, uniformly, with replacement: (B, 1) to (B, k)."""
+    return (torch.rand(len(count), k, dtype=torch.float64, device=count.device) * count).long()
+
+
+def _draw_distinct(count: Tensor, k: int, fewest: int, most: int) -> Tensor:
+    """k different numbers below each count, uniformly, in no order: (B, 1) to (B, k).
+
+    No number is compared with another. The samples share a random permutation of the numbers below ``most``. Sample i
+    maps x to permutation[(x + b) mod most] + c mod most, with b and c of its own. This is a permutation, as likely as
+    any other, so that its first k values below the count are a uniform choice. The numbers of two samples are
+    independent in pairs.
+
+    Args:
+        count: from ``fewest`` to ``most``, which are known to the host; ``fewest`` is at least k.
+    """
+    width, device = _width(k, fewest, most), count.device
+    permutation = torch.randperm(most, dtype=torch.int32, device=device)
+    b, c = (torch.randint(most, (len(count), 1), dtype=torch.int32, device=device) for _ in range(2))
+    rank = torch.cat([permutation, permutation[: width - 1]]).unfold(0, width, 1)[b[:, 0]]
+    rank += c
+    rank -= (rank >= most) * most
+    if fewest == most:
+        return rank
+    right = rank < count
+    place = right.cumsum(1)
+    place = torch.where(right & (place <= k), place - 1, k)  # column k takes what is left over
+    return rank.new_zeros(len(count), k + 1).scatter_(1, place, rank)[:, :k]
+
+
+def _width(k: int, fewest: int, most: int) -> int:
+    """So many different numbers below ``most`` hold k below ``fewest``, but for one draw in 2^64 (Hoeffding, 1963)."""
+    share, slack = fewest / most, math.sqrt(32 * math.log(2))
+    root = (slack + math.sqrt(slack**2 + 4 * share * k)) / (2 * share)
+    return k if fewest == most else min(math.ceil(root**2), most)
 
 
 class CRD(nn.Module):
@@ -241,12 +264,9 @@ class CRD(nn.Module):
         super().__init__()
         if len(targets) != opt.n_data:
             raise ValueError(f"CRD needs a target per sample: n_data is {opt.n_data}, targets are {len(targets)}")
-        self.mode = opt.mode
         self.loss = CRDLoss(opt)
-        self.counted = count_negatives(targets)
-        self.register_buffer("targets", targets, persistent=False)
+        self.sample = ContrastSampler(targets, opt.nce_k, opt.mode)
 
     def forward(self, f_s: Tensor, f_t: Tensor, index: Tensor) -> Tensor:
         """The loss of features (B, ...) of the samples at index, (B,), a scalar; updates the memories."""
-        contrast_index = sample_contrast(index, self.targets, self.loss.contrast.K, self.mode, self.counted)
-        return self.loss(f_s, f_t, index, contrast_index)
+        return self.loss(f_s, f_t, index, self.sample(index))

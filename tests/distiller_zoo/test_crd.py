@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from conftest import check_finite
-from distiller_zoo.CRD import CRD, CRDLoss, contrast_loss, contrast_scores, sample_contrast
+from distiller_zoo.CRD import CRD, ContrastSampler, CRDLoss, contrast_loss, contrast_scores
 
 
 def options(**given) -> Namespace:
@@ -261,7 +261,7 @@ def test_positives_are_of_the_class_and_negatives_of_the_others_without_repeats_
     index = torch.tensor([2, 6, 4, 0, 2])
     for seed in range(20):
         torch.manual_seed(seed)
-        drawn = sample_contrast(index, TARGETS, k, mode)
+        drawn = ContrastSampler(TARGETS, k, mode)(index)
         assert drawn.shape == (5, k + 1)
         for i, (positive, *negatives) in zip(index.tolist(), drawn.tolist(), strict=True):
             own = TARGETS[i].item()
@@ -274,8 +274,9 @@ def test_positives_are_of_the_class_and_negatives_of_the_others_without_repeats_
 @pytest.mark.parametrize("k", [2, 5, 40], ids=["without replacement", "all that there are", "with replacement"])
 def test_each_possible_row_is_drawn_as_often(k):
     torch.manual_seed(0)
-    index = torch.tensor([1, 2]).repeat(2000)
-    drawn = sample_contrast(index, TARGETS, k, "relax")
+    index = torch.tensor([1, 2] * 4)
+    sample = ContrastSampler(TARGETS, k, "relax")
+    drawn = torch.cat([sample(index) for _ in range(500)])
     for own, rows in ((1, drawn[0::2]), (0, drawn[1::2])):
         counts = torch.bincount(rows[:, 0], minlength=9)[sorted(ROWS[own])]
         assert chisquare(counts).pvalue > 1e-3
@@ -288,9 +289,28 @@ def test_each_possible_row_is_drawn_as_often(k):
             assert chisquare(counts[others]).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("targets", [torch.arange(12) % 3, torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2, 2])])
+def test_each_pair_of_rows_is_drawn_as_often(targets):
+    """The pairs within a sample, in their order, and between two samples of a batch."""
+    torch.manual_seed(0)
+    index = torch.tensor([0, 2])
+    sample = ContrastSampler(targets, 3)
+    drawn = torch.stack([sample(index)[:, 1:] for _ in range(1000)])
+    for i, row in enumerate(index.tolist()):
+        others = (targets != targets[row]).nonzero()[:, 0]
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            pairs = torch.bincount(drawn[:, i, a] * 12 + drawn[:, i, b], minlength=144).view(12, 12)
+            pairs = pairs[others][:, others]
+            assert not pairs.diagonal().any()
+            assert chisquare(pairs[~torch.eye(len(others), dtype=torch.bool)]).pvalue > 1e-3
+    first, second = ((targets != targets[row]).nonzero()[:, 0] for row in index)
+    pairs = torch.bincount(drawn[:, 0, 0] * 12 + drawn[:, 1, 1], minlength=144).view(12, 12)
+    assert chisquare(pairs[first][:, second].flatten()).pvalue > 1e-3
+
+
 def test_samples_of_a_batch_draw_apart_from_each_other():
     torch.manual_seed(0)
-    drawn = sample_contrast(torch.zeros(8, dtype=torch.long), torch.arange(200) % 2, 50)
+    drawn = ContrastSampler(torch.arange(200) % 2, 50)(torch.zeros(8, dtype=torch.long))
     assert len({tuple(sorted(row)) for row in drawn.tolist()}) == 8
 
 
@@ -298,7 +318,7 @@ def test_draws_follow_the_global_seed():
     draws = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        draws.append(sample_contrast(torch.tensor([0, 1]), torch.arange(50) % 5, 10, "relax"))
+        draws.append(ContrastSampler(torch.arange(50) % 5, 10, "relax")(torch.tensor([0, 1])))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -306,12 +326,12 @@ def test_draws_follow_the_global_seed():
 def test_one_class_has_no_negatives():
     for targets in (torch.zeros(5, dtype=torch.long), torch.tensor([0, -1, 0, -1])):
         with pytest.raises(ValueError, match="no negatives"):
-            sample_contrast(torch.tensor([0, 2]), targets, 2)
+            ContrastSampler(targets, 2)
 
 
 def test_another_mode_is_refused():
     with pytest.raises(ValueError, match="'exact' or 'relax', got 'all'"):
-        sample_contrast(torch.tensor([0]), TARGETS, 2, "all")
+        ContrastSampler(TARGETS, 2, "all")
 
 
 @pytest.mark.parametrize("mode", ["exact", "relax"])
@@ -322,7 +342,7 @@ def test_the_module_draws_and_calls_the_loss(mode):
     loss = crd_loss()
     index = torch.tensor([4, 0, 9])
     torch.manual_seed(1)
-    expected = loss(*features(), index, sample_contrast(index, targets, 6, mode))
+    expected = loss(*features(), index, ContrastSampler(targets, 6, mode)(index))
     torch.manual_seed(1)
     assert torch.equal(crd(*features(), index), expected)
     assert list(crd.state_dict()) == [f"loss.{name}" for name in loss.state_dict()]
@@ -335,9 +355,10 @@ def test_training_on_it_brings_each_sample_next_to_its_own_teacher():
     f_t = torch.randn(20, 7, generator=generator)
     f_s = f_t @ torch.randn(7, 5, generator=generator)
     optimizer = torch.optim.Adam(crd.parameters(), 0.05)
-    targets, index = torch.arange(20), torch.arange(20)
+    index = torch.arange(20)
+    sample = ContrastSampler(index, 15)
     for _ in range(60):
-        loss = crd(f_s, f_t, index, sample_contrast(index, targets, 15))
+        loss = crd(f_s, f_t, index, sample(index))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
