@@ -50,6 +50,12 @@ def cnn(data, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """SAVE of all runs that a CLIP teaches: the first one builds their bank."""
+    return tmp_path_factory.mktemp("together")
+
+
 def distil(save_dir: Path, *options) -> Path:
     """Run train_student.py; gives the run's folder."""
     small = [
@@ -94,11 +100,10 @@ def check_learned(folder: Path, name: str, alone: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(data, tiny_clip, tmp_path_factory) -> dict[str, Path]:
+def alone(data, tiny_clip, together) -> dict[str, Path]:
     """The runs of students that learn alone, in the place of those that a CNN and a CLIP teach."""
-    folder = tmp_path_factory.mktemp("alone")
     options = {"cnn": ("--clip_tn", 0), "clip": ("--clip_mode", tiny_clip)}
-    return {teacher: distil(folder / teacher, "--distill", "none", *given) for teacher, given in options.items()}
+    return {teacher: distil(together, "--distill", "none", *given) for teacher, given in options.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
@@ -112,8 +117,8 @@ def test_it_distils_a_cnn(name, cnn, alone, save_dir):
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_CLIP if name != "none"])
-def test_it_distils_a_clip(name, alone, tiny_clip, save_dir):
-    folder = distil(save_dir, "--distill", name, "--clip_mode", tiny_clip)
+def test_it_distils_a_clip(name, alone, tiny_clip, together):
+    folder = distil(together, "--distill", name, "--clip_mode", tiny_clip)
     check_learned(folder, name, alone["clip"])
     options = json.loads((folder / "options.json").read_text())
     expected = (0.1, 0.9, 0) if name == "kd" else (1, 0, 1)
@@ -248,8 +253,8 @@ def test_what_a_loss_learns_about_its_teacher_survives_a_resumed_run(name, optio
 
 
 @pytest.mark.parametrize("mode", ["exact", "relax"])
-def test_crd_takes_both_samplings(mode, tiny_clip, save_dir):
-    folder = distil(save_dir, "--distill", "crd", "--clip_mode", tiny_clip, "--mode", mode, "--nce_k", 100)
+def test_crd_takes_both_samplings(mode, tiny_clip, together):
+    folder = distil(together, "--distill", "crd", "--clip_mode", tiny_clip, "--mode", mode, "--nce_k", 100)
     assert read_metrics(folder)[-1]["loss_distill"] > 0
 
 
@@ -398,9 +403,9 @@ def test_a_cnn_teacher_trains_resumes_and_learns(tmp_path):
 
 
 @pytest.mark.parametrize("name", model_dict)
-def test_every_backbone_is_a_student(name, tiny_clip, save_dir):
+def test_every_backbone_is_a_student(name, tiny_clip, together):
     options = ["--distill", "ega", "--clip_mode", tiny_clip, "--model_s", name, "--epochs", 1, "--batch_size", 4]
-    folder = distil(save_dir, *options, "--max_steps", 1, "--holdout", 0.1)
+    folder = distil(together, *options, "--max_steps", 1, "--holdout", 0.1, "--momentum", 0)
     state = load(folder / f"{name}_last.pth")
     with torch.device("meta"):  # no weights are drawn for a number
         width = model_dict[name](num_classes=0).num_features
