@@ -20,6 +20,7 @@ from helper.records import StoredRun, read_run
 from models import create_classifier, create_student
 from models.heads import Classifier, Student
 from models.names import at, parse_name
+from models.own import give_again
 from models.weights import sha256_of
 
 
@@ -106,12 +107,13 @@ class TrainedStudent:
     stored_size: int
 
 
-def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStudent:
+def open_student(run: StoredRun | str | Path, which: str = "best", module: nn.Module | None = None) -> TrainedStudent:
     """The student of a finished run; the data set need not be there.
 
     Args:
         run: its folder, or what ``read_run`` made of it.
         which: see ``model_path``.
+        module: see ``load_student``.
 
     Raises:
         InputError: not a finished run, or a file that is missing, corrupt or of another student.
@@ -123,6 +125,8 @@ def open_student(run: StoredRun | str | Path, which: str = "best") -> TrainedStu
         told = "" if which in ("best", "last") else " (best, last, or the path of a student's file)"
         raise InputError(f"{run.folder} holds no weights: {path} is missing{told}")
     state = checkpoint.load(path)
+    if module is not None:
+        give_again(run.options["model_s"], module)
     try:
         facts = {name: state[name] for name in ("classes", "image_size", "normalization", "stored_size")}
         network = restore_student(run.options | {"model_s": student_name(run)}, state, len(facts["classes"]))

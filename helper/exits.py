@@ -15,7 +15,9 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from errors import InputError, NonFiniteLoss, SpeedUpFailed, WriteError
 
@@ -52,6 +54,7 @@ class _Signals:
         self.save = False
         self.next = "the same command begins anew"
         self.write: Callable[[], None] | None = None
+        self.lock: Callable[[], Any] | None = None
         self.spared: set[str] = set()
 
     def take(self) -> dict:
@@ -108,6 +111,11 @@ def spares(options: set[str]) -> None:
 def without() -> set[str]:
     """What this script does without, since it was started again after that failed: 'compile', 'graph'."""
     return set(os.environ.get(_WITHOUT, "").split())
+
+
+def release_at_end(lock: Any) -> None:
+    """Have a file's lock released when the script ends, however it does: a program that called it goes on."""
+    _signals.lock = weakref.ref(lock)
 
 
 @contextlib.contextmanager
@@ -173,32 +181,58 @@ def exits(program: str, memory: str) -> Callable[[Callable], Callable]:
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def ending(*args, **kwargs) -> None:
-            global _signals
-            _signals, error, hook = _Signals(), None, sys.unraisablehook
-            before, sys.unraisablehook = _signals.take(), _signals.on_dropped
-            # Python looks for signals where functions are called. Signals are held before the next call, so that none
-            # breaks in after the catch.
-            try:
-                main(*args, **kwargs)
-            except BaseException as caught:
-                _signals.held += 1
-                error = caught
-            else:
-                _signals.held += 1
-            if _signals.again is not None:
-                _signals.again.cancel()
-            try:
-                if error is not None:
-                    _end(program, memory, _saved(error), from_shell=not args and not kwargs)
-            finally:
-                sys.unraisablehook = hook
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-                _signals = _Signals()
+            def end(error: BaseException) -> None:
+                _end(program, memory, error, from_shell=not args and not kwargs)
+
+            _handling(lambda: main(*args, **kwargs), end)
 
         return ending
 
     return decorate
+
+
+def call(function: Callable[[], Any]) -> Any:
+    """Call a function as ``exits`` calls a script's ``main``, for a Python program, which goes on: errors are raised.
+
+    A run that an error ends saves first what it has in memory alone. Ctrl-C raises KeyboardInterrupt, and SIGTERM
+    SystemExit with the code 143, once what must not be broken is done. The program's own handlers are then back.
+    """
+    return _handling(function, _raise)
+
+
+def _raise(error: BaseException) -> None:
+    if isinstance(error, Stopped):
+        error = KeyboardInterrupt() if _signals.stop == signal.SIGINT else SystemExit(128 + _signals.stop)
+    raise error
+
+
+def _handling(function: Callable[[], Any], end: Callable[[BaseException], None]) -> Any:
+    """Call a function with the handlers of ``_Signals``; ``end`` gets the error that ends it, and raises one."""
+    global _signals
+    _signals, result, error, hook = _Signals(), None, None, sys.unraisablehook
+    before, sys.unraisablehook = _signals.take(), _signals.on_dropped
+    # Python looks for signals where functions are called. Signals are held before the next call, so that none breaks in
+    # after the catch.
+    try:
+        result = function()
+    except BaseException as caught:
+        _signals.held += 1
+        error = caught
+    else:
+        _signals.held += 1
+    if _signals.again is not None:
+        _signals.again.cancel()
+    try:
+        if error is not None:
+            end(_saved(error))
+    finally:
+        if _signals.lock is not None and (lock := _signals.lock()) is not None:
+            lock.release()
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _signals = _Signals()
+    return result
 
 
 def _saved(error: BaseException) -> BaseException:

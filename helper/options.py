@@ -157,11 +157,10 @@ def add_training_speed_options(speed: argparse._ArgumentGroup, what: str, graph:
     )
 
 
-def student_parser() -> Parser:
-    """The command line of train_student.py."""
-    parser = Parser(
-        "train_student.py", "Distil a frozen teacher, an encoder such as CLIP or a CNN, into a small student."
-    )
+def student_parser(raises: bool = False) -> Parser:
+    """The command line of train_student.py; ``raises``: see ``Parser``."""
+    what = "Distil a frozen teacher, an encoder such as CLIP or a CNN, into a small student."
+    parser = Parser("train_student.py", what, raises)
     group = parser.add_argument_group("method")
     group.add_argument("--distill", choices=tuple(METHODS), default="ega", help="distillation method")
     group.add_argument("--list", action=ListMethods, help="print the table of methods and exit")
@@ -283,9 +282,13 @@ def student_parser() -> Parser:
     return parser
 
 
-def parse_student_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check train_student.py's options; unset ones get the values of the method and the teacher."""
-    parser = student_parser()
+def parse_student_options(argv: list[str] | None = None, raises: bool = False) -> argparse.Namespace:
+    """Parse and check train_student.py's options; unset ones get the values of the method and the teacher.
+
+    Args:
+        raises: see ``Parser``.
+    """
+    parser = student_parser(raises)
     opt = parser.parse_args(argv)
     check_data(parser, opt)
     _resolve_teacher(parser, opt)

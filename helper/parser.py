@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distiller_zoo import method_table
+from errors import InputError
 from models import check_model_name
 from models.names import parse_name
 
@@ -21,10 +22,17 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, exit code 2; shows each flag's default in ``--help``."""
+    """Says what is wrong in one line, exit code 2; shows each flag's default in ``--help``.
 
-    def __init__(self, prog: str, description: str):
+    Args:
+        prog: the script's name.
+        description: says what it does.
+        raises: raise what is wrong as an InputError, and end nothing.
+    """
+
+    def __init__(self, prog: str, description: str, raises: bool = False):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
+        self.raises = raises
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         """Refuse an empty text, which is a shell's unset variable and would be the present folder as a path."""
@@ -33,6 +41,8 @@ class Parser(argparse.ArgumentParser):
         return super()._get_value(action, arg_string)
 
     def error(self, message: str):
+        if self.raises:
+            raise InputError(message)
         if launch.rank() == 0:  # all processes have the same arguments
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from errors import InputError
 
 from . import checkpoint, distributed
-from .exits import resumes, unbroken, without, write_at_end
+from .exits import release_at_end, resumes, unbroken, without, write_at_end
 from .logger import Logger
 from .records import FREE, HASH, best_record, read_record, record_hash, setting
 
@@ -84,6 +84,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._tb_folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            release_at_end(self._lock)
         except Timeout:
             raise InputError(f"another process is running in {self.folder}; wait or use another --name") from None
         except OSError as error:

@@ -17,7 +17,7 @@ from errors import InputError
 from .heads import Linear
 from .library import LibraryModel, Network
 from .maps import take_maps
-from .names import Name, check_file, own_file
+from .names import Name, check_file, own_file, parse_name
 from .weights import load_weights, read_state, sha256_of, sha256_of_state
 
 # A function is asked for so many classes where its classifier is taken off.
@@ -37,14 +37,22 @@ def give(module: nn.Module) -> str:
 
     The hash is that of its layers and weights, so that a module with the same ones has the same name. A copy is kept.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"a network is a name or an nn.Module, not {type(module).__name__}")
     name = f"{type(module).__name__}-{_module_sha256(module)[:12]}"
-    _given[name] = copy.deepcopy(module)
+    _given[name] = copy.deepcopy(module).cpu()
     return f"module:{name}"
 
 
 def give_again(name: str, module: nn.Module) -> None:
-    """Let a module stand for the one that had this name in another program; only its weights may differ."""
-    _given[name.removeprefix("module:")] = copy.deepcopy(module)
+    """Let a module stand for the one that had this name in another program; only its weights may differ.
+
+    Raises:
+        InputError: the name is not that of a module.
+    """
+    if parse_name(name).library != "module":
+        raise InputError(f"the student is {name}, not a module of a Python program: leave the module out")
+    _given[name.removeprefix("module:")] = copy.deepcopy(module).cpu()
 
 
 def _module_sha256(module: nn.Module) -> str:
