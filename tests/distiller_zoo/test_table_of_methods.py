@@ -1,4 +1,6 @@
 import ast
+import copy
+import functools
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -20,10 +22,15 @@ NEED_MAPS = {"attention", "vid", "kdsvd", "fsp", "abound", "factor", "nst", "rev
 OPT = student_parser().parse_args(["--feat_dim", "6", "--nce_k", "3", "--queue", "7"])
 
 
+@functools.cache
+def shapes_of_resnet8() -> list[tuple[int, ...]]:
+    features, _ = model_dict["resnet8"](num_classes=5)(torch.zeros(2, 3, 32, 32), is_feat=True)
+    return [tuple(x.shape) for x in features]
+
+
 def networks(clip: bool) -> Networks:
     """A resnet8 of 5 classes and a teacher of 9 training images."""
-    features, _ = model_dict["resnet8"](num_classes=5)(torch.zeros(2, 3, 32, 32), is_feat=True)
-    shapes = [tuple(x.shape) for x in features]
+    shapes = shapes_of_resnet8()
     if clip:
         return Networks(shapes, [(2, 16)], 8, 8, torch.arange(9) % 5, num_classes=5)
     return Networks(shapes, shapes, 64, 64, torch.arange(9) % 5, model_dict["resnet8"](num_classes=5), num_classes=5)
@@ -32,12 +39,19 @@ def networks(clip: bool) -> Networks:
 def feed(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
     """What each name of a feed stands for, with one process."""
     torch.manual_seed(0)
+    return copy.deepcopy(feed_once(clip))
+
+
+@functools.cache
+@torch.no_grad()
+def feed_once(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    torch.manual_seed(0)
     fed = {"target": torch.arange(4), "label": torch.arange(4), "index": torch.arange(4), "shares": None}
     for whose in "st":
         features, logits = model_dict["resnet8"](num_classes=5)(torch.randn(4, 3, 32, 32), is_feat=True)
         joint = torch.randn(4, 8)
         fed |= {f"f_{whose}": joint if clip else features[-1], f"joint_{whose}": joint, f"logit_{whose}": logits}
-        fed[f"own_{whose}"] = torch.randn(4, 16) if clip and whose == "t" else features[-1].detach()
+        fed[f"own_{whose}"] = torch.randn(4, 16) if clip and whose == "t" else features[-1]
         fed |= {} if clip else {f"maps_{whose}": features[1:-1], f"feat_{whose}": features}
     return fed
 
