@@ -119,7 +119,8 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
         if teacher is not None:
             teacher.open(opt, dataset)
             acquaint(objective, teacher, loaders, opt)
-        evaluate = Evaluation(loaders, student, teacher, opt, objective.classifies or loaders.labelled > 0)
+        classifies = objective.classifies or needs.reuses or loaders.labelled > 0
+        evaluate = Evaluation(loaders, student, teacher, opt, classifies)
         run.start(own_code(opt))
     seen = loaders.image_facts()
 

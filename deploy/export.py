@@ -20,7 +20,7 @@ from errors import InputError
 from evaluation.student import TrainedStudent
 from helper.util import accuracy, processor
 from models import create_model
-from models.heads import Student
+from models.heads import Reuser, Student
 from models.library import LibraryModel
 from models.names import OWN, parse_name
 
@@ -180,6 +180,11 @@ def library_state(opened: TrainedStudent) -> dict[str, Tensor]:
     network.
     """
     backbone, head = opened.network.backbone, opened.network.head
+    if isinstance(opened.network, Reuser):
+        raise InputError(
+            f"the student in {opened.run.folder} ends in a projector and its teacher's classifier, which no library's "
+            "network has: use another --format"
+        )
     if isinstance(opened.network, Student):
         name, resolution = opened.run.options["model_s"].partition("=")[0], opened.network.resolution
         full = create_model(name, len(opened.classes), resolution=resolution)

@@ -46,12 +46,14 @@ _FILES = {
     "ega_terms": "EGA",
     "kd_loss": "KD",
     "phi_standardizer": "UNIC",
+    "simkd_loss": "SimKD",
+    "simkd_projector": "SimKD",
     "queue_kl": "RRD",
     "standardize_logits": "KD",
     "wkd_cost": "WKD",
 }
 _CONNECTED = ("Boundaries", "EmbeddedCorrelation", "Factor", "Flow", "Hint", "InstanceGraph", "LayerwiseVID", "OfLast")
-_FILES |= dict.fromkeys((*_CONNECTED, "Overhaul", "ProjectedWKD", "Review", "TwoStage"), "_connected")
+_FILES |= dict.fromkeys((*_CONNECTED, "Overhaul", "ProjectedWKD", "Regression", "Review", "TwoStage"), "_connected")
 
 
 class _Zoo(ModuleType):
@@ -110,12 +112,14 @@ class Needs:
         joint: embeddings in the joint space.
         maps: the stages' maps.
         preact_s, preact_t: the maps as they are before their last ReLU.
+        reuses: a student that ends in the teacher's classifier.
     """
 
     joint: bool = True
     maps: bool = False
     preact_s: bool = False
     preact_t: bool = False
+    reuses: bool = False
 
 
 Build = Callable[[Namespace, Networks], "nn.Module"]
@@ -152,6 +156,9 @@ class Method:
         relational: whether the loss compares the samples of a batch with one another, and is no mean over them. With
             many processes it then gets all their samples, unless it asks for the shares.
         waits: whether the loss waits for the device, as PyTorch's decompositions do; its step cannot be captured.
+        reuses: whether the student ends in a projector to the teacher's features and in the teacher's classifier. Its
+            features in ``maps`` and ``own`` are then the projected ones. A frozen encoder needs a trained head.
+        clip_weights: the defaults of the weights with a frozen encoder, for a method with a loss.
         by_class: tells from the options whether the loss needs every sample's class besides its ``target``.
     """
 
@@ -164,6 +171,8 @@ class Method:
     beta_warmup: int = 0
     relational: bool = False
     waits: bool = False
+    reuses: bool = False
+    clip_weights: tuple[float, float, float] = (1, 0, 1)
     by_class: Callable[[Namespace], bool] = lambda opt: False
 
     @property
@@ -190,7 +199,7 @@ class Method:
         build, feeds = self.with_teacher(clip)
         first_stage_only = build is not None and not feeds
         maps = first_stage_only or not {"maps_s", "feat_s"}.isdisjoint(feeds)
-        return Needs(clip or "joint_s" in feeds, maps, "s" in self.preact, "t" in self.preact)
+        return Needs(clip or "joint_s" in feeds, maps, "s" in self.preact, "t" in self.preact, self.reuses)
 
     def with_teacher(self, clip: bool) -> tuple[Build | None, tuple[str, ...]]:
         """``build`` and ``feeds`` with a frozen encoder or a CNN as the teacher."""
@@ -198,7 +207,7 @@ class Method:
 
     def default_weights(self, clip: bool) -> tuple[float, float, float]:
         """(gamma, alpha, beta) with a frozen encoder or a CNN as the teacher."""
-        return (1, 0, 1) if clip and self.build is not None else self.weights
+        return self.clip_weights if clip and self.build is not None else self.weights
 
 
 _F, _JOINT, _OWN, _MAPS, _FEAT = (
@@ -374,6 +383,15 @@ METHODS = {
         "OFD: Heo et al., ICCV 2019",
         preact="st",
     ),
+    "simkd": Method(
+        lambda opt, net: zoo.Regression(),
+        _MAPS,
+        (0, 0, 1),
+        "SimKD: Chen et al., CVPR 2022",
+        clip=(lambda opt, net: zoo.Regression(), _OWN),
+        reuses=True,
+        clip_weights=(0, 0, 1),
+    ),
     "itrd": Method(
         lambda opt, net: zoo.ITRD(*net.own_dims, opt.itrd_alpha, (2, opt.itrd_mutual)),
         _OWN,
@@ -394,7 +412,7 @@ METHODS = {
         (1, 0, 1),
         "UNIC: Sariyildiz et al., ECCV 2024",
     ),
-    "vkd": Method(lambda opt, net: zoo.VkD(*net.own_dims), _OWN, (1, 0, 1), "VkD: Miles et al., CVPR 2024", waits=True),
+    "vkd": Method(lambda opt, net: zoo.VkD(*net.own_dims), _OWN, (1, 0, 1), "VkD: Miles et al., CVPR 2024"),
     "rrd": Method(_rrd, _OWN, (1, 0, 1), "RRD: Giakoumoglou and Stathaki, 2024, arXiv 2407.12073", relational=True),
     "nkd": Method(
         lambda opt, net: zoo.NKD(opt.nkd_T, opt.nkd_gamma),

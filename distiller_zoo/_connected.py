@@ -17,6 +17,7 @@ from .FT import FactorTransfer
 from .IRG import IRG
 from .OFD import OFD, ofd_margin
 from .ReviewKD import HCL
+from .SimKD import simkd_loss
 from .WKD import WKDFeature
 
 
@@ -66,6 +67,13 @@ class OfLast(nn.Module):
 
     def forward(self, x_s: list[Tensor] | Tensor, x_t: list[Tensor] | Tensor) -> list[Tensor]:
         return self.loss(*([x] if isinstance(x, Tensor) else x[-1:] for x in (x_s, x_t)))
+
+
+class Regression(nn.Module):
+    """SimKD's loss on the last stage's maps, or on embeddings; the student itself has the projector."""
+
+    def forward(self, x_s: list[Tensor] | Tensor, x_t: list[Tensor] | Tensor) -> Tensor:
+        return simkd_loss(*(x if isinstance(x, Tensor) else x[-1] for x in (x_s, x_t)))
 
 
 class LayerwiseVID(nn.ModuleList):

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from dataset import ImageDataset, open_dataset
 from dataset.decode import square, upright_rgb
 from dataset.views import normalize
+from distiller_zoo import simkd_projector
 from errors import InputError
 from helper import checkpoint
 from helper.names import sized_name
 from helper.records import StoredRun, read_run
 from models import create_classifier, create_student
-from models.heads import Classifier, Student
+from models.heads import Classifier, Linear, ReusedHead, Reuser, Student
 from models.names import at, parse_name
 from models.own import give_again
 from models.weights import sha256_of
@@ -36,11 +37,15 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
         KeyError, RuntimeError, InputError: the file does not fit the options.
     """
     sized = {"resolution": options["student_resolution"]}
+    layer = state["layer"]
     # The weights know the joint space's width, which is the teacher's own or what the options say.
-    dim = len(state["layer"]["fit_dim_Net.weight"]) if state["layer"] else None
+    dim = len(layer["fit_dim_Net.weight"]) if "fit_dim_Net.weight" in layer else None
     name = parse_name(options["model_s"])
     began_from_file, name = name.path is not None, str(name._replace(path=None))  # that file may be gone by now
-    if options["clip_tn"]:
+    if "projector.0.weight" in layer:  # SimKD's
+        student = create_classifier(name, 0, maps=bool(layer["size"]), **sized)
+        student = Reuser(student.backbone, _reused_head(layer), student.resolution)
+    elif options["clip_tn"]:
         student = create_student(name, dim, num_classes, **sized)
     else:
         student = create_classifier(name, num_classes, dim, **sized)
@@ -48,7 +53,7 @@ def restore_student(options: dict, state: dict, num_classes: int) -> Student | C
     if hasattr(net, "transform_input"):  # torchvision's Inceptions normalise otherwise from published weights
         net.transform_input = bool(began_from_file or options["pretrained_s"])
     student.backbone.load_state_dict(state["model"])
-    student.head.load_state_dict(state["layer"])
+    student.head.load_state_dict(layer)
     return student.eval()
 
 
@@ -71,6 +76,15 @@ def check_code(path: Path, name: str, sha256: str) -> None:
     if not path.is_file() or sha256_of(path) != sha256:
         what = "has changed since the run" if path.is_file() else "is missing"
         raise InputError(f"{path}, the code of {name}, {what}: put the file back as it was")
+
+
+def _reused_head(layer: dict[str, Tensor]) -> ReusedHead:
+    """SimKD's head, of the sizes of its state dict."""
+    size, middle = int(layer["size"]) or None, layer["projector.3.weight"]
+    classes, width = layer["classifier.weight"].shape
+    facts = {"kernel": middle.shape[-1], "relu": size is not None}
+    projector = simkd_projector(layer["projector.0.weight"].shape[1], len(middle), width, **facts)
+    return ReusedHead(projector, Linear(width, classes), size)
 
 
 def model_path(run: StoredRun, which: str = "best") -> Path:

@@ -198,6 +198,8 @@ def student_parser(raises: bool = False) -> Parser:
     group.add_argument("--nce_m", type=number(float, 0, 1), default=0.5, help="crd: momentum of the memory")
     group.add_argument("--dkd_alpha", type=weight, default=1, help="dkd: weight of the target class")
     group.add_argument("--dkd_beta", type=weight, default=8, help="dkd: weight of the other classes")
+    what = "simkd: what the projector is narrower by than the teacher"
+    group.add_argument("--simkd_factor", type=positive_int, default=2, help=what)
     group.add_argument("--itrd_alpha", type=positive, default=1.5, help="itrd: order of the correlation's term")
     group.add_argument("--itrd_mutual", type=weight, default=0.05, help="itrd: weight of the Gram matrices' term")
     group.add_argument("--nkd_T", type=positive, default=3, help="nkd: temperature of the other classes")
@@ -300,6 +302,11 @@ def parse_student_options(argv: list[str] | None = None, raises: bool = False) -
         parser.error(
             f"--distill {opt.distill} needs feature maps, which a frozen encoder does not give; use a CNN teacher "
             f"(--path_t), or one of {able}"
+        )
+    if clip and method.reuses and opt.path_t is None:
+        parser.error(
+            f"--distill {opt.distill} gives the student the teacher's classifier: train the encoder's head with "
+            "train_teacher.py first, and name it by --path_t"
         )
     for name, default in zip(("gamma", "alpha", "beta"), method.default_weights(clip), strict=True):
         if getattr(opt, name) is None:

@@ -1,15 +1,17 @@
 """The student: a backbone and its head, built for a run."""
 
 import contextlib
+import copy
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dataset.views import Normalization, normalization_of
-from distiller_zoo import Needs
+from distiller_zoo import Needs, simkd_projector
 from errors import InputError
 from models import create_classifier, create_student
-from models.heads import Classifier, Student, check_image_size
+from models.heads import Classifier, Linear, ReusedHead, Reuser, Student, check_image_size
 from models.library import load_into, synchronize_norms
 from models.names import OWN, own_file, parse_name
 from models.own import check_own_model
@@ -35,6 +37,8 @@ def build_student(
         OSError: the weights are not there and cannot be downloaded.
     """
     student, left_out = _create(opt, num_classes, needs, teacher.dim if opt.joint == "teacher" else None)
+    if needs.reuses:
+        student = reuse(student, teacher, image_size, opt.simkd_factor)
     if opt.init_s is not None:
         print(f"{opt.init_s}: " + (f"left out {', '.join(left_out)}" if left_out else "every tensor is used"))
     _check_images(opt, student, image_size)
@@ -104,7 +108,8 @@ def _create(opt, num_classes: int, needs: Needs, teacher_dim: int | None) -> tup
         student = create_student(opt.model_s, dim, num_classes, **options)
     else:
         joint = opt.feature_dim if needs.joint else None
-        student = create_classifier(opt.model_s, num_classes, joint, needs.preact_s, **options)
+        own_classes = 0 if needs.reuses else num_classes
+        student = create_classifier(opt.model_s, own_classes, joint, needs.preact_s, **options)
     if opt.init_s is None:
         return student, []
     return student, load_into(student.backbone, read_state(opt.init_s))
@@ -117,6 +122,40 @@ def own_code(opt) -> dict[str, bytes]:
         names["teacher.py"] = opt.clip_mode
     parsed = {kept: parse_name(name) for kept, name in names.items()}
     return {kept: own_file(name).read_bytes() for kept, name in parsed.items() if name.library == "file"}
+
+
+@torch.no_grad()
+def reuse(student: Student | Classifier, teacher: EncoderTeacher | CnnTeacher, image_size: int, factor: int) -> Reuser:
+    """A student that ends in the teacher's features and in the teacher's classifier, on the CPU.
+
+    Args:
+        student: its backbone is taken.
+        teacher: an encoder has a head, two linear maps which become one here.
+        image_size: height and width of the images in pixels.
+        factor: see ``SimKD``.
+
+    Raises:
+        InputError: a CNN does not classify the mean of its last map.
+    """
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    features = student.eval()(images).features
+    if isinstance(teacher, EncoderTeacher):
+        project, classify = (layer.to("cpu", torch.float64) for layer in copy.deepcopy(list(teacher.head.children())))
+        classifier = Linear(project.in_features, classify.out_features)
+        classifier.weight.copy_(classify.weight @ project.weight)
+        classifier.bias.copy_(classify(project.bias))
+        channels, size, facts = features[-1].shape[1], None, {"kernel": 1, "relu": False}
+    else:
+        maps, _ = teacher.features(images.to(next(teacher.backbone.parameters()).device))
+        last, pooled = maps[-2].float(), maps[-1].float()
+        classifier = copy.deepcopy([x for x in teacher.backbone.modules() if isinstance(x, nn.Linear)][-1]).cpu()
+        mean = last.mean(dim=(2, 3))
+        if mean.shape != pooled.shape or (mean - pooled).norm() > 0.05 * pooled.norm():
+            raise InputError("SimKD needs a CNN teacher that classifies the mean of its last map; this one does not")
+        channels, size, facts = features[-2].shape[1], last.shape[-1], {}
+    width = classifier.in_features
+    projector = simkd_projector(channels, max(width // factor, 1), width, **facts)
+    return Reuser(student.backbone, ReusedHead(projector, classifier, size), student.resolution)
 
 
 def model_file(

@@ -176,6 +176,54 @@ class Student(nn.Module):
         return Outputs(embedding, logits, features)
 
 
+class ReusedHead(nn.Module):
+    """A projector to a teacher's features and its frozen classifier on them (SimKD, Chen et al., CVPR 2022).
+
+    Args:
+        projector: from maps to maps of the teacher's channels.
+        classifier: the teacher's.
+        size: height and width that larger maps are pooled to, the teacher's; None to project the pooled features alone.
+    """
+
+    def __init__(self, projector: nn.Module, classifier: Linear, size: int | None):
+        super().__init__()
+        self.projector = projector
+        self.classifier = classifier.requires_grad_(False)
+        # A tensor, so that a student's file knows it.
+        self.register_buffer("size", torch.tensor(size or 0))
+        self.pooled_to = size
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The backbone's features to projected ones, a map where there is one and a pooled one, and logits."""
+        if self.pooled_to is None:
+            pooled = self.projector(features[-1][:, :, None, None]).flatten(1)
+            return [pooled], self.classifier(pooled)
+        x = features[-2]
+        projected = self.projector(F.adaptive_avg_pool2d(x, self.pooled_to) if x.shape[-1] > self.pooled_to else x)
+        pooled = projected.mean(dim=(2, 3))
+        return [projected, pooled], self.classifier(pooled)
+
+
+class Reuser(Student):
+    """A student that ends in its teacher's features, and in its teacher's classifier.
+
+    The projected features are its last ones, and its embedding.
+
+    Args:
+        backbone: without a classifier of its own.
+        head: on its features.
+        resolution: what images are enlarged to; None for their own.
+    """
+
+    def __init__(self, backbone: nn.Module, head: ReusedHead, resolution: int | None = None):
+        super().__init__(backbone, head, resolution)
+
+    def forward(self, image: Tensor) -> Outputs:
+        features, _ = self.backbone(enlarge(image, self.resolution), is_feat=True)
+        projected, logits = self.head(features)
+        return Outputs(projected[-1], logits, [*features[:-1], *projected])
+
+
 class Classifier(nn.Module):
     """A backbone that classifies by itself: RepDistiller's protocol.
 

@@ -10,13 +10,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import dataset
+import evaluate
 import train_student
 import train_teacher
 from conftest import make_dataset
 from dataset import ImageDataset
 from dataset.loader import Loader
-from dataset.views import CIFAR100_NORMALIZATION
+from dataset.views import CIFAR100_NORMALIZATION, normalize
+from deploy.export import library_state, save_program
 from distiller_zoo import EGA, METHODS, Attention, DistillKL
+from errors import InputError
+from evaluation import load_student
+from evaluation.student import open_student
 from helper.options import parse_student_options
 from helper.run import Run
 from models import model_dict
@@ -116,12 +121,23 @@ def test_it_distils_a_cnn(name, cnn, alone, save_dir):
     assert (options["gamma"], options["alpha"], options["beta"]) == METHODS[name].weights
 
 
+@pytest.fixture(scope="module")
+def head(data, tiny_clip, tmp_path_factory) -> Path:
+    """The file of a CLIP's head that train_teacher.py trained for two steps."""
+    folder = tmp_path_factory.mktemp("head")
+    wide = ["--feature_dim", "8", "--epochs", "1", "--save_dir", str(folder)]
+    train_teacher.main([*BASE, "--model", str(tiny_clip), *wide])
+    (path,) = folder.glob("models/*/tiny_clip_last.pth")
+    return path
+
+
 @pytest.mark.parametrize("name", [name for name in WITH_CLIP if name != "none"])
-def test_it_distils_a_clip(name, alone, tiny_clip, together):
-    folder = distil(together, "--distill", name, "--clip_mode", tiny_clip)
+def test_it_distils_a_clip(name, alone, tiny_clip, head, together):
+    trained = ("--path_t", head) if METHODS[name].reuses else ()
+    folder = distil(together, "--distill", name, "--clip_mode", tiny_clip, *trained)
     check_learned(folder, name, alone["clip"])
     options = json.loads((folder / "options.json").read_text())
-    expected = (0.1, 0.9, 0) if name == "kd" else (1, 0, 1)
+    expected = {"kd": (0.1, 0.9, 0), "simkd": (0, 0, 1)}.get(name, (1, 0, 1))
     assert (options["gamma"], options["alpha"], options["beta"]) == expected
 
 
@@ -135,6 +151,38 @@ def test_a_method_that_needs_maps_is_refused_with_a_clip(name, tiny_clip, save_d
     assert line.count("\n") == 1
     assert all(f" {other}," in line or line.endswith(f" {other}\n") for other in WITH_CLIP)
     assert not save_dir.exists()
+
+
+@pytest.mark.parametrize("teacher", ["cnn", "head"])
+def test_a_student_with_its_teachers_classifier_resumes_and_is_used_as_any(teacher, cnn, head, tiny_clip, tmp_path):
+    path = {"cnn": cnn, "head": head}[teacher]
+    options = ["--distill", "simkd", "--clip_mode", tiny_clip, "--path_t", path]
+    whole = distil(tmp_path / "whole", *options)
+    distil(tmp_path / "parts", *options, "--epochs", 1, "--name", "parts")
+    parts = distil(tmp_path / "parts", *options, "--name", "parts")
+    assert read_metrics(whole) == read_metrics(parts)
+    last = load(whole / "resnet8_last.pth")
+    if teacher == "cnn":
+        assert torch.equal(last["layer"]["classifier.weight"], load(path)["model"]["fc.weight"])
+    net, _, _ = load_student(whole, "last")
+    images = make_dataset().test
+    logits = net(normalize(images.images, last["normalization"]))
+    accuracy = 100 * (logits.argmax(1) == images.targets).float().mean()
+    assert float(accuracy) == pytest.approx(read_metrics(whole)[-1]["test_acc"])
+    evaluate.main([str(whole)])
+    if teacher == "head":
+        save_program(net, torch.zeros(2, 3, 32, 32), tmp_path / "student.pt2")
+        program = torch.export.load(tmp_path / "student.pt2").module()
+        image = torch.randn(3, 3, 32, 32)
+        torch.testing.assert_close(program(image), net(image))
+    with pytest.raises(InputError, match="no library's network has"):
+        library_state(open_student(whole))
+
+
+def test_a_student_takes_no_classifier_from_a_head_that_is_not_trained(tiny_clip, save_dir, capsys):
+    with pytest.raises(SystemExit):
+        distil(save_dir, "--distill", "simkd", "--clip_mode", tiny_clip)
+    assert "name it by --path_t" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch_size", [69, 23])

@@ -17,6 +17,7 @@ from helper.objective import Objective, describe_networks
 from helper.optim import sgd
 from helper.options import student_parser
 from helper.step import Distillation, Step
+from helper.student import reuse
 from helper.teacher import CnnTeacher, EncoderTeacher
 from helper.training import Training
 from models import create_classifier, create_model, create_student
@@ -62,6 +63,8 @@ def make_training(
             create_model("resnet14", 5), TeacNet(64, 8, 5) if joint else None, "off", "t" in method.preact
         )
         student = create_classifier("resnet8", 5, 8 if joint else None, "s" in method.preact)
+    if method.reuses:
+        student = reuse(student, teacher, 32, 2)
     criterion = build(opt, describe_networks(student, teacher, 32, data.train.targets)) if build else None
     if hasattr(criterion, "acquaint"):  # random embeddings, the same for every process
         criterion.acquaint(torch.randn(20, 12 if clip else 64), torch.arange(20) % 5, lambda: None)

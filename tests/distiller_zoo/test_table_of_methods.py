@@ -13,6 +13,7 @@ from distiller_zoo import EGA, METHODS, Networks, TwoStage
 from errors import InputError
 from helper.objective import build_objective
 from helper.options import student_parser
+from helper.student import reuse
 from helper.teacher import CnnTeacher
 from models import create_classifier, model_dict
 from models.heads import TeacNet
@@ -32,7 +33,7 @@ def networks(clip: bool) -> Networks:
     """A resnet8 of 5 classes and a teacher of 9 training images."""
     shapes = shapes_of_resnet8()
     if clip:
-        return Networks(shapes, [(2, 16)], 8, 8, torch.arange(9) % 5, num_classes=5)
+        return Networks(shapes, [(2, 64)], 8, 8, torch.arange(9) % 5, num_classes=5)
     return Networks(shapes, shapes, 64, 64, torch.arange(9) % 5, model_dict["resnet8"](num_classes=5), num_classes=5)
 
 
@@ -51,7 +52,7 @@ def feed_once(clip: bool) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         features, logits = model_dict["resnet8"](num_classes=5)(torch.randn(4, 3, 32, 32), is_feat=True)
         joint = torch.randn(4, 8)
         fed |= {f"f_{whose}": joint if clip else features[-1], f"joint_{whose}": joint, f"logit_{whose}": logits}
-        fed[f"own_{whose}"] = torch.randn(4, 16) if clip and whose == "t" else features[-1]
+        fed[f"own_{whose}"] = torch.randn(4, 64) if clip and whose == "t" else features[-1]
         fed |= {} if clip else {f"maps_{whose}": features[1:-1], f"feat_{whose}": features}
     return fed
 
@@ -82,6 +83,8 @@ def test_a_method_of_maps_takes_a_step_or_is_refused_when_it_is_built(name, mode
     backbone = model_dict[model_t](num_classes=5)
     head = TeacNet(backbone.num_features, 8, 5) if needs.joint else None
     teacher = CnnTeacher(backbone, head, "off", needs.preact_t)
+    if method.reuses:
+        student = reuse(student, teacher, size, opt.simkd_factor)
     batch = Batch(torch.arange(4), torch.arange(4), torch.randn(4, 3, size, size), torch.zeros(4))
     other_number = (model_s, model_t) in (("resnet8x4", "vgg8"), ("MobileNetV2", "resnet8"))
     loaders = Namespace(image_size=size, targets=batch.target)
@@ -206,10 +209,7 @@ def degenerate(fed: dict, kind: str) -> dict:
     if kind == "one class":
         return fed | dict.fromkeys(("target", "label"), torch.zeros_like(fed["target"]))
     if kind == "equal":
-        of_t = {name for name in fed if name.endswith("_t")}
-        if fed["own_s"].shape != fed["own_t"].shape:
-            of_t -= {"own_t"}
-        return {name: fed[name.removesuffix("_t") + "_s"] if name in of_t else x for name, x in fed.items()}
+        return {name: fed[name.removesuffix("_t") + "_s"] if name.endswith("_t") else x for name, x in fed.items()}
 
     def constant(x: torch.Tensor) -> torch.Tensor:
         level = 0.0 if kind == "a row of zeros" else 2.0

@@ -22,7 +22,7 @@ def test_its_projection_stays_orthogonal(optimizer, s_dim, t_dim):
     vkd = VkD(s_dim, t_dim)
     f_s, f_t = torch.randn(16, s_dim), torch.randn(16, t_dim)
     before = vkd.projector.weight.detach().clone()
-    step, losses = optimizer(vkd.parameters(), 0.1, weight_decay=0.05), []
+    step, losses = optimizer(vkd.parameters(), 0.1, weight_decay=0.1), []
     for _ in range(30):
         losses.append(vkd(f_s, f_t))
         step.zero_grad()
