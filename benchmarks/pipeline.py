@@ -59,18 +59,22 @@ _WARM_UP_OURS = 10
 _PREFETCHED = 2
 
 
-def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
-    """The data set and its name in the table; random images of CIFAR-100's shape where its files are missing."""
-    if name != "cifar100" or (Path(data_dir) / CIFAR100.base_folder).exists():
-        return load_dataset(name, data_dir), name
+def random_images(train: int = 50_000, test: int = 10_000) -> ImageDataset:
+    """Random images of CIFAR-100's shape, in 100 classes."""
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
         images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
         return Split(images, torch.randint(100, (count,), generator=generator))
 
-    classes = [str(target) for target in range(100)]
-    return ImageDataset("random", classes, split(50_000), split(10_000)), "random images of CIFAR-100's shape"
+    return ImageDataset("random", [str(target) for target in range(100)], split(train), split(test))
+
+
+def load_images(name: str, data_dir: str) -> tuple[ImageDataset, str]:
+    """The data set and its name in the table; random images of CIFAR-100's shape where its files are missing."""
+    if name != "cifar100" or (Path(data_dir) / CIFAR100.base_folder).exists():
+        return load_dataset(name, data_dir), name
+    return random_images(), "random images of CIFAR-100's shape"
 
 
 def release_steps_of(device: str, workers: int) -> tuple[int, int]:
@@ -117,18 +121,41 @@ def time_encoding(dataset: ImageDataset, encoder: nn.Module, chunks: int, device
 
 
 class Ours:
-    """This project's training of EGA from a bank of random embeddings, with the parts that train_student.py uses."""
+    """This project's training of EGA from a bank of random embeddings, with the parts that train_student.py uses.
 
-    def __init__(self, dataset: ImageDataset, dim: int, opt, warm_up: int = _WARM_UP_OURS, captured: bool = True):
+    Args:
+        dataset: the images.
+        dim: width of the embeddings.
+        opt: train_student.py's options, resolved.
+        warm_up: steps before anything is measured.
+        captured: whether steps may be captured.
+        far: the bank stays on the host.
+        prepare: changes the student before it is trained.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        dim: int,
+        opt,
+        warm_up: int = _WARM_UP_OURS,
+        captured: bool = True,
+        far: bool = False,
+        prepare: Callable[[nn.Module], nn.Module] = lambda student: student,
+    ):
         self.dataset, self.opt = dataset, opt
         self.device = torch.device(opt.device)
         keep_freed_memory()
         torch.manual_seed(opt.seed)
-        rows = torch.randn(len(dataset.test) + opt.teacher_views * len(dataset.train), dim).half().to(self.device)
+        rows = (
+            torch.randn(len(dataset.test) + opt.teacher_views * len(dataset.train), dim)
+            .half()
+            .to("cpu" if far else self.device)
+        )
         sizes = (len(dataset.train), len(dataset.test), opt.teacher_views)
         bank = EmbeddingBank(rows, *sizes, self.device, dataset.views)
         self.teacher = EncoderTeacher(bank, TeacNet(dim, opt.feature_dim, len(dataset.classes)).to(self.device))
-        self.student = create_student(opt.model_s, opt.feature_dim, len(dataset.classes))
+        self.student = prepare(create_student(opt.model_s, opt.feature_dim, len(dataset.classes)))
         self.student.to(self.device, memory_format=torch.channels_last)
         criterion = EGA(opt.node_weight, opt.edge_weight)
         method, weights = METHODS["ega"], (opt.gamma, opt.alpha, opt.beta)
@@ -143,7 +170,8 @@ class Ours:
         graph = opt.graph if captured else "off"
         self.step = build_step(graph, self.losses, self.optimizers, scaler, self.loader, self.teacher)
         self.training = Training(opt, self.step, self.student, {})
-        self.train(warm_up)
+        if warm_up:
+            self.train(warm_up)
 
     def _loader(self, steps: int | None) -> Loader:
         opt = self.opt
@@ -247,15 +275,21 @@ def time_parts(ours: Ours, steps: int) -> dict[str, float]:
     return {name: seconds / steps for name, seconds in clock.seconds.items()}
 
 
-def time_operations(ours: Ours, steps: int, most: int = 12) -> dict[str, float]:
+def time_operations(ours: Ours, steps: int, most: int = 12, captured: bool = False) -> dict[str, float]:
     """Seconds per step inside each of PyTorch's operations, or of CUDA's kernels, the longest by name.
 
     The rest holds the time that Python adds, and on CUDA the gaps between kernels.
+
+    Args:
+        captured: steps are replayed, where they are captured.
     """
     cuda = ours.opt.device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     as_written = mock.patch.object(ours.step, "recorder", None, create=True)
-    with as_written, profile(activities=activities, acc_events=True) as profiled:
+    with (
+        contextlib.nullcontext() if captured else as_written,
+        profile(activities=activities, acc_events=True) as profiled,
+    ):
         total = ours.train(steps)
     spent = {}
     for event in profiled.key_averages():

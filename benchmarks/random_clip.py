@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from clip.model import CLIP, convert_weights
 from torch import Tensor, nn
 
 # embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length, vocab_size,
@@ -25,7 +24,7 @@ SIZES = {
 class _Archive(nn.Module):
     """A CLIP's modules, parameters and the three numbers that the published archives hold."""
 
-    def __init__(self, model: CLIP, resolution: int):
+    def __init__(self, model: nn.Module, resolution: int):
         super().__init__()
         for name, child in model.named_children():
             setattr(self, name, child)
@@ -41,6 +40,8 @@ class _Archive(nn.Module):
 
 def write_archive(path: Path, sizes: tuple, seed: int = 0) -> None:
     """Write a CLIP of the given sizes as a TorchScript archive, its weights in fp16 as in the published ones."""
+    from clip.model import CLIP, convert_weights  # here, so that what needs no such file needs no clip
+
     torch.manual_seed(seed)
     model = CLIP(*sizes).eval()
     archive = _Archive(model, sizes[1])

@@ -38,7 +38,7 @@ def rank() -> int:
 
 def wait() -> None:
     """Wait until every process is here."""
-    if count() > 1:
+    if dist.is_initialized():
         dist.barrier()
 
 
@@ -50,7 +50,7 @@ def restarted() -> bool:
 def from_first(value: object) -> object:
     """The first process's value, on every process."""
     values = [value]
-    if count() > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
 
@@ -58,7 +58,7 @@ def from_first(value: object) -> object:
 def collect(value: object) -> list:
     """Every process's value, in order of rank, on every process."""
     values = [value] * count()
-    if count() > 1:
+    if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
@@ -132,7 +132,7 @@ def check_shared(folder: Path, lock: Path | None = None) -> None:
 @torch.no_grad()
 def total(x: Tensor) -> Tensor:
     """Replace ``x`` by its sum over all processes."""
-    if count() > 1:
+    if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
@@ -145,7 +145,7 @@ def of_any(fact: bool) -> bool:
 @torch.no_grad()
 def least(x: Tensor) -> Tensor:
     """Replace ``x`` by its minimum over all processes, element by element."""
-    if count() > 1:
+    if dist.is_initialized():
         dist.all_reduce(x, dist.ReduceOp.MIN)
     return x
 
@@ -153,14 +153,14 @@ def least(x: Tensor) -> Tensor:
 @torch.no_grad()
 def share_buffers(module: nn.Module) -> None:
     """Give every process the first one's buffers, such as the running statistics of batch norm."""
-    if count() > 1:
+    if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def parallel(module: nn.Module) -> nn.Module:
     """Wrap a module, so that its gradients are the mean over all processes."""
-    if count() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+    if not dist.is_initialized() or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
     # A step may leave weights unused: the method decides, and a process without a share uses none of the loss's.
     # Buffers are shared once an epoch instead, when they are read.
@@ -225,7 +225,7 @@ def logsumexp(x: Tensor) -> Tensor:
     Args:
         x: this process's rows; at least one process has some.
     """
-    if count() == 1:
+    if not dist.is_initialized():
         return torch.logsumexp(x, dim=0)
     highest = x.detach().amax(dim=0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
     dist.all_reduce(highest, dist.ReduceOp.MAX)

@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("train_student", "train_teacher", "pretrain_clip", "evaluate", "export")
 MODULES = ("report", "report.curves", "tests.campaign", "benchmarks.pipeline", "benchmarks.growth")
 # A shell script passes what follows its name on to train_student.py, but for these.
-OWN_ARGUMENTS = ("test.sh", "fetch_lite.sh", "run_real_teacher.sh", "run_cifar_vanilla.sh")
+OWN_ARGUMENTS = ("test.sh", "fetch_lite.sh", "run_real_teacher.sh", "run_cifar_vanilla.sh", "prove_gpu.sh")
 # Options of torchrun and Slurm.
 OTHERS = {"--standalone", "--nproc_per_node", "--max_restarts", "--nnodes", "--signal"}
 
