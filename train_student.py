@@ -86,6 +86,7 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
     from helper.data import build_loaders
     from helper.meters import print_record
     from helper.objective import build_objective, check_lone_image
+    from helper.probe import Probe
     from helper.run import Run
     from helper.runtime import resolve
     from helper.student import build_student, find_student, model_file, own_code
@@ -102,6 +103,8 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
         identity |= own
         dataset = open_dataset(vars(opt))
         identity["dataset_sha256"] = dataset.fingerprint()
+        probe = None if opt.probe is None else Probe(opt, dataset.views.size)
+        identity |= {} if probe is None else {"probe_sha256": probe.dataset.fingerprint()}
         name = student_run_name(opt, dataset.name, identity)
         run = Run(opt, identity, "student_model", "student_tensorboards", name, opt.stem)
         if run.finished:
@@ -120,7 +123,9 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
             teacher.open(opt, dataset)
             acquaint(objective, teacher, loaders, opt)
         classifies = objective.classifies or needs.reuses or loaders.labelled > 0
-        evaluate = Evaluation(loaders, student, teacher, opt, classifies)
+        evaluate = Evaluation(loaders, student, teacher, opt, None if classifies else objective)
+        if probe is not None:
+            probe.open(opt, normalization)
         run.start(own_code(opt))
     seen = loaders.image_facts()
 
@@ -134,9 +139,10 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
     trained = training.train_student(opt, student, teacher, objective, loaders)
     if run.state is not None:
         trained.load_state_dict(run.state)
-    for epoch in range(run.first_epoch, opt.epochs + 1):
-        start = time.perf_counter()
+    while not run.over:
+        epoch, start = run.first_epoch, time.perf_counter()
         record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
+        record |= {} if probe is None else probe(epoch, student)
         record["seconds"] = trained.earlier + time.perf_counter() - start
         print_record(record)
         run.end_epoch(record, trained.state_dict(), model_file(student, teacher, run.options, seen), opt.save_freq)

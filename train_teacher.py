@@ -53,8 +53,8 @@ def train(opt: argparse.Namespace) -> None:
     if run.state is not None:
         trained.load_state_dict(run.state)
     evaluate = Evaluation(loaders, *((None, teacher) if encoder else (teacher, None)), opt)
-    for epoch in range(run.first_epoch, opt.epochs + 1):
-        start = time.perf_counter()
+    while not run.over:
+        epoch, start = run.first_epoch, time.perf_counter()
         record = trained.epoch(epoch, run.save_inside) | evaluate(epoch)
         record["seconds"] = trained.earlier + time.perf_counter() - start
         print_record(record)

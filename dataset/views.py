@@ -278,6 +278,26 @@ class ResizedCropViews:
         return resize_boxes(images, *self.boxes(index, view, images.shape[-1]), size, interpolation, antialias)
 
 
+@dataclass(frozen=True)
+class SeenAt:
+    """The test views of a data set, resized to what the student was trained for, ``size`` pixels."""
+
+    views: CropViews | ResizedCropViews
+    size: int
+
+    @property
+    def count(self) -> int | None:
+        return self.views.count
+
+    @property
+    def test(self) -> int:
+        return self.views.test
+
+    def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        """See ``CropViews``."""
+        return resize(self.views.student(images, index, view), self.size)
+
+
 Views = CropViews | ResizedCropViews
 
 # The views of CIFAR, and of the paper.

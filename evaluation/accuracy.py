@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dataset import ImageDataset, Split
 from errors import InputError
+from helper.agreement import linear_cka
 from helper.bank import OnTheFly
 from helper.teacher import EncoderTeacher
 from helper.util import AverageMeter, accuracy
@@ -97,7 +98,7 @@ def agreement(student: Predictions, teacher: Predictions, classify: bool, joint:
     if joint:
         errors = measures.alignment_errors(student.embedding, teacher.embedding)
         found["node_error"], found["edge_error"] = errors
-    return found | {"cka": measures.linear_cka(student.features, teacher.features)}
+    return found | {"cka": linear_cka(student.features, teacher.features)}
 
 
 _SEVERITIES = 5

@@ -99,16 +99,6 @@ def embedding_graph(f_s: Tensor, f_t: Tensor, targets: Tensor, batch_size: int) 
     }
 
 
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of features (N, D) and (N, D') of the same samples, from 0 to 1.
-
-    Kornblith et al., ICML 2019, equation 4: neither rotation nor isotropic scaling of either changes it.
-    """
-    x, y = (f.double() - f.double().mean(dim=0) for f in (x, y))
-    norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
-    return float((y.T @ x).square().sum() / norms)
-
-
 def by_name(classes: list[str], values: Tensor) -> dict[str, float | None]:
     """Values (classes,) by the classes' names; None for nan."""
     return {name: None if math.isnan(x) else x for name, x in zip(classes, values.tolist(), strict=True)}

@@ -8,6 +8,7 @@ from dataset import Split, load_dataset
 from dataset.loader import Loader
 from dataset.splits import holdout_rows
 from errors import InputError
+from helper.probe import nearest_neighbours
 
 from .subjects import Subject
 
@@ -91,29 +92,6 @@ def linear_probe(train: Tensor, train_targets: Tensor, test: Tensor, num_classes
     x, y = standardize_columns(train, test)
     weight = fit_logistic(x, train_targets, num_classes, best)
     return logits(weight, y).argmax(dim=1), best
-
-
-def nearest_neighbours(
-    train: Tensor, train_targets: Tensor, test: Tensor, num_classes: int, ks: tuple[int, ...] = (1, 5, 20)
-) -> dict[int, Tensor]:
-    """Classify by the vote of the k training images of highest cosine similarity, for each k.
-
-    Where classes have equally many votes, the one with the more similar voters wins.
-
-    Returns:
-        {k: predicted classes (M,)}.
-    """
-    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    predicted: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in test.split(1000):
-        similarity, neighbour = (part @ train.T).topk(min(max(ks), len(train)), dim=1)
-        voted = train_targets[neighbour]
-        # A similarity counts less than any vote.
-        votes = 1 + similarity / (4 * max(ks))
-        for k in ks:
-            tally = votes.new_zeros(len(part), num_classes).scatter_add_(1, voted[:, :k], votes[:, :k])
-            predicted[k].append(tally.argmax(dim=1))
-    return {k: torch.cat(parts) for k, parts in predicted.items()}
 
 
 class Transfer:

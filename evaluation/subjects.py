@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dataset import FILE_OPTIONS, ImageDataset, Split, open_dataset
 from dataset.loader import Loader, eval_batch_size
-from dataset.resize import resize
-from dataset.views import Views, normalization_of
+from dataset.views import SeenAt, Views, normalization_of
 from distiller_zoo import Needs
 from errors import InputError
 from helper import checkpoint
@@ -54,26 +53,6 @@ def predict(network: Student | Classifier | EncoderTeacher | CnnTeacher, loader:
             out = network(loader.name, batch)
         parts.append([None if x is None else x.float().cpu() for x in (out.logits, out.embedding, out.features[-1])])
     return Predictions(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-@dataclass(frozen=True)
-class SeenAt:
-    """The test views of a data set, resized to what the student was trained for, ``size`` pixels."""
-
-    views: Views
-    size: int
-
-    @property
-    def count(self) -> int | None:
-        return self.views.count
-
-    @property
-    def test(self) -> int:
-        return self.views.test
-
-    def student(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """See ``CropViews``."""
-        return resize(self.views.student(images, index, view), self.size)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Loaders:
     Attributes:
         train, test: loaders of the two splits.
         val: loader of the rows that are held out of the training split; None where none are.
+        held_out: loader of these rows, or else of the test split, in batches as large as in training.
         targets: (N,) class of every training row, -1 for the rows that are not trained on; an image without a label
             is a class of its own.
         image_size: height and width of what a student sees.
@@ -34,6 +35,7 @@ class Loaders:
     train: Loader
     test: Loader
     val: Loader | None
+    held_out: Loader
     targets: Tensor
     image_size: int
     labelled: int
@@ -107,8 +109,10 @@ def build_loaders(
     size = eval_batch_size(opt.device, dataset.views.size)
     test = Loader(dataset.test, "test", size, device, **common)
     val = None if held is None else Loader(dataset.train, "train", size, device, rows=held, **common)
+    measured = (dataset.test, "test") if held is None else (dataset.train, "train")
+    held_out = Loader(*measured, opt.batch_size, device, rows=held, least=least, **common)
     unknown = rows[targets[rows] < 0]
     classes = targets.clone()
     classes[unknown] = len(dataset.classes) + unknown
     stored_size = dataset.test.images.shape[-1]
-    return Loaders(train, test, val, classes, dataset.views.size, labelled, dataset.classes, stored_size)
+    return Loaders(train, test, val, held_out, classes, dataset.views.size, labelled, dataset.classes, stored_size)

@@ -39,14 +39,26 @@ def add_data_options(parser: Parser) -> argparse._ArgumentGroup:
 
 
 def add_holdout_option(parser: Parser) -> None:
-    """Add ``--holdout``, the rows that choose the best epoch."""
-    parser.add_argument_group("selection").add_argument(
+    """Add ``--holdout``, the rows that choose the best epoch, and ``--patience``, the wait for a better one."""
+    group = parser.add_argument_group("selection")
+    what = "stop after so many tested epochs in a row that were no better than the best"
+    group.add_argument("--patience", type=positive_int, metavar="N", help=what)
+    group.add_argument(
         "--holdout",
         type=number(float, 0, 0.5, above=True),
         metavar="F",
         help="hold out this fraction of the training set and choose the best epoch on it, not on the test set; in a "
         f"folder without test images it becomes the test set, {_HELD_OUT} if unset",
     )
+
+
+def add_probe_options(parser: Parser) -> None:
+    """Add the flags of the k-NN accuracy on another data set during training."""
+    group = parser.add_argument_group("probe")
+    what = "measure the k-NN accuracy of the student's features on this data set, which trains nothing"
+    group.add_argument("--probe", choices=(*DATASETS, *FROM_FILES), help=what)
+    group.add_argument("--probe_dir", metavar="DIR", help="its folder; if unset, --data_dir")
+    group.add_argument("--probe_freq", type=positive_int, default=10, metavar="N", help="after every so many epochs")
 
 
 def check_data(parser: Parser, opt: argparse.Namespace) -> None:
@@ -110,6 +122,8 @@ def follow_data(parser: Parser, opt: argparse.Namespace) -> None:
     if not tests:
         told = "this share of the pictures is held out, as there is nothing else to measure the student on"
         chosen.append(("holdout", _HELD_OUT, told))
+    if getattr(opt, "probe", None) is not None and opt.probe_dir is None:
+        opt.probe_dir = opt.data_dir
     for name, value, why in chosen:
         if getattr(opt, name) is None:
             setattr(opt, name, value)

@@ -162,7 +162,8 @@ class EpochLog:
 
 def print_record(record: dict) -> None:
     """The epoch's result in one line."""
-    shown = {name: value for name, value in record.items() if "_acc" in name or name == "seconds"}
+    named = ("heldout_loss", "heldout_knn", "seconds")
+    shown = {name: value for name, value in record.items() if "_acc" in name or name in named}
     shown = {name: value for name, value in shown.items() if value is not None}
     text = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
     print(f" * Epoch {record['epoch']}  {text}", flush=True)

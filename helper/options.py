@@ -10,6 +10,7 @@ from .data_options import (
     add_data_options,
     add_holdout_option,
     add_label_options,
+    add_probe_options,
     check_data,
     check_labels,
     follow_data,
@@ -276,6 +277,7 @@ def student_parser(raises: bool = False) -> Parser:
     )
     add_label_options(parser, "the student learns from the others by distillation alone")
     add_holdout_option(parser)
+    add_probe_options(parser)
     group = add_optimizer_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
     group.add_argument(
         "--learning_rate_t", type=positive, default=0.01, help="that of the teacher's head; it never decays"

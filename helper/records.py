@@ -14,6 +14,7 @@ _PLACES = {
     "name",
     "data_dir",
     "data_list",
+    "probe_dir",
     "max_bad_images",
     "exact_decode",
     "clip_root",
@@ -30,7 +31,7 @@ _PLACES = {
 }
 
 # Options that may change when a run is resumed: these, and how long it goes on.
-FREE = {"epochs", *_PLACES}
+FREE = {"epochs", "patience", *_PLACES}
 
 # The key of options.json that holds the hash of the run's record.
 HASH = "record_sha256"
@@ -61,15 +62,17 @@ def hash_of(value: object) -> str:
 def best_record(history: list[dict]) -> dict | None:
     """The record of the best epoch, the first of equals: by val_acc with a hold-out set, else by test_acc.
 
-    Without labels no accuracy is measured; the best is then the last epoch that was tested.
+    Without labels no accuracy is measured. The best epoch is then that of the lowest loss on the pictures that were
+    held out, or of the most nearest neighbours that are the teacher's, where there is no such loss.
     """
     tested = [record for record in history if "test_acc" in record]
-    measured = [record for record in tested if record["test_acc"] is not None]
-    return max(measured, key=_score, default=tested[-1] if tested else None)
+    return max(tested, key=_score, default=None)
 
 
 def _score(record: dict) -> float:
-    return record.get("val_acc", record["test_acc"])
+    if record["test_acc"] is not None:
+        return record.get("val_acc", record["test_acc"])
+    return record["heldout_knn"] if record["heldout_loss"] is None else -record["heldout_loss"]
 
 
 @dataclass(frozen=True)

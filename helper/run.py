@@ -32,8 +32,8 @@ class Run:
         steps: steps of the first epoch that are done, if the run was resumed inside it; else 0.
 
     Args:
-        opt: the parsed options; ``save_dir``, ``resume``, ``epochs`` and ``save_seconds`` are read here. Options that
-            are no longer ``auto`` or ``all`` are compared with those of the run that is resumed.
+        opt: the parsed options; ``save_dir``, ``resume``, ``epochs``, ``patience`` and ``save_seconds`` are read here.
+            Options that are no longer ``auto`` or ``all`` are compared with those of the run that is resumed.
         identity: the hashes of data and weights, by name; they are compared and recorded too.
         kind: the folder in SAVE of such runs: 'student_model', say.
         tb_kind: the folder in SAVE of their TensorBoard events.
@@ -52,6 +52,7 @@ class Run:
         distributed.check_alike(given)  # first, as they name the folder
         self.folder = Path(opt.save_dir) / kind / name
         self.epochs, self.save_seconds = opt.epochs, opt.save_seconds
+        self.patience = getattr(opt, "patience", None)
         self.identity = identity
         self.options: dict = dict(identity)
         self.recorded: dict | None = None
@@ -140,9 +141,17 @@ class Run:
         return len(self.history) + 1
 
     @property
+    def over(self) -> bool:
+        """Whether no epoch is left: all are done, or ``patience`` tested ones in a row were no better than the best."""
+        if len(self.history) >= self.epochs or self.patience is None or self.best is None:
+            return len(self.history) >= self.epochs
+        since = self.history[self.best["epoch"] :]
+        return sum("test_acc" in record for record in since) >= self.patience
+
+    @property
     def finished(self) -> bool:
-        """Whether all epochs are done, and the logs and the last file are written."""
-        if len(self.history) < self.epochs:
+        """Whether no epoch is left, and the logs and the last file are written."""
+        if not self.over:
             return False
         try:
             read_record(self.folder)
@@ -199,7 +208,7 @@ class Run:
                 self._note()
                 return
             keeps = save_freq is not None and record["epoch"] % save_freq == 0
-            due = keeps or len(self.history) >= self.epochs
+            due = keeps or self.over
             due = due or time.monotonic() - self._saved_at >= self.save_seconds
             # The next epoch changes these tensors: what is not written now is copied.
             kept = (lambda content: content) if due else checkpoint.in_memory
@@ -258,8 +267,12 @@ class Run:
     def print_result(self) -> None:
         """Print one line: the run's accuracy, and its folder."""
         best = self.best
+        if len(self.history) < self.epochs:
+            print(f"--patience {self.patience}: stopped after epoch {len(self.history)}")
         if best["test_acc"] is None:
-            print(f"{len(self.history)} epochs without labels measured no accuracy, in {self.folder}")
+            loss = "" if best["heldout_loss"] is None else f"loss {best['heldout_loss']:.4f}, "
+            near = f"{best['heldout_knn']:.1f} % of the nearest neighbours as the teacher's"
+            print(f"best on the pictures held out: {loss}{near} (epoch {best['epoch']}), in {self.folder}")
             return
         last = next(record for record in reversed(self.history) if "test_acc" in record)
         accuracies = f"{best['test_acc']:.2f} (epoch {best['epoch']}), last: {last['test_acc']:.2f}"

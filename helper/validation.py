@@ -8,7 +8,9 @@ from dataset.loader import Batch, Loader
 from models.heads import Classifier, Outputs, Student
 
 from . import distributed
+from .agreement import held_out
 from .data import Loaders
+from .objective import Objective
 from .runtime import autocast
 from .teacher import CnnTeacher, EncoderTeacher
 from .util import accuracy
@@ -68,7 +70,8 @@ class Evaluation:
         teacher: None where there is none. A frozen CNN gives the same in every epoch, and is tested once, here. An
             encoder without a head does not classify, and is not tested.
         opt: ``device``, ``amp``, ``epochs`` and ``eval_freq``.
-        classifies: whether anything trains the student to classify; otherwise its accuracy says nothing, and is None.
+        objective: the loss that is measured on the test set, or on the hold-out, where nothing trains the student to
+            classify; its accuracy says nothing then, and is None. None where it is trained to classify.
     """
 
     def __init__(
@@ -77,10 +80,10 @@ class Evaluation:
         student: Student | Classifier | None,
         teacher: EncoderTeacher | CnnTeacher | None,
         opt,
-        classifies: bool = True,
+        objective: Objective | None = None,
     ):
         self.loaders, self.student, self.teacher, self.opt = loaders, student, teacher, opt
-        self.classifies, self.fixed = classifies, {}
+        self.objective, self.guide, self.fixed = objective, teacher, {}
         if isinstance(teacher, EncoderTeacher) and teacher.head is None:
             self.teacher = None
         if isinstance(teacher, CnnTeacher):
@@ -92,8 +95,9 @@ class Evaluation:
         """The result of ``validate`` after every ``eval_freq`` epochs and the last; empty after the others."""
         if epoch % self.opt.eval_freq and epoch != self.opt.epochs:
             return {}
-        if not self.classifies:
-            return dict.fromkeys(("test_loss", "test_acc", "test_acc_top5")) | self.fixed
+        if self.objective is not None:
+            record = dict.fromkeys(("test_loss", "test_acc", "test_acc_top5")) | self.fixed
+            return record | held_out(self.loaders.held_out, self.student, self.guide, self.objective, self.opt)
         record = validate(self.loaders.test, self.student, self.teacher, self.opt) | self.fixed
         if self.loaders.val is not None:
             trained = (None, self.teacher) if self.student is None else (self.student, None)

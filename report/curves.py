@@ -209,14 +209,19 @@ def _legend_columns(labels: list[str]) -> int:
 
 def _draw_curves(axes: np.ndarray, runs: list[StoredRun], labels: list[str], shown: StoredRun | None) -> None:
     accuracy, loss = axes[:2]
+    measured = any(run.curve("test_acc")[0] for run in runs)
+    near = not measured and any(run.curve("heldout_knn")[0] for run in runs)  # without labels
     for place, (run, label) in enumerate(zip(runs, labels, strict=True)):
         style = {"color": COLOURS[place % len(COLOURS)], "ls": _LINES[place // len(COLOURS) % len(_LINES)]}
-        _line(accuracy, *run.curve("test_acc"), label=label, **style)
+        _line(accuracy, *run.curve("heldout_knn" if near else "test_acc"), label=label, **style)
         _line(loss, *run.curve("train_loss"), label=label, **style)
+        _line(loss, *run.curve("heldout_loss"), **style, alpha=0.4)
     if shown is not None:
         _line(accuracy, *shown.curve("teacher_acc"), label="teacher", color=_TEACHER, ls="--", lw=1)
-    accuracy.set(title="Test accuracy (top-1, %)", xlabel="epoch")
-    loss.set(title="Training loss", xlabel="epoch")
+    title = "Nearest neighbours as the teacher's (%)" if near else "Test accuracy (top-1, %)"
+    accuracy.set(title=title, xlabel="epoch")
+    held_out = any(run.curve("heldout_loss")[0] for run in runs)
+    loss.set(title="Training loss; pale: held out" if held_out else "Training loss", xlabel="epoch")
     if shown is not None:
         place = next(place for place, run in enumerate(runs) if run is shown)
         terms = {name: shown.curve(f"loss_{name}") for name in _TERMS}

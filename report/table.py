@@ -116,7 +116,8 @@ def run_table(runs: list[StoredRun], against: str | None = None) -> str:
     Runs that differ in seed and trial alone are one row: their mean and standard deviation. The teacher's row is that
     of the runs with the most seeds, the last of equals. The best epoch is the one that training chose: by the rows that
     were held out, or else by the test set. Further columns appear where a row has something to say: the accuracy on
-    the rows that were held out, the comparison, and what papers report.
+    the rows that were held out, the comparison, and what papers report. A run without labels has the percentage of
+    nearest neighbours that are the teacher's, in its best epoch.
 
     Args:
         against: a method that each row is compared with, in the last epoch: how far that method is ahead, p, and p with
@@ -131,7 +132,7 @@ def run_table(runs: list[StoredRun], against: str | None = None) -> str:
     if against is not None and not references:
         raise InputError(f"--against {against}: none of these runs is of that method")
     ahead = "" if against is None else f"{title(against)} − it, last"
-    rows = [("", "best", "last", "held out", ahead, "p", "p, Holm", "published")]
+    rows = [("", "best", "last", "held out", "neighbours", ahead, "p", "p, Holm", "published")]
     taught = [group for group in groups if group[0].curve("teacher_acc")[1]]
     if taught:
         rows.append(_teacher_row(max(reversed(taught), key=len)))
@@ -149,7 +150,9 @@ def run_table(runs: list[StoredRun], against: str | None = None) -> str:
         difference = "" if found is None else f"{found.difference:+.2f}"
         ps = ("", "") if found is None or found.p is None else (_told_p(found.p), _told_p(next(adjusted)))
         options = group[0].options
-        rows.append((f"{options['model_s']}: {label}", best, last, held_out, difference, *ps, published(options)))
+        near = [best_record(run.history).get("heldout_knn") for run in group]
+        near = "" if None in near else mean_and_deviation(near)
+        rows.append((f"{options['model_s']}: {label}", best, last, held_out, near, difference, *ps, published(options)))
     # Columns in which no row says anything are left out.
     kept = [place for place in range(len(rows[0])) if place < 3 or any(row[place] for row in rows[1:])]
     table = markdown([tuple(row[place] for place in kept) for row in rows])
@@ -172,7 +175,7 @@ def _teacher_row(group: list[StoredRun]) -> tuple[str, ...]:
     best, last = (mean_and_deviation([value(curve) for curve in curves]) for value in (max, lambda curve: curve[-1]))
     known = None if options["clip_tn"] else REPDISTILLER_TEACHERS.get(options["model_t"])
     published_ = "" if known is None else f"{known:.2f} (last)"
-    return f"teacher: {options['model_t']}", best, last, "", "", "", "", published_
+    return f"teacher: {options['model_t']}", best, last, "", "", "", "", "", published_
 
 
 def _told_p(p: float) -> str:

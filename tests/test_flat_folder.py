@@ -9,7 +9,8 @@ from runs import assert_equal_tensors, assert_refused, load, read_metrics
 
 import evaluate
 import train_student
-from helper.records import read_record
+from helper.records import best_record, read_record
+from report import curves
 from report.table import main as report
 
 
@@ -45,6 +46,9 @@ def test_pictures_alone_become_a_student_that_is_evaluated(distil, capsys):
     options, history = read_record(run)
     assert (options["labels"], options["gamma"], options["joint"], options["holdout"]) == (0, 0, "teacher", 0.1)
     assert [record["test_acc"] for record in history] == [None] * 3
+    losses = [record["heldout_loss"] for record in history]
+    assert best_record(history)["heldout_loss"] == min(losses) == load(run / "resnet8_best.pth")["heldout_loss"]
+    assert all(0 <= record["heldout_knn"] <= 100 and record["heldout_cka"] > 0 for record in history)
     assert len(load(run / "resnet8_best.pth")["layer"]["fit_dim_Net.weight"]) == 16  # the encoder's own dimension
 
     evaluate.main([str(run), "--device", "cpu"])
@@ -56,7 +60,31 @@ def test_pictures_alone_become_a_student_that_is_evaluated(distil, capsys):
 
     capsys.readouterr()
     report([str(run)])
-    assert "| resnet8: EGA |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "neighbours" in printed and f"{best_record(history)['heldout_knn']:.2f}" in printed
+    assert curves.plot_runs([run]).is_file()
+
+
+def test_a_probe_is_measured_now_and_then_and_is_that_of_evaluation(distil, tiny_dataset, capsys):
+    run = distil("--probe", "tiny", "--probe_freq", 2)
+    found = [record.get("probe_acc") for record in read_metrics(run)]
+    assert found[0] is None and None not in found[1:]
+    evaluate.main([str(run), "--checkpoint", "last", "--probe", "tiny", "--device", "cpu", "--no_teacher"])
+    (about,) = json.loads((run / "evaluation.json").read_text())["transfer"].values()
+    assert about["resnet8_last"]["student"]["knn_20"] == pytest.approx(found[-1])
+    plain = distil("--name", "plain")
+    assert_equal_tensors(load(run / "resnet8_last.pth")["model"], load(plain / "resnet8_last.pth")["model"])
+
+
+def test_a_run_stops_when_it_no_longer_gets_better(distil, capsys):
+    run = distil("--epochs", 30, "--patience", 1, "--learning_rate", 0.5)
+    history = read_metrics(run)
+    assert len(history) == best_record(history)["epoch"] + 1 < 30
+    assert load(run / "resnet8_last.pth")["epoch"] == len(history)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert distil("--epochs", 30, "--patience", 1, "--learning_rate", 0.5) == run
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert "--patience 1: stopped after epoch" in capsys.readouterr().out
 
 
 def test_folders_given_one_by_one_are_the_same_pictures(distil, photos, tmp_path):

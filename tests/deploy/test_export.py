@@ -98,6 +98,7 @@ def test_onnx_gives_the_student_s_logits_and_embeddings_for_any_batch(run, onnx,
     config = check_beside(folder, classes, accuracy)
     assert config["input"] | {"mean": 0, "std": 0} == {
         "name": "image", "dtype": "float32", "size": 32, "stored_size": 32, "mean": 0, "std": 0,
+        "exact_decode": False,
     }  # fmt: skip
 
     session = onnxruntime.InferenceSession(folder / "model.onnx")

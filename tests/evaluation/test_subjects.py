@@ -12,8 +12,7 @@ from runs import load, read_metrics
 import evaluate
 import train_student
 from dataset.resize import resize
-from dataset.views import CropViews
-from evaluation.subjects import SeenAt
+from dataset.views import CropViews, SeenAt
 
 
 def test_views_at_another_size_are_copied_and_pickled_as_what_they_are():

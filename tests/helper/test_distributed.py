@@ -11,11 +11,13 @@ from torch import Tensor
 
 from conftest import make_dataset
 from dataset.loader import Loader, deal
-from distiller_zoo import ega_terms
+from distiller_zoo import EGA, ega_terms
 from errors import NonFiniteLoss
 from helper import distributed
+from helper.agreement import held_out
 from helper.contrastive import ContrastiveStep, Images, caption_tokens, contrastive_loss, zero_shot_accuracy
 from helper.meters import Totals
+from helper.objective import Objective
 from helper.teacher import EncoderTeacher
 from helper.validation import validate
 from models import create_student
@@ -295,6 +297,26 @@ def not_finite_on_the_last(step: int) -> str:
     with pytest.raises(NonFiniteLoss) as raised:
         totals.averages("Epoch 1")
     return str(raised.value)
+
+
+def held_out_of_shares(images: int, relational: bool) -> dict[str, float]:
+    data = make_dataset(num_test=images)
+    torch.manual_seed(1)
+    student, bank = create_student("resnet8", 12, 5), torch.randn(images, 12)
+    teacher = EncoderTeacher(lambda split, index, view: bank[index], None, dim=12)
+    place = {"rank": distributed.rank(), "processes": distributed.count()}
+    loader = Loader(data.test, "test", 8, CPU, least=2, **place)
+    objective = Objective(EGA(), ("joint_s", "joint_t"), 0, 0, 1, 4, relational=True)
+    if not relational:
+        objective = Objective(torch.nn.MSELoss(), ("joint_s", "joint_t"), 0, 0, 1, 4)
+    return held_out(loader, student, teacher, objective, Namespace(device="cpu", amp="off"))
+
+
+@pytest.mark.parametrize(("images", "relational"), [(21, True), (21, False), (18, True), (3, False)])
+def test_the_measures_without_labels_are_those_of_one_process(job, images, relational):
+    expected = held_out_of_shares(images, relational)
+    for found in job(held_out_of_shares, images, relational):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(job):

@@ -322,11 +322,19 @@ def test_what_is_not_finite_is_not_saved():
 
 def test_testing_a_student_that_nothing_teaches_to_classify_measures_no_accuracy():
     dataset = make_dataset()
-    student = create_student("resnet8", 8, 5)
-    loaders = Namespace(test=Loader(dataset.test, "test", 20, CPU), val=None)
+    student = create_student("resnet8", 3, 5)
+    loaders = Namespace(
+        test=Loader(dataset.test, "test", 20, CPU), val=None, held_out=Loader(dataset.test, "test", 8, CPU)
+    )
     opt = Namespace(device="cpu", amp="off", epochs=4, eval_freq=2)
-    evaluate = Evaluation(loaders, student, None, opt, classifies=False)
+    headless = EncoderTeacher(lambda split, index, view: torch.eye(3)[index % 3], None, dim=3)
+    objective = Objective(EGA(), ("joint_s", "joint_t"), 0, 0, 1, 4, relational=True)
+    evaluate = Evaluation(loaders, student, headless, opt, objective)
     assert evaluate(1) == {}
-    assert evaluate(2) == {"test_loss": None, "test_acc": None, "test_acc_top5": None}
-    headless = EncoderTeacher(lambda split, index, view: pytest.fail("the test pass asked"), None, dim=3)
+    record = evaluate(2)
+    assert {name: record.pop(name) for name in ("test_loss", "test_acc", "test_acc_top5")} == dict.fromkeys(
+        ("test_loss", "test_acc", "test_acc_top5")
+    )
+    assert record.keys() == {"heldout_loss", "heldout_cka", "heldout_cosine", "heldout_knn"}
+    headless.embed = lambda split, index, view: pytest.fail("the test pass asked")
     assert "teacher_acc" not in Evaluation(loaders, student, headless, opt)(4)

@@ -29,10 +29,11 @@ def start(
     name: str = "run",
     save_seconds: float = 0,
     hashes: dict | None = None,
+    patience: int | None = None,
     **changed,
 ) -> Run:
     """A run as the scripts begin it."""
-    opt = Namespace(save_dir=str(root), resume=resume, epochs=epochs, save_seconds=save_seconds)
+    opt = Namespace(save_dir=str(root), resume=resume, epochs=epochs, save_seconds=save_seconds, patience=patience)
     run = Run(opt, hashes or {}, "kind", "tb", name, "net")
     try:
         run.record(**(OPTIONS | {"epochs": epochs, "resume": resume} | changed))
@@ -522,15 +523,49 @@ def test_a_finished_run_without_its_best_weights_says_so(tmp_path, capsys):
     assert "net_best.pth is missing: --checkpoint last takes the last epoch's weights" in capsys.readouterr().out
 
 
-def test_without_labels_the_last_is_the_best(tmp_path, capsys):
+def without_labels(epoch: int, loss: float | None, near: float) -> dict:
+    return record(epoch) | {"test_acc": None, "heldout_loss": loss, "heldout_knn": near}
+
+
+@pytest.mark.parametrize(
+    ("losses", "near", "best"),
+    [
+        ((3.0, 1.0, 2.0), (10.0, 20.0, 30.0), 2),
+        ((1.0, 1.0, 2.0), (10.0, 20.0, 30.0), 1),
+        ((None,) * 3, (10.0, 30.0, 20.0), 2),
+    ],
+)
+def test_without_labels_the_pictures_held_out_choose_the_best(tmp_path, capsys, losses, near, best):
     run = start(tmp_path)
     for epoch in (1, 2, 3):
-        run.end_epoch(record(epoch) | ({"test_acc": None} if epoch < 3 else {}), {}, weights(epoch))
+        run.end_epoch(without_labels(epoch, losses[epoch - 1], near[epoch - 1]), {}, weights(epoch))
     run.finish(weights(3))
-    assert run.best["epoch"] == 2
-    assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == 2
+    assert run.best["epoch"] == best
+    assert checkpoint.load(run.folder / "net_best.pth")["epoch"] == best
     run.print_result()
-    assert f"3 epochs without labels measured no accuracy, in {run.folder}" in capsys.readouterr().out
+    assert f"nearest neighbours as the teacher's (epoch {best}), in {run.folder}" in capsys.readouterr().out
+
+
+def test_a_run_stops_when_the_best_epoch_is_long_ago_and_goes_on_with_more_patience(tmp_path, capsys):
+    run = start(tmp_path, epochs=9, patience=2)
+    train(run, 2)
+    assert not run.over
+    run.end_epoch(record(3), {"at": 3}, weights(3))  # not tested, so it does not count
+    run.end_epoch(record(4, 25.0), {"at": 4}, weights(4))
+    assert not run.over
+    close(run)
+    run = start(tmp_path, epochs=9, patience=2)
+    run.end_epoch(record(5, 29.0), {"at": 5}, weights(5))
+    assert run.over and not run.finished
+    run.finish(weights(5))
+    run.print_result()
+    assert "--patience 2: stopped after epoch 5" in capsys.readouterr().out
+    close(run)
+    again = start(tmp_path, epochs=9, patience=2)
+    assert again.finished and again.state == {"at": 5}
+    close(again)
+    longer = start(tmp_path, epochs=9, patience=3)
+    assert (longer.over, longer.finished, longer.first_epoch) == (False, False, 6)
 
 
 def test_only_after_a_new_start_without_them_may_graphs_be_off(tmp_path, monkeypatch):

@@ -148,16 +148,21 @@ def test_every_repeat_counts_and_a_copy_of_a_run_counts_once():
 
 def test_a_run_without_labels_has_no_accuracy(tmp_path):
     options = BASE | {"distill": "ega"}
-    history = [{"epoch": 1, "test_acc": None, "train_loss": 3.0}]
+    measured = [(2.0, 30.0), (1.0, 41.234), (1.5, 50.0)]
+    history = [
+        {"epoch": epoch, "test_acc": None, "train_loss": 3.0, "heldout_loss": loss, "heldout_knn": near}
+        for epoch, (loss, near) in enumerate(measured, start=1)
+    ]
     assert cells(run_table([StoredRun(tmp_path, options, history)])) == [
-        ["", "best", "last"],
-        ["resnet8: EGA", "–", "–"],
+        ["", "best", "last", "neighbours"],
+        ["resnet8: EGA", "–", "–", "41.23"],
     ]
 
 
 def finished(distill: str, seed: int, accuracy: float | None, **options) -> StoredRun:
     options = BASE | {"distill": distill, "seed": seed, "model_s": "resnet20", "labels": 1.0, **options}
-    return StoredRun("", options, [{"epoch": 1, "test_acc": accuracy}])
+    measured = {"heldout_loss": 1.0, "heldout_knn": 50.0} if accuracy is None else {}
+    return StoredRun("", options, [{"epoch": 1, "test_acc": accuracy} | measured])
 
 
 def test_equal_seeds_are_compared_in_pairs():
