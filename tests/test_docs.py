@@ -17,7 +17,7 @@ import distiller_zoo
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("train_student", "train_teacher", "pretrain_clip", "evaluate", "export")
-MODULES = ("report", "report.curves", "tests.campaign", "benchmarks.pipeline", "benchmarks.growth")
+MODULES = ("report", "report.curves", "tests.campaign", "benchmarks.pipeline", "benchmarks.growth", "benchmarks.on_gpu")
 # A shell script passes what follows its name on to train_student.py, but for these.
 OWN_ARGUMENTS = ("test.sh", "fetch_lite.sh", "run_real_teacher.sh", "run_cifar_vanilla.sh", "prove_gpu.sh")
 # Options of torchrun and Slurm.

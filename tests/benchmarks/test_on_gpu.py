@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import on_gpu
+from helper.options import parse_student_options
 from report.gpu import report
 
 
@@ -172,3 +173,17 @@ def test_the_table_is_trained_as_was_fastest(tmp_path):
     (tmp_path / "speed.json").write_text(json.dumps({name: {"images/s": rate} for name, rate in rates.items()}))
     assert on_gpu.fastest(args) == (2, "on")
     assert on_gpu.fastest(on_gpu.parse(["--out", str(tmp_path), "--side_by_side", "3"])) == (3, "on")
+
+
+def test_the_tables_commands_are_train_students(tmp_path):
+    args = on_gpu.parse(["--out", str(tmp_path), "--weights", "w.pth", "--views", "4"])
+    args.device = "cuda"
+    names = [f"{method}_seed{seed}" for method, seed in on_gpu._TABLE]
+    commands = [list(map(str, on_gpu.table_run(args, name, tmp_path))) for name in names]
+    parsed = [parse_student_options(argv[1:]) for argv in commands]
+    assert {(opt.epochs, opt.batch_size, opt.model_s, opt.teacher_views) for opt in parsed} == {
+        (240, 64, "resnet8x4", 4)
+    }
+    assert {(opt.clip_mode, opt.teacher_resolution) for opt in parsed} == {("timm:tf_efficientnet_lite2=w.pth", 160)}
+    assert [(opt.distill, opt.seed) for opt in parsed] == on_gpu._TABLE
+    assert {argv[0] for argv in commands} == {"train_student.py"}
