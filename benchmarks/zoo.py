@@ -12,7 +12,7 @@ import distiller_zoo as losses
 from benchmarks import zoo_references as references
 from benchmarks.common import available_memory, machine, median_seconds, peak_memory, print_table, three_digits
 from benchmarks.release_recipe import direct_ega
-from distiller_zoo._connected import LayerwiseVID
+from distiller_zoo._connected import LayerwiseVID, Regression
 from helper.exits import exit_on_bad_input
 from helper.parser import number, positive, positive_int
 from helper.runtime import resolve_device
@@ -25,9 +25,9 @@ class Sizes:
     Attributes:
         channels: channels of the first stage's 32 x 32 maps; each next stage has twice as many, of half the size.
         classes: number of classes.
-        feat_dim: dimension of the embeddings of ``crd`` and ``correlation``.
+        feat_dim: dimension of the embeddings of ``crd``, ``correlation`` and ``rrd``.
         n_data: number of training samples.
-        nce_k: CRD's negatives per sample.
+        nce_k: CRD's negatives per sample, and the rows of RRD's queue.
     """
 
     channels: int = 64
@@ -39,6 +39,17 @@ class Sizes:
     def maps(self, batch: int) -> list[tuple[int, int, int, int]]:
         """Shapes of the stages' maps."""
         return [(batch, self.channels << i, 32 >> i, 32 >> i) for i in range(3)]
+
+
+class LastMap(nn.Module):
+    """Gives a loss the last of two lists of maps."""
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
+        return self.loss(maps_s[-1], maps_t[-1])
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,10 @@ def _differences(sizes: Sizes, batch: int) -> int:
 def _channel_products(sizes: Sizes, batch: int) -> int:
     # Every stage has as many channels.
     return batch * sizes.channels**2 * 32**2
+
+
+def _dims(sizes: Sizes) -> tuple[int, int]:
+    return 4 * sizes.channels, 4 * sizes.channels
 
 
 def _pair(name: str) -> tuple[str, str]:
@@ -144,6 +159,46 @@ CASES = {
         _PREACT,
         state=lambda loss: (list(loss.buffers()),),
     ),
+    "simkd": Case(lambda sizes: Regression(), references.simkd, _pair("last_map")),
+    "itrd": Case(lambda sizes: losses.ITRD(*_dims(sizes)), references.itrd, _F, state=lambda loss: (loss.embed,)),
+    "srd": Case(lambda sizes: losses.SRD(*_dims(sizes)), references.srd, _F, state=lambda loss: (loss.embed,)),
+    "clipkd": Case(
+        lambda sizes: losses.CLIPKD(*_dims(sizes)),
+        references.clipkd,
+        (*_F, "target"),
+        state=lambda loss: (loss.contrast.scale,),
+    ),
+    "unic": Case(
+        lambda sizes: losses.UNIC(*_dims(sizes)),
+        references.unic,
+        _F,
+        state=lambda loss: (loss.embed, loss.standardize.mean, loss.standardize.std),
+    ),
+    "vkd": Case(
+        lambda sizes: losses.VkD(*_dims(sizes)),
+        references.vkd,
+        _F,
+        state=lambda loss: (loss.projector.parametrizations.weight.original,),
+    ),
+    "rrd": Case(
+        lambda sizes: losses.RRD(*_dims(sizes), sizes.feat_dim, sizes.nce_k),
+        references.rrd,
+        _F,
+        state=lambda loss: (loss.embed_s, loss.embed_t, loss.queue, loss.place),
+    ),
+    "nkd": Case(lambda sizes: losses.NKD(), references.nkd, (*_LOGIT, "target")),
+    "ttm": Case(lambda sizes: losses.TTM(), references.ttm, _LOGIT),
+    "wttm": Case(lambda sizes: losses.TTM(weighted=True), references.wttm, _LOGIT),
+    "rld": Case(lambda sizes: losses.RLD(), references.rld, (*_LOGIT, "target")),
+    "wkd": Case(
+        lambda sizes: losses.WKDLogit(1 - torch.eye(sizes.classes)),
+        references.wkd,
+        (*_LOGIT, "target"),
+        state=lambda loss: (loss.cost,),
+        large=lambda sizes, batch: 4 * batch * sizes.classes**2,
+    ),
+    "wkd_feature": Case(lambda sizes: LastMap(losses.WKDFeature()), references.wkd_feature, _pair("last_map")),
+    "abkd": Case(lambda sizes: losses.ABKD(), references.abkd, _LOGIT),
 }
 
 
@@ -217,7 +272,7 @@ def make_steps(
     student = [x for x in flat if x.requires_grad]
 
     def step(function: Callable[..., Tensor | list[Tensor]], parameters: Iterable[Tensor]) -> Step:
-        wanted = [*student, *parameters]
+        wanted = [*student, *(x for x in parameters if x.requires_grad)]
 
         def run() -> tuple[Tensor, tuple[Tensor, ...]]:
             value = function(*inputs)
@@ -263,10 +318,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--classes", type=number(int, 2), default=Sizes.classes, help="number of classes")
     parser.add_argument(
-        "--feat_dim", type=positive_int, default=Sizes.feat_dim, help="crd, correlation: dimension of the embeddings"
+        "--feat_dim",
+        type=positive_int,
+        default=Sizes.feat_dim,
+        help="crd, correlation, rrd: embeddings' dimension",
     )
     parser.add_argument("--n_data", type=positive_int, default=Sizes.n_data, help="crd: number of training images")
-    parser.add_argument("--nce_k", type=positive_int, default=Sizes.nce_k, help="crd: negatives per image")
+    parser.add_argument(
+        "--nce_k", type=positive_int, default=Sizes.nce_k, help="crd: negatives; rrd: rows of the queue"
+    )
     parser.add_argument("--seconds", type=positive, default=2, help="least time to spend on each row")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="what to compute on")
     args = parser.parse_args(argv)

@@ -316,3 +316,133 @@ def ofd(maps_s: list[Tensor], maps_t: list[Tensor], margins: list[Tensor]) -> Te
         loss = (f_s - margin) ** 2 * below + (f_s - f_t) ** 2 * between + (f_s - f_t) ** 2 * active
         total = total + loss.sum() / len(f_s) / 2 ** (len(margins) - 1 - i)
     return total
+
+
+def simkd(map_s: list[Tensor], map_t: list[Tensor]) -> Tensor:
+    """Mean squared error of the last maps."""
+    return F.mse_loss(map_s[-1], map_t[-1])
+
+
+def _standardized(x: Tensor) -> Tensor:
+    return (x - x.mean(dim=0)) / x.std(dim=0)
+
+
+def itrd(f_s: Tensor, f_t: Tensor, embed: nn.Linear) -> list[Tensor]:
+    """Correlation of each dimension, by the matrix of all, and Gram matrices by their spectra's second moments."""
+    z = embed(f_s)
+    r = torch.diagonal(_standardized(z).T @ _standardized(f_t)) / len(z)
+    n_s, n_t = F.normalize(f_s, dim=1), F.normalize(f_t, dim=1)
+    gram_s, gram_t = n_s @ n_s.T, n_t @ n_t.T
+    joint = gram_s * gram_t
+    gram_s, joint = gram_s / torch.trace(gram_s), joint / torch.trace(joint)
+    return [torch.log2((1 - r).abs().pow(3).sum()), (gram_s @ gram_s).trace() - (joint @ joint).trace()]
+
+
+def srd(f_s: Tensor, f_t: Tensor, embed: nn.Linear) -> Tensor:
+    """Logarithm of the summed fourth powers of two batch norms' differences."""
+    n_s, n_t = (F.batch_norm(f, None, None, training=True, eps=1e-4) for f in (embed(f_s), f_t))
+    return (n_s - n_t).abs().pow(4).sum().log()
+
+
+def clipkd(f_s: Tensor, f_t: Tensor, label: Tensor, scale: Tensor) -> Tensor:
+    """Mimicry, contrast and relation, each with its own similarities."""
+    n_s, n_t = F.normalize(f_s, dim=1), F.normalize(f_t, dim=1)
+    own = torch.arange(len(f_s), device=f_s.device)
+    contrast = (F.cross_entropy(scale * n_s @ n_t.T, own) + F.cross_entropy(scale * n_s @ n_t.T, own)) / 2
+    logit_s, logit_t = n_s @ n_t.T / 0.07, n_t @ n_t.T / 0.07
+    relation = (kd(logit_s, logit_t, T=1) + kd(logit_s.T, logit_t.T, T=1)) / 2
+    return 2000 * F.mse_loss(n_s, n_t) + contrast + relation
+
+
+def unic(f_s: Tensor, f_t: Tensor, embed: nn.Linear, mean: Tensor, std: Tensor) -> Tensor:
+    """Cosine and smooth L1 distance from standardised embeddings."""
+    z_s, z_t = embed(f_s), (f_t - mean) / (std + 1e-6)
+    return (1 - F.cosine_similarity(z_s, z_t)).mean() / 2 + F.smooth_l1_loss(z_s, z_t) / 2
+
+
+def vkd(f_s: Tensor, f_t: Tensor, free: Tensor) -> Tensor:
+    """Smooth L1 distance of orthogonally projected embeddings from layer-normalised ones.
+
+    Args:
+        free: the matrix with the projection as the first factor of its QR decomposition.
+    """
+    q, r = torch.linalg.qr(free)
+    return F.smooth_l1_loss(f_s @ (q * torch.sign(torch.diagonal(r))).T, F.layer_norm(f_t, f_t.shape[1:]))
+
+
+def rrd(f_s: Tensor, f_t: Tensor, embed_s: nn.Linear, embed_t: nn.Linear, queue: Tensor, place: Tensor) -> Tensor:
+    """Cross-entropy of similarities to a queue; the batch replaces rows of it."""
+    z_s, z_t = F.normalize(embed_s(f_s), dim=1), F.normalize(embed_t(f_t), dim=1).detach()
+    for row in z_t:
+        queue[place] = row
+        place.copy_((place + 1) % len(queue))
+    rows = queue.clone()
+    p_t, log_s = F.softmax(z_t @ rows.T / 0.02, dim=1), F.log_softmax(z_s @ rows.T / 0.1, dim=1)
+    return -(p_t * log_s).sum(dim=1).mean()
+
+
+def nkd(logit_s: Tensor, logit_t: Tensor, target: Tensor) -> Tensor:
+    """The target's cross-entropy, and that of the other classes, with the target's column taken out."""
+    own = F.one_hot(target, logit_s.shape[1]).bool()
+    first = -(F.softmax(logit_t, dim=1)[own] * F.log_softmax(logit_s, dim=1)[own]).mean()
+    rest_s, rest_t = (x[~own].view(len(x), -1) for x in (logit_s, logit_t))
+    return first - 1.5 * (F.softmax(rest_t, dim=1) * F.log_softmax(rest_s, dim=1)).sum(dim=1).mean()
+
+
+def ttm(logit_s: Tensor, logit_t: Tensor, gamma: float = 0.1, weighted: bool = False) -> Tensor:
+    """KL divergence from powers of the teacher's probabilities."""
+    power = F.softmax(logit_t, dim=1).pow(gamma)
+    total = power.sum(dim=1)
+    p = power / total[:, None]
+    divergence = F.kl_div(F.log_softmax(logit_s, dim=1), p, reduction="none").sum(dim=1)
+    return (total * divergence if weighted else divergence).mean()
+
+
+def wttm(logit_s: Tensor, logit_t: Tensor) -> Tensor:
+    """``ttm``, weighted by the powers' sums."""
+    return ttm(logit_s, logit_t, weighted=True)
+
+
+def rld(logit_s: Tensor, logit_t: Tensor, target: Tensor) -> Tensor:
+    """Confidences as pairs of probabilities; a large constant masks the classes that are left out."""
+    p_s, p_t = F.softmax(logit_s, dim=1), F.softmax(logit_t, dim=1)
+    own = F.one_hot(target, logit_s.shape[1]).bool()
+    sure_s, sure_t = p_s[own], p_t.amax(dim=1)
+    pair_s, pair_t = (torch.stack([sure, 1 - sure], dim=1) for sure in (sure_s, sure_t))
+    confidence = F.kl_div(pair_s.log(), pair_t, reduction="batchmean")
+    left_out = logit_t >= logit_t[own][:, None]
+    rest_s, rest_t = ((x / 4).masked_fill(left_out, -1e9) for x in (logit_s, logit_t))
+    rest = F.kl_div(F.log_softmax(rest_s, dim=1), F.softmax(rest_t, dim=1), reduction="batchmean")
+    return confidence + 8 * 16 * rest
+
+
+def wkd(logit_s: Tensor, logit_t: Tensor, target: Tensor, cost: Tensor) -> Tensor:
+    """The target's cross-entropy, and Sinkhorn's transport with a matrix of costs for each sample."""
+    own = F.one_hot(target, logit_s.shape[1]).bool()
+    first = -(F.softmax(logit_t, dim=1)[own] * F.log_softmax(logit_s, dim=1)[own]).mean()
+    a, b = (F.softmax(x[~own].view(len(x), -1) / 8, dim=1)[:, :, None] for x in (logit_s, logit_t))
+    classes = len(cost)
+    others = torch.arange(classes, device=cost.device).expand(len(target), -1)[~own].view(len(target), -1)
+    c = cost[others[:, :, None], others[:, None]].clamp(min=0) + 1e-8
+    kernel = torch.exp(-c / 0.05)
+    u = torch.full_like(a, 1 / (classes - 1))
+    for _ in range(10):
+        v = b / (kernel.mT @ u + 1e-8)
+        u = a / (kernel @ v + 1e-8)
+    return first + 600 * (u * kernel * v.mT * c).sum(dim=(1, 2)).mean()
+
+
+def wkd_feature(map_s: list[Tensor], map_t: list[Tensor]) -> Tensor:
+    """Distance of the channels' means and standard deviations."""
+    (mean_s, std_s), (mean_t, std_t) = (
+        (x[-1].mean(dim=(2, 3)), torch.sqrt(x[-1].var(dim=(2, 3)) + 1e-5)) for x in (map_s, map_t)
+    )
+    return (4 * (mean_s - mean_t).pow(2).sum(dim=1) + (std_s - std_t).pow(2).sum(dim=1)).mean()
+
+
+def abkd(logit_s: Tensor, logit_t: Tensor, alpha: float = 0.8, beta: float = 0.3, T: float = 4.0) -> Tensor:
+    """The alpha-beta divergence from powers of probabilities."""
+    p, q = F.softmax(logit_t / T, dim=1), F.softmax(logit_s / T, dim=1)
+    total = alpha + beta
+    alike = alpha / total * p.pow(total) + beta / total * q.pow(total)
+    return -((p.pow(alpha) * q.pow(beta) - alike) / (alpha * beta)).sum(dim=1).mean()

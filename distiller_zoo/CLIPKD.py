@@ -88,7 +88,6 @@ class CLIPKD(nn.Module):
         super().__init__()
         self.mimicry = FeatureMimicry(s_dim, t_dim)
         self.contrast = InteractiveContrastive()
-        self.relation = ContrastiveRelation(_SCALE, _SCALE)
         self.weights = weights
         self.register_buffer("text", None, persistent=False)
 
@@ -106,16 +105,18 @@ class CLIPKD(nn.Module):
             f_t: the teacher's, (B, t_dim).
             label: (B,) class indices, -1 where the class is not known: such a sample has no contrast with classes.
         """
-        z_s, z_t = self.mimicry.embed(f_s), F.normalize(f_t, dim=1)
-        n_s = F.normalize(z_s, dim=1)
+        n_s, n_t = F.normalize(self.mimicry.embed(f_s), dim=1), F.normalize(f_t, dim=1)
+        similar_s, similar_t = (x @ (n_t if self.text is None else self.text).T for x in (n_s, n_t))
         if self.text is None:
-            contrast = self.contrast(z_s, z_s, z_t, z_t)
-            relation = self.relation(z_s, z_t, z_t, z_t)
+            # Both halves of the contrast are the same one.
+            contrast = F.cross_entropy(self.contrast.scale * similar_s, torch.arange(len(n_s), device=n_s.device))
+            logits = _SCALE * similar_s, _SCALE * similar_t
+            relation = (_divergence(*logits) + _divergence(*(x.T for x in logits))) / 2
         else:
-            logits = n_s @ self.text.T
-            contrast = F.cross_entropy(self.contrast.scale * logits, label, ignore_index=-1, reduction="sum") / len(f_s)
-            relation = _divergence(_CLIP_SCALE * logits, _CLIP_SCALE * z_t @ self.text.T)
-        values = (F.mse_loss(n_s, z_t), contrast, relation)
+            logits = self.contrast.scale * similar_s
+            contrast = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / len(n_s)
+            relation = _divergence(_CLIP_SCALE * similar_s, _CLIP_SCALE * similar_t)
+        values = (F.mse_loss(n_s, n_t), contrast, relation)
         names = ("mimicry", "contrast", "relation")
         return {name: weight * x for name, weight, x in zip(names, self.weights, values, strict=True)}
 

@@ -5,11 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _confidence(z: Tensor, index: Tensor) -> Tensor:
-    """Log-probabilities of a class against all others together, (B, 2)."""
-    index = index[:, None]
-    rest = z.scatter(1, index, torch.finfo(z.dtype).min / 2).logsumexp(dim=1, keepdim=True)
-    return F.log_softmax(torch.cat([z.gather(1, index), rest], dim=1), dim=1)
+def _confidence_divergence(z_s: Tensor, z_t: Tensor, target: Tensor) -> Tensor:
+    """KL divergence of (target, others) from (the teacher's most likely class, others), the mean over the batch."""
+    log_q, log_p, tiny = F.log_softmax(z_s, dim=1), F.log_softmax(z_t, dim=1).amax(dim=1), torch.finfo(z_s.dtype).tiny
+    target = target[:, None]
+    # A sum of the others, not 1 - q, which a student that is certain rounds to zero.
+    log_others = log_q.exp().scatter(1, target, 0).sum(dim=1).clamp_min(tiny).log()
+    others = -log_p.expm1()
+    of_others = others * (others.clamp_min(tiny).log() - log_others)
+    return (log_p.exp() * (log_p - log_q.gather(1, target).squeeze(1)) + of_others).mean()
 
 
 def rld_terms(
@@ -33,12 +37,11 @@ def rld_terms(
     """
     dtype = torch.promote_types(logit_s.dtype, torch.float32)
     logit_s, logit_t = logit_s.to(dtype), logit_t.to(dtype)
-    sure_s = _confidence(logit_s / alpha_T, target)
-    sure_t = _confidence(logit_t / alpha_T, logit_t.argmax(dim=1))
-    kept = logit_t < logit_t.gather(1, target[:, None])
+    left_out = logit_t >= logit_t.gather(1, target[:, None])
     # Low enough that a left-out class's probability is zero, and finite, so that two of them differ by zero.
-    rest_s, rest_t = (F.log_softmax((x / T).where(kept, torch.finfo(dtype).min / 2), dim=1) for x in (logit_s, logit_t))
-    confidence = F.kl_div(sure_s, sure_t, reduction="batchmean", log_target=True) * alpha_T**2
+    lowest = torch.finfo(dtype).min / 2
+    rest_s, rest_t = (F.log_softmax((x / T).masked_fill(left_out, lowest), dim=1) for x in (logit_s, logit_t))
+    confidence = _confidence_divergence(logit_s / alpha_T, logit_t / alpha_T, target) * alpha_T**2
     return confidence, F.kl_div(rest_s, rest_t, reduction="batchmean", log_target=True) * T**2
 
 

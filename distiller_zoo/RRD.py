@@ -10,11 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _log_similarities(f: Tensor, queue: Tensor, T: float) -> Tensor:
-    """Log-probabilities (B, K) of the rows of a queue by their cosines with embeddings (B, D)."""
-    return F.log_softmax(F.normalize(f, dim=1) @ queue.T / T, dim=1)
-
-
 def queue_kl(f_s: Tensor, f_t: Tensor, queue: Tensor, T: float = 0.07) -> Tensor:
     """KL divergence of the samples' similarities to a queue of the teacher's embeddings.
 
@@ -27,7 +22,7 @@ def queue_kl(f_s: Tensor, f_t: Tensor, queue: Tensor, T: float = 0.07) -> Tensor
     Returns:
         Scalar, the mean over the batch.
     """
-    log_s, log_t = (_log_similarities(f, queue, T) for f in (f_s, f_t))
+    log_s, log_t = (F.log_softmax(F.normalize(f, dim=1) @ queue.T / T, dim=1) for f in (f_s, f_t))
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
@@ -88,5 +83,8 @@ class RRD(nn.Module):
             self._enter(z_t)
         # The queue changes before the backward pass where a step has several forward passes.
         queue = self.queue if self.keeps else self.queue.clone()
-        p_t = _log_similarities(z_t, queue, self.T_t).exp()
-        return -(p_t * _log_similarities(self.embed_s(f_s), queue, self.T_s)).sum() / len(f_s)
+        p_t = F.softmax(z_t @ queue.T / self.T_t, dim=1)
+        z_s = F.normalize(self.embed_s(f_s), dim=1)
+        # The teacher's mean row takes the place of a product with all of the student's log-probabilities.
+        expected = (z_s * (p_t @ queue)).sum(dim=1) / self.T_s
+        return ((z_s @ queue.T / self.T_s).logsumexp(dim=1) - expected).mean()

@@ -1,13 +1,14 @@
 """Understanding the Role of the Projector in Distillation: SRD (Miles, Mikolajczyk, AAAI 2024, arXiv 2303.11098)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
     """Batch norm without an affine map, by the batch's own statistics, (B, D)."""
-    x = x - x.mean(dim=0)
-    return x * (x.square().mean(dim=0) + eps).rsqrt()
+    # PyTorch's own refuses a single sample, which is its own mean.
+    return F.batch_norm(x, None, None, training=True, eps=eps) if len(x) > 1 else x - x
 
 
 def srd_loss(z_s: Tensor, z_t: Tensor, exponent: float = 4.0, eps: float = 1e-4) -> Tensor:

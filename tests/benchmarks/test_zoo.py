@@ -27,9 +27,12 @@ def test_a_reference_has_the_value_and_the_gradients_of_the_loss(method):
         assert value.shape == expected.shape == ()
         assert expected > 0
         torch.testing.assert_close(value, expected, rtol=tolerance, atol=0)
-        for found, gradient in zip(gradients, expected_gradients, strict=True):
-            assert gradient.abs().max() > 0
-            torch.testing.assert_close(found, gradient, rtol=tolerance, atol=tolerance * gradient.abs().max().item())
+        sizes = [gradient.abs().max().item() for gradient in expected_gradients]
+        for found, gradient, size in zip(gradients, expected_gradients, sizes, strict=True):
+            assert size > 0
+            # A bias before a standardisation has a gradient of rounding errors alone.
+            atol = tolerance * size + 1e-12 * max(sizes)
+            torch.testing.assert_close(found, gradient, rtol=tolerance, atol=atol)
 
 
 def test_arguments_are_as_in_training():
