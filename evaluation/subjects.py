@@ -13,11 +13,11 @@ from dataset.loader import Loader, eval_batch_size
 from dataset.views import SeenAt, Views, normalization_of
 from distiller_zoo import Needs
 from errors import InputError
-from helper import checkpoint
 from helper.records import StoredRun
 from helper.runtime import autocast
 from helper.teacher import CnnTeacher, EncoderTeacher, architecture, cnn_normalization, load_cnn
 from models.heads import Classifier, Student
+from models.weights import read_file
 
 from .student import TrainedStudent, open_student, restore_student
 from .teacher import check_same, check_teacher, open_teacher
@@ -170,8 +170,10 @@ def _open_subject(path: Path, opt, device: str, dataset_of: Callable[[dict, str]
 
 
 def _open_file(path: Path, dataset_of: Callable[[dict, str], ImageDataset]) -> tuple[TrainedStudent, ImageDataset]:
-    """A file of this project, the release or RepDistiller: it holds a student, a CNN, or a frozen encoder's head."""
-    state = checkpoint.load(path)
+    """A file of this project, the release, RepDistiller or another: a student, a CNN, or a frozen encoder's head."""
+    state = read_file(path)
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds no network")
     own = state["options"] if isinstance(state.get("options"), dict) else {}
     dataset, options = dataset_of(own, "./save"), _UNSAID | own
     classes = state.get("classes", dataset.classes)

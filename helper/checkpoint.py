@@ -1,6 +1,5 @@
 """Files that are either whole or not there: written beside their target, flushed, renamed."""
 
-import argparse
 import contextlib
 import copy
 import io
@@ -72,16 +71,14 @@ def save(state: dict, path: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """Load a file that ``save`` or RepDistiller wrote onto the CPU.
+    """Load a file that ``save`` wrote onto the CPU.
 
     Raises:
         InputError: the file is corrupt, or holds more than plain data.
         OSError: it cannot be read.
     """
     try:
-        # RepDistiller keeps its parsed options beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_plain(path)
+        state = load_plain(path)
     except OSError:
         raise
     except Exception as error:  # on a damaged file torch raises whatever it stumbles over

@@ -18,9 +18,8 @@ from models.encoders import FrozenEncoder
 from models.heads import Classifier, Outputs, TeacNet, check_image_size, enlarge
 from models.library import own_names, synchronize_norms
 from models.names import OWN, parse_name
-from models.weights import load_weights, named_tensors, sha256_of
+from models.weights import load_weights, named_tensors, read_file, sha256_of
 
-from . import checkpoint
 from .bank import OnTheFly, open_bank
 from .encoder import KnownEncoder, encoder_facts, load_encoder
 from .runtime import autocast, teacher_precision
@@ -253,13 +252,14 @@ def _read(path: str) -> dict:
     """The checkpoint that ``--path_t`` names."""
     if not Path(path).is_file():
         raise InputError(f"--path_t {path}: no such file")
-    state = checkpoint.load(Path(path))
+    state = read_file(path)
     try:
-        return state | {"model": named_tensors(state, path)}
+        model = named_tensors(state, path)
     except InputError:
         raise InputError(
             f"--path_t {path} holds no model: give a frozen encoder's head that train_teacher.py wrote, or a CNN"
         ) from None
+    return state | {"model": model}
 
 
 def architecture(path: str) -> str | None:

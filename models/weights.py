@@ -1,6 +1,7 @@
 """Files of weights: read without running code, recognised by their content."""
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -10,8 +11,9 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PosixPath
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -69,6 +71,24 @@ def check_archive(path: str | os.PathLike) -> None:
                     pass
 
 
+def _numpy_number(kind: np.dtype, content: bytes) -> np.generic:
+    """A number of NumPy's from its bytes; NumPy's own function would take a kind's word for its size."""
+    return np.frombuffer(content, kind, count=1)[0]
+
+
+# Plain data that training scripts keep beside the weights and that torch does not admit by itself: parsed options,
+# paths, and NumPy's numbers, such as the best accuracy. Releases of NumPy and Python name them differently.
+_PLAIN = [
+    argparse.Namespace,
+    PosixPath,
+    (PosixPath, "pathlib._local.PosixPath"),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bhilBHILefdU"},
+    (_numpy_number, "numpy.core.multiarray.scalar"),
+    (_numpy_number, "numpy._core.multiarray.scalar"),
+]
+
+
 def load_plain(path: str | os.PathLike) -> object:
     """Tensors, numbers, strings and containers of them, from a file of torch.save's, onto the CPU.
 
@@ -79,8 +99,7 @@ def load_plain(path: str | os.PathLike) -> object:
     check_archive(path)
     if is_torchscript(path):
         raise InputError("it is a TorchScript archive")
-    # Training scripts keep their parsed options beside the weights: plain data.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals(_PLAIN):
         value = torch.load(path, map_location="cpu", weights_only=True)
     _check_sizes(value)
     return value
@@ -96,6 +115,13 @@ def _check_sizes(value: object) -> None:
         if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             left += value.values() if isinstance(value, dict) else value
+
+
+def is_safetensors(path: str | os.PathLike) -> bool:
+    """Whether a file begins as safetensors do: with the length of its header, which is JSON."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(1) == b"{" and length <= os.path.getsize(path)
 
 
 def load_torchscript(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -184,7 +210,7 @@ def _named_tensors(module: object) -> Iterator[tuple[str, Tensor]]:
 
 # Where training scripts put the weights in what they save: averaged ones first, which timm takes too.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model", "net", "network", "weights")
 
 # What wrappers of a network put before every name: DataParallel, Lightning modules.
 _PREFIXES = ("module.", "model.", "net.", "network.")
@@ -197,29 +223,48 @@ _COMPILED = "_orig_mod."
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Named tensors from a file of safetensors, torch.save or TorchScript; see ``named_tensors``.
+def read_file(path: str | os.PathLike) -> object:
+    """What a file of safetensors, torch.save or TorchScript holds, recognised by its content.
+
+    A file of safetensors or TorchScript gives tensors by name.
 
     Raises:
         InputError: the file is corrupt, or it holds anything but plain data.
         OSError: the file cannot be read.
     """
-    path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            value = safetensors.torch.load_file(path)
-        elif is_torchscript(path):
+        if is_safetensors(path):
+            return safetensors.torch.load_file(path)
+        if is_torchscript(path):
             # A mask is a tensor of the modules, but neither a parameter nor a buffer.
-            value = {name: x for name, x in load_torchscript(path).items() if not name.endswith("attn_mask")}
-        else:
-            value = load_plain(path)
+            return {name: x for name, x in load_torchscript(path).items() if not name.endswith("attn_mask")}
+        return load_plain(path)
     except OSError:
         raise
     except Exception as error:  # on a damaged file the loaders raise whatever they stumble over
+        if objects := _other_objects(path):
+            raise InputError(
+                f"{path} holds more than plain data ({', '.join(objects)}): save the network's state_dict() alone"
+            ) from error
         raise InputError(
             f"{path} is no file of weights (state dict or safetensors), is corrupt, or holds more than plain data"
         ) from error
-    return named_tensors(value, path)
+
+
+def _other_objects(path: str | os.PathLike) -> list[str]:
+    """The classes and functions in a file of torch.save's that are no plain data; none where nobody can tell."""
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(_PLAIN):  # as the loaders, on a damaged file
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
+    return []
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A network's weights by name, from a file that ``read_file`` reads; see ``named_tensors``.
+
+    Raises:
+        InputError, OSError: as these two.
+    """
+    return named_tensors(read_file(path), path)
 
 
 def named_tensors(value: object, path: str | os.PathLike) -> dict[str, Tensor]:
@@ -239,7 +284,8 @@ def named_tensors(value: object, path: str | os.PathLike) -> dict[str, Tensor]:
     """
     found = _unwrapped(value, ())
     if found is None:
-        raise InputError(f"{path} is no file of weights: it holds no named tensors alone")
+        held = f" but {', '.join(map(str, [*value][:6]))}" if isinstance(value, dict) and value else ""
+        raise InputError(f"{path} is no file of weights: it holds no named tensors alone{held}; save the state_dict()")
     state, wrappers = found
     averaged = [name for name in wrappers if name in _AVERAGED]
     if averaged:

@@ -3,8 +3,10 @@
 import argparse
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import clip
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -52,6 +54,13 @@ SAVED: dict[str, Callable[[nn.Module], dict]] = {
     "timm's training script": lambda net: {"arch": "resnet8", "state_dict": net.state_dict(), "args": OPTIONS},
     "timm's, averaged": lambda net: {"state_dict": other(net), "state_dict_ema": net.state_dict(), "args": OPTIONS},
     "timm's, where nothing was averaged": lambda net: {"state_dict": net.state_dict(), "state_dict_ema": None},
+    "pytorch-cifar's": lambda net: {"net": prefixed("module.", net), "acc": 93.5, "epoch": 3},
+    "a NumPy number and a path beside them": lambda net: {
+        "state_dict": net.state_dict(),
+        "best_acc": np.float64(71.5),
+        "step": np.int64(3),
+        "args": argparse.Namespace(out=Path("out")),
+    },
     "RepDistiller's": lambda net: {"opt": OPTIONS, "model": net.state_dict()},
     "the recipe of PyTorch's tutorials": lambda net: {
         "epoch": 3,
@@ -90,13 +99,36 @@ def test_every_training_script_s_weights_are_read(saved, tmp_path, capsys):
 
 def test_options_of_more_than_plain_data_are_refused(tmp_path):
     torch.save({"state_dict": network().state_dict(), "args": argparse.Namespace(run=print)}, tmp_path / "net.pth")
-    with pytest.raises(InputError, match="more than plain data"):
+    with pytest.raises(InputError, match=r"more than plain data \(builtins.print\): save the network's state_dict"):
         read_state(tmp_path / "net.pth")
+
+
+def test_a_number_of_numpy_s_is_no_larger_than_its_bytes(tmp_path):
+    """A kind may claim any size: the number's bytes decide."""
+
+    class Liar:
+        def __reduce__(self):
+            return np.float64(0).__reduce__()[0], (np.dtype("S1000000"), b"few")
+
+    torch.save({"state_dict": network().state_dict(), "best": Liar()}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="corrupt"):
+        read_state(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.pth", "net.bin"])
+def test_safetensors_are_known_by_their_content(name, tmp_path):
+    net = network()
+    safetensors.torch.save_file(prefixed("module.", net), tmp_path / name)
+    found = read_state(tmp_path / name)
+    assert all(torch.equal(found[key], x) for key, x in net.state_dict().items())
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+    with pytest.raises(InputError, match="corrupt"):
+        read_state(tmp_path / name)
 
 
 def test_what_holds_no_network_is_refused(tmp_path):
     torch.save({"epoch": 1, "optimizer": torch.optim.SGD(network().parameters(), 0.1).state_dict()}, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="holds no named tensors alone"):
+    with pytest.raises(InputError, match="holds no named tensors alone but epoch, optimizer"):
         read_state(tmp_path / "x.pth")
 
 
@@ -189,6 +221,13 @@ def test_a_cnn_teacher_is_read_from_each(saved, tmp_path):
     net = network()
     torch.save(SAVED[saved](net), tmp_path / "resnet8_vanilla.pth")
     found, _ = load_cnn(str(tmp_path / "resnet8_vanilla.pth"), 5, Needs())
+    assert all(torch.equal(x, net.state_dict()[name]) for name, x in found.state_dict().items())
+
+
+def test_a_cnn_teacher_is_read_from_safetensors(tmp_path):
+    net = network()
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "resnet8_vanilla.safetensors")
+    found, _ = load_cnn(str(tmp_path / "resnet8_vanilla.safetensors"), 5, Needs())
     assert all(torch.equal(x, net.state_dict()[name]) for name, x in found.state_dict().items())
 
 
