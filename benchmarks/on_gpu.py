@@ -23,7 +23,7 @@ import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +46,7 @@ from helper.capture import CapturedStep
 from helper.checkpoint import write_bytes, write_json
 from helper.data import build_loaders
 from helper.encoder import load_encoder
+from helper.exits import exit_on_bad_input
 from helper.objective import build_objective
 from helper.options import parse_student_options
 from helper.parser import positive, positive_int
@@ -363,10 +364,7 @@ def encoding(args: argparse.Namespace, name: str, resolution: int | None, at_onc
 
 def banks(results: dict, args: argparse.Namespace) -> None:
     """How long does a bank take?"""
-    path = args.work / "tf_efficientnet_lite2.pth"
-    if not args.rehearse and not path.exists():
-        write_random_weights("timm:tf_efficientnet_lite2", args.work)
-    lite2 = f"timm:tf_efficientnet_lite2={path}"
+    lite2 = None if args.rehearse else write_random_weights("timm:tf_efficientnet_lite2", args.work)
     for at_once in (1, 2) if args.rehearse else (8, 1, 16, 4, 2):
         part(results, args, f"ViT-B/32, {at_once}", lambda n=at_once: encoding(args, clip(args), None, n))
         if not args.rehearse:
@@ -519,14 +517,14 @@ def keep(results: dict, args: argparse.Namespace, save: Path, name: str, code: i
         write_bytes(buffer.getvalue(), state)
 
 
-def end(jobs) -> None:
-    """Stop processes that still run; a run of train_student.py then saves its last epoch."""
+def end(jobs: Iterable[subprocess.Popen], patience: float = 8) -> None:
+    """Stop processes that still run, and wait so many seconds for each; a run of training then saves its last epoch."""
     for job in jobs:
         if job.poll() is None:
             job.terminate()
     for job in jobs:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(15)
+            job.wait(patience)
         if job.poll() is None:
             job.kill()
 
@@ -610,7 +608,7 @@ def run_steps(args: argparse.Namespace, steps: list[str], minutes: float) -> Non
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            end([job])
+            end([job], patience=18)
         took = f"{time.monotonic() - begin:.0f} s"
         last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1][:300]
         if code == 0:
@@ -655,8 +653,10 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.do:
         (do_beside if args.do == "beside" else do_train)(args)
-    elif args.step:
+        return
+    with exit_on_bad_input("benchmarks.on_gpu"):
         resolve_device(args.device)
+    if args.step:
         do_step(args)
     else:
         run_steps(args, list(args.steps), args.minutes)

@@ -225,13 +225,13 @@ def encoded(
 ) -> Iterator[tuple[list[Chunk], np.ndarray]]:
     """Each launch and its embeddings (rows, dim) in fp16; a GPU is given the next launch before one is waited for."""
     views = dataset.views
-    images = {split: on_device(split.images, device) for split in (dataset.train, dataset.test)}
+    train, test = (on_device(split.images, device) for split in (dataset.train, dataset.test))
     order = views.order(len(dataset.train), num_views, device)
 
     def begin(launch: list[Chunk]) -> tuple[Tensor, torch.cuda.Event | None]:
         number, start = _place_of(launch[0], dataset)
-        stored, rows = images[dataset.test if number is None else dataset.train], launch[-1].end - launch[0].start
-        part = slice(start, start + rows)
+        stored = test if number is None else train
+        part = slice(start, start + launch[-1].end - launch[0].start)
         index = torch.arange(part.start, part.stop, device=device)
         view = torch.full_like(index, views.test) if number is None else order[part, number].long()
         far = stored.device.type != device.type

@@ -13,7 +13,7 @@ def test_a_loss_that_is_far_from_the_cpus_is_seen():
         "on the CPU": {"losses": [2.0, 4.0], "captured": False},
         "off": {"losses": [2.0, 4.001], "captured": False},
         "bf16, captured": {"losses": [2.0, 4.001], "captured": True},
-        "fp16": {"losses": [2.0], "captured": False},
+        "fp16": {"losses": [2.0, 9.0], "captured": False},
         "bf16": {"error": "it broke"},
     }
     assert runs_table(results)[1:] == [
