@@ -643,6 +643,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out, args.work = args.out.absolute(), args.work.absolute()
@@ -650,7 +654,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     args.device = "cpu" if args.rehearse else "cuda"
     if argv is None and not args.do:  # who is ended ends what it has started
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGTERM, interrupt)
     if args.do:
         (do_beside if args.do == "beside" else do_train)(args)
         return
@@ -663,4 +667,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(143)

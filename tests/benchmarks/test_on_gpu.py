@@ -96,6 +96,9 @@ def test_a_part_that_fails_is_told_and_tried_again_and_a_done_one_is_not(tmp_pat
         raise SystemExit("no such thing\nmore")
 
     args, results = Namespace(out=tmp_path, step="speed"), {}
+    with pytest.raises(KeyboardInterrupt):  # its time is up
+        on_gpu.part(results, args, "long", on_gpu.interrupt)
+    assert not results
     for _ in range(2):
         on_gpu.part(results, args, "broken", fails)
         on_gpu.part(results, args, "whole", lambda: {"x": calls.append("whole")})
