@@ -172,7 +172,8 @@ class ContrastiveStep(Step):
         opt,
     ):
         share = loader.shares(loader.batch_size)[loader.rank]
-        super().__init__(Encoders(model, opt, min(share, opt.micro_batch or share)), [optimizer], scaler, loader)
+        encoders = Encoders(model, opt, min(share, opt.micro_batch or share))
+        super().__init__(encoders, [optimizer], scaler, loader, static=False)  # a process may have no caption
         self.model, self.pixels, self.tokens, self.micro_batch = model, pixels, tokens, opt.micro_batch
         highest = math.log(MAX_LOGIT_SCALE)
         optimizer.register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(max=highest))

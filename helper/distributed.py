@@ -158,13 +158,18 @@ def share_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def parallel(module: nn.Module) -> nn.Module:
-    """Wrap a module, so that its gradients are the mean over all processes."""
+def parallel(module: nn.Module, static: bool = False) -> nn.Module:
+    """Wrap a module, so that its gradients are the mean over all processes.
+
+    Args:
+        static: every step uses the same weights as the first one on all processes, so that none is searched for them.
+    """
     if not dist.is_initialized() or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
     # A step may leave weights unused: the method decides, and a process without a share uses none of the loss's.
     # Buffers are shared once an epoch instead, when they are read.
-    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+    how = {"static_graph": True} if static else {"find_unused_parameters": True}
+    return DistributedDataParallel(module, broadcast_buffers=False, **how)
 
 
 def unsynchronised(module: nn.Module) -> contextlib.AbstractContextManager:

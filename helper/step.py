@@ -96,6 +96,7 @@ class Step:
         optimizers: the student's optimiser comes first.
         scaler: scales the gradients.
         loader: makes the batches.
+        static: every batch uses the same weights, on each process that has a share of it.
     """
 
     def __init__(
@@ -104,8 +105,11 @@ class Step:
         optimizers: list[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
         loader: Loader,
+        static: bool = True,
     ):
-        self.losses = distributed.parallel(losses)
+        # A process without a share of a batch uses other weights. On a CPU the search for them costs little.
+        shared = all(min(loader.shares(count)) for count in (loader.batch_size, loader.last))
+        self.losses = distributed.parallel(losses, static and shared and loader.device.type == "cuda")
         self.optimizers, self.scaler, self.loader = optimizers, scaler, loader
         self.totals = Totals(loader.device)
 

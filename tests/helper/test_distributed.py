@@ -3,6 +3,7 @@
 import functools
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -238,6 +239,27 @@ def test_every_weights_gradient_is_that_of_one_process(job, name, clip):
             size = torch.stack([gradient.norm() for gradient in theirs]).norm()
             for a, b in zip(mine, theirs, strict=True):
                 assert (a - b).norm() <= tolerance * (b.norm() + 0.1 * size)
+
+
+def train_statically(*args) -> tuple[dict[str, float], list]:
+    """Do as ``train``, with DDP's static graph, which steps on a GPU have where every process has a share of each."""
+    parallel = distributed.parallel
+    with mock.patch.object(distributed, "parallel", lambda module, static: parallel(module, True)):
+        return train(*args)
+
+
+@pytest.mark.parametrize(("name", "clip"), [("ega", True), ("kd", True), ("crd", False), ("none", True)])
+def test_a_static_graph_has_the_same_gradients(job, name, clip):
+    """Batches of 8, 8 and 5."""
+    for (record, found), (expected, gradients) in zip(
+        job(train_statically, name, clip, 8, 21), job(train, name, clip, 8, 21), strict=True
+    ):
+        assert record == pytest.approx(expected, rel=1e-6)
+        assert len(found) == len(gradients) == 3
+        for mine, theirs in zip(found, gradients, strict=True):
+            assert [gradient is None for gradient in mine] == [gradient is None for gradient in theirs]
+            for a, b in zip(mine, theirs, strict=True):
+                assert a is None or (a - b).norm() <= 1e-6 * b.norm()
 
 
 def test_a_process_without_a_sample_measures_what_the_others_do(job):
