@@ -83,8 +83,6 @@ class RRD(nn.Module):
             self._enter(z_t)
         # The queue changes before the backward pass where a step has several forward passes.
         queue = self.queue if self.keeps else self.queue.clone()
-        p_t = F.softmax(z_t @ queue.T / self.T_t, dim=1)
-        z_s = F.normalize(self.embed_s(f_s), dim=1)
-        # The teacher's mean row takes the place of a product with all of the student's log-probabilities.
-        expected = (z_s * (p_t @ queue)).sum(dim=1) / self.T_s
-        return ((z_s @ queue.T / self.T_s).logsumexp(dim=1) - expected).mean()
+        p_t = F.softmax((z_t / self.T_t) @ queue.T, dim=1)
+        log_s = F.log_softmax((F.normalize(self.embed_s(f_s), dim=1) / self.T_s) @ queue.T, dim=1)
+        return -(p_t * log_s).sum() / len(f_s)

@@ -128,9 +128,10 @@ def _moments(x: Tensor, grid: int, eps: float) -> tuple[Tensor, Tensor]:
     cells = [x]
     if grid > 1:
         cells = [cell for rows in x.tensor_split(grid, dim=2) for cell in rows.tensor_split(grid, dim=3)]
+    mean = torch.stack([cell.mean(dim=(2, 3)) for cell in cells])
     # A single pixel varies by nothing.
     var = [cell.var(dim=(2, 3), correction=min(cell[0, 0].numel() - 1, 1)) for cell in cells]
-    return torch.stack([cell.mean(dim=(2, 3)) for cell in cells]), (torch.stack(var) + eps).sqrt()
+    return mean, (torch.stack(var) + eps).sqrt()
 
 
 def wkd_feature_loss(map_s: Tensor, map_t: Tensor, ratio: float = 4.0, grid: int = 1, eps: float = 1e-5) -> Tensor:
