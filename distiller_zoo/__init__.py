@@ -45,6 +45,8 @@ _FILES = {
     "WKDLogit": "WKD",
     "ega_terms": "EGA",
     "kd_loss": "KD",
+    "cka_loss": "CKA",
+    "skd_direction": "SKD",
     "phi_standardizer": "UNIC",
     "simkd_loss": "SimKD",
     "simkd_projector": "SimKD",
@@ -53,7 +55,9 @@ _FILES = {
     "wkd_cost": "WKD",
 }
 _CONNECTED = ("Boundaries", "EmbeddedCorrelation", "Factor", "Flow", "Hint", "InstanceGraph", "LayerwiseVID", "OfLast")
-_FILES |= dict.fromkeys((*_CONNECTED, "Overhaul", "ProjectedWKD", "Regression", "Review", "TwoStage"), "_connected")
+_FILES |= dict.fromkeys(
+    (*_CONNECTED, "Overhaul", "ProjectedDirection", "ProjectedWKD", "Regression", "Review", "TwoStage"), "_connected"
+)
 
 
 class _Zoo(ModuleType):
@@ -392,12 +396,29 @@ METHODS = {
         reuses=True,
         clip_weights=(0, 0, 1),
     ),
+    "pefd": Method(
+        lambda opt, net: zoo.PEFD(*net.own_dims),
+        _OWN,
+        (1, 0, 25),
+        "PEFD: Chen et al., NeurIPS 2022",
+        clip=(lambda opt, net: zoo.PEFD(*net.own_dims, relu=False), _OWN),
+    ),
     "itrd": Method(
         lambda opt, net: zoo.ITRD(*net.own_dims, opt.itrd_alpha, (2, opt.itrd_mutual)),
         _OWN,
         (1, 0, 1),
         "ITRD: Miles et al., BMVC 2022",
         relational=True,
+    ),
+    "mlld": Method(lambda opt, net: zoo.MLLD(), _LOGIT, (0.1, 0, 0.9), "MLLD: Jin et al., CVPR 2023", relational=True),
+    "nd": Method(
+        lambda opt, net: zoo.ProjectedDirection(*net.own_dims, net.num_classes),
+        (*_OWN, "target"),
+        (1, 3.5, 2),
+        "KD++: Wang et al., 2023, arXiv 2305.17007",
+    ),
+    "ofa": Method(
+        lambda opt, net: zoo.OFA(opt.ofa_eps), (*_LOGIT, "target"), (1, 0, 1), "OFA: Hao et al., NeurIPS 2023"
     ),
     "clipkd": Method(
         lambda opt, net: zoo.CLIPKD(*net.own_dims),
@@ -456,6 +477,10 @@ METHODS = {
         (1, 0, 32),
         "ABKD: Wang et al., ICML 2025",
     ),
+    "skd": Method(
+        lambda opt, net: zoo.SKD(opt.kd_T), _LOGIT, (1, 0, 0.5), "SKD: Jeong et al., CVPR 2026", relational=True
+    ),
+    "cka": Method(lambda opt, net: zoo.CKA(), _OWN, (1, 0, 1), "CKA: Kornblith et al., ICML 2019", relational=True),
 }
 
 

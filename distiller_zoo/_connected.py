@@ -15,6 +15,7 @@ from .FitNet import HintLoss
 from .FSP import FSP
 from .FT import FactorTransfer
 from .IRG import IRG
+from .NormDirection import NormDirection
 from .OFD import OFD, ofd_margin
 from .ReviewKD import HCL
 from .SimKD import simkd_loss
@@ -105,6 +106,22 @@ class Overhaul(nn.Module):
 
     def forward(self, maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
         return self.loss(self.connectors(maps_s), maps_t)
+
+
+class ProjectedDirection(nn.Module):
+    """KD++'s loss on embeddings, the student's after a linear layer where the widths differ."""
+
+    def __init__(self, s_dim: int, t_dim: int, num_classes: int):
+        super().__init__()
+        self.embed = nn.Identity() if s_dim == t_dim else nn.Linear(s_dim, t_dim)
+        self.loss = NormDirection(torch.zeros(num_classes, t_dim))
+
+    def acquaint(self, *known) -> None:
+        """See ``NormDirection``."""
+        self.loss.acquaint(*known)
+
+    def forward(self, f_s: Tensor, f_t: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.embed(f_s), f_t, target)
 
 
 class ProjectedWKD(nn.Module):

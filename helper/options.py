@@ -173,7 +173,7 @@ def student_parser(raises: bool = False) -> Parser:
         group.add_argument(short, f"--{name}", type=weight, help=f"weight of {what}; if unset, the method's own")
     group.add_argument("-node", "--node_weight", type=weight, default=0.8, help="EGA: weight of node matching")
     group.add_argument("-edge", "--edge_weight", type=weight, default=0.24, help="EGA: weight of edge matching")
-    group.add_argument("--kd_T", type=positive, default=4, help="temperature of KD, DKD, DIST, RLD and ABKD")
+    group.add_argument("--kd_T", type=positive, default=4, help="temperature of KD, DKD, DIST, RLD, ABKD and SKD")
     group.add_argument(
         "--logit_standard", action="store_true", help="standardise the logits that KD and the method compare"
     )
@@ -203,6 +203,7 @@ def student_parser(raises: bool = False) -> Parser:
     group.add_argument("--simkd_factor", type=positive_int, default=2, help=what)
     group.add_argument("--itrd_alpha", type=positive, default=1.5, help="itrd: order of the correlation's term")
     group.add_argument("--itrd_mutual", type=weight, default=0.05, help="itrd: weight of the Gram matrices' term")
+    group.add_argument("--ofa_eps", type=positive, default=1, help="ofa: power that raises the target's probability")
     group.add_argument("--nkd_T", type=positive, default=3, help="nkd: temperature of the other classes")
     group.add_argument("--nkd_gamma", type=weight, default=3.5, help="nkd: weight of the other classes")
     group.add_argument("--ttm_gamma", type=positive, default=0.1, help="ttm, wttm: the teacher's power")

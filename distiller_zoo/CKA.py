@@ -1,0 +1,28 @@
+"""Centred kernel alignment (Kornblith et al., ICML 2019, arXiv 1905.00414) as a loss, linear."""
+
+import torch
+from torch import Tensor, nn
+
+
+def cka_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """One minus the linear CKA of two batches, which is the cosine of their samples' centred Gram matrices.
+
+    RCKA (Zhou et al., IJCAI 2024) goes by this name, but its code neither centres nor divides by both norms.
+
+    Args:
+        f_s: the student's embeddings, (B, D).
+        f_t: the teacher's, (B, D').
+
+    Returns:
+        Scalar from 0 for embeddings that agree up to a rotation and a scale, to 1.
+    """
+    gram_s, gram_t = ((f - f.mean(dim=0)) @ (f - f.mean(dim=0)).T for f in (f_s, f_t))
+    norms = torch.linalg.matrix_norm(gram_s) * torch.linalg.matrix_norm(gram_t)
+    return 1 - (gram_s * gram_t).sum() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+class CKA(nn.Module):
+    """``cka_loss`` as a module."""
+
+    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        return cka_loss(f_s, f_t)
