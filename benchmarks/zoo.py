@@ -87,6 +87,11 @@ def _crd_state(loss: nn.Module) -> tuple:
     return loss.embed_s.linear, loss.embed_t.linear, memory.memory_v1, memory.memory_v2, memory.params
 
 
+def _nd(sizes: Sizes) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    return losses.NormDirection(torch.randn(sizes.classes, 4 * sizes.channels, generator=generator))
+
+
 def _differences(sizes: Sizes, batch: int) -> int:
     return batch**2 * 4 * sizes.channels
 
@@ -199,6 +204,12 @@ CASES = {
     ),
     "wkd_feature": Case(lambda sizes: LastMap(losses.WKDFeature()), references.wkd_feature, _pair("last_map")),
     "abkd": Case(lambda sizes: losses.ABKD(), references.abkd, _LOGIT),
+    "pefd": Case(lambda sizes: losses.PEFD(*_dims(sizes)), references.pefd, _F, state=lambda loss: (loss.projectors,)),
+    "mlld": Case(lambda sizes: losses.MLLD(), references.mlld, _LOGIT),
+    "nd": Case(_nd, references.nd, (*_F, "target"), state=lambda loss: (loss.centres,)),
+    "ofa": Case(lambda sizes: losses.OFA(), references.ofa, (*_LOGIT, "target")),
+    "skd": Case(lambda sizes: losses.SKD(), references.skd, _LOGIT),
+    "cka": Case(lambda sizes: losses.CKA(), references.cka, _F),
 }
 
 

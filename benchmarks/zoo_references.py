@@ -446,3 +446,55 @@ def abkd(logit_s: Tensor, logit_t: Tensor, alpha: float = 0.8, beta: float = 0.3
     total = alpha + beta
     alike = alpha / total * p.pow(total) + beta / total * q.pow(total)
     return -((p.pow(alpha) * q.pow(beta) - alike) / (alpha * beta)).sum(dim=1).mean()
+
+
+def pefd(f_s: Tensor, f_t: Tensor, projectors: nn.ModuleList) -> Tensor:
+    """Cosine distance of three projections' mean, each after a ReLU."""
+    mean = torch.stack([projector(f_s).relu() for projector in projectors]).mean(dim=0)
+    return (1 - F.cosine_similarity(mean, f_t)).mean()
+
+
+def mlld(logit_s: Tensor, logit_t: Tensor) -> list[Tensor]:
+    """KL divergences and two kinds of Gram matrices at five temperatures, and the means of two masks."""
+    p_t = F.softmax(logit_t, dim=1)
+    samples, classes = (x <= x.median() for x in (p_t.amax(dim=1), p_t.sum(dim=0)))
+    terms = [0, 0, 0]
+    for T in (4, 3, 5, 2, 6):
+        p_s, p_t = F.softmax(logit_s / T, dim=1), F.softmax(logit_t / T, dim=1)
+        of_classes = (p_s.T @ p_s - p_t.T @ p_t).pow(2).sum() / p_s.shape[1]
+        of_batch = (p_s @ p_s.T - p_t @ p_t.T).pow(2).sum() / len(p_s)
+        terms[0] = terms[0] + (kd(logit_s, logit_t, T) * samples).mean()
+        terms[1] = terms[1] + (of_classes * classes).mean()
+        terms[2] = terms[2] + (of_batch * samples).mean()
+    return terms
+
+
+def nd(f_s: Tensor, f_t: Tensor, target: Tensor, centres: Tensor) -> Tensor:
+    """One minus the length along the class's centre, divided by the larger norm."""
+    centre = centres[target]
+    along = (f_s * centre / centre.norm(dim=1, keepdim=True)).sum(dim=1)
+    return (1 - along / torch.stack([f_s.norm(dim=1), f_t.norm(dim=1)]).amax(dim=0)).mean()
+
+
+def ofa(logit_s: Tensor, logit_t: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's probabilities, the target's raised."""
+    own = F.one_hot(target, logit_s.shape[1])
+    soft = (F.softmax(logit_t, dim=1) + own).pow(1) - own
+    return -(soft * F.log_softmax(logit_s, dim=1)).sum(dim=1).mean()
+
+
+def skd(logit_s: Tensor, logit_t: Tensor) -> list[Tensor]:
+    """KL divergence, and the difference's Mahalanobis length by the inverse of its covariance."""
+    p_t = F.softmax(logit_t, dim=1)
+    samples, classes = ((x <= x.median()).to(x.dtype).mean() for x in (p_t.amax(dim=1), p_t.sum(dim=0)))
+    n_s, n_t = F.normalize(logit_s, dim=1), F.normalize(logit_t, dim=1)
+    difference = (n_s @ n_s.T - n_t @ n_t.T) / logit_s.shape[1]
+    covariance = torch.cov(difference.T) + 0.1 * torch.eye(len(n_s)).to(difference)
+    squares = (difference @ torch.linalg.inv(covariance) * difference).sum(dim=1)
+    return [samples * kd(logit_s, logit_t), classes * squares.sqrt().mean()]
+
+
+def cka(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """One minus the ratio of the norms of products of centred embeddings, (D, D)."""
+    s, t = f_s - f_s.mean(dim=0), f_t - f_t.mean(dim=0)
+    return 1 - (s.T @ t).pow(2).sum() / ((s.T @ s).norm() * (t.T @ t).norm())

@@ -16,9 +16,15 @@ def cka_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     Returns:
         Scalar from 0 for embeddings that agree up to a rotation and a scale, to 1.
     """
-    gram_s, gram_t = ((f - f.mean(dim=0)) @ (f - f.mean(dim=0)).T for f in (f_s, f_t))
+    s, t = f_s - f_s.mean(dim=0), f_t - f_t.mean(dim=0)
+    if len(s) <= min(s.shape[1], t.shape[1]):
+        gram_s, gram_t = s @ s.T, t @ t.T
+        alike = (gram_s * gram_t).sum()
+    else:  # the products of dimensions have the same norms and are smaller
+        gram_s, gram_t = s.T @ s, t.T @ t
+        alike = (s.T @ t).square().sum()
     norms = torch.linalg.matrix_norm(gram_s) * torch.linalg.matrix_norm(gram_t)
-    return 1 - (gram_s * gram_t).sum() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return 1 - alike / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 class CKA(nn.Module):

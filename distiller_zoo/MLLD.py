@@ -4,21 +4,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _instance(logit_s: Tensor, logit_t: Tensor, T: float) -> Tensor:
-    """KL divergence of softened class distributions times T squared, the mean over the batch."""
-    log_s, log_t = (F.log_softmax(x / T, dim=1) for x in (logit_s, logit_t))
+def _instance(log_s: Tensor, log_t: Tensor, T: float) -> Tensor:
+    """KL divergence of log-probabilities at a temperature times T squared, the mean over the batch."""
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
 
 
-def class_loss(logit_s: Tensor, logit_t: Tensor, T: float) -> Tensor:
-    """Squared distance between the classes' Gram matrices of probabilities, divided by the number of classes."""
-    p_s, p_t = (F.softmax(x / T, dim=1) for x in (logit_s, logit_t))
+def class_loss(p_s: Tensor, p_t: Tensor) -> Tensor:
+    """Squared distance of the classes' Gram matrices of probabilities (B, classes), over the number of classes."""
     return (p_s.T @ p_s - p_t.T @ p_t).square().sum() / p_s.shape[1]
 
 
-def batch_loss(logit_s: Tensor, logit_t: Tensor, T: float) -> Tensor:
-    """Squared distance between the samples' Gram matrices of probabilities, divided by the number of samples."""
-    p_s, p_t = (F.softmax(x / T, dim=1) for x in (logit_s, logit_t))
+def batch_loss(p_s: Tensor, p_t: Tensor) -> Tensor:
+    """Squared distance of the samples' Gram matrices of probabilities (B, classes), over the number of samples."""
     return (p_s @ p_s.T - p_t @ p_t.T).square().sum() / len(p_s)
 
 
@@ -56,14 +53,16 @@ class MLLD(nn.Module):
     ) -> dict[str, Tensor]:
         """The three terms by name; their sum is the loss. See ``forward``."""
         of_samples, of_classes = shares_below_median(logit_t)
-        instance = sum(_instance(logit_s, logit_t, T) for T in self.T) * of_samples
-        if logit_s_strong is not None:
-            strong = (logit_s_strong, logit_t_strong)
-            pairs = [strong if number < 3 else (logit_s, logit_t) for number in range(len(self.T))]
-            instance = instance + sum(_instance(*pair, T) for pair, T in zip(pairs, self.T, strict=True))
-        classes = sum(class_loss(logit_s, logit_t, T) for T in self.T) * of_classes
-        batch = sum(batch_loss(logit_s, logit_t, T) for T in self.T) * of_samples
-        return {"instance": instance, "class": classes, "batch": batch}
+        instance, classes, batch, strong = 0, 0, 0, 0
+        for number, T in enumerate(self.T):
+            log_s, log_t = (F.log_softmax(x / T, dim=1) for x in (logit_s, logit_t))
+            p_s, p_t = log_s.exp(), log_t.exp()
+            weak = _instance(log_s, log_t, T)
+            instance, classes, batch = instance + weak, classes + class_loss(p_s, p_t), batch + batch_loss(p_s, p_t)
+            if logit_s_strong is not None:
+                logs = (F.log_softmax(x / T, dim=1) for x in (logit_s_strong, logit_t_strong))
+                strong = strong + (_instance(*logs, T) if number < 3 else weak)
+        return {"instance": of_samples * instance + strong, "class": of_classes * classes, "batch": of_samples * batch}
 
     def forward(
         self,

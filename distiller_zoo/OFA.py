@@ -23,7 +23,7 @@ def ofa_loss(logit_s: Tensor, logit_t: Tensor, target: Tensor, eps: float = 1.0,
     """
     own = torch.zeros_like(logit_t).scatter(1, target[:, None], 1)
     soft = (F.softmax(logit_t / T, dim=1) + own).pow(eps) - own
-    return -(soft * F.log_softmax(logit_s / T, dim=1)).sum() / len(logit_s)
+    return F.cross_entropy(logit_s / T, soft)
 
 
 class OFA(nn.Module):
