@@ -32,9 +32,10 @@ def train(opt: argparse.Namespace) -> None:
     from helper.contrastive import train_clip, zero_shot_accuracy
     from helper.meters import print_record
     from helper.run import Run
-    from helper.runtime import resolve
+    from helper.runtime import check_machine, resolve
 
     with exit_on_bad_input("pretrain_clip.py"):
+        check_machine(opt)
         dataset = open_dataset(vars(opt))
         identity = {"dataset_sha256": dataset.fingerprint()}
         run = Run(opt, identity, "clip", "clip_tensorboards", clip_run_name(opt, dataset.name, identity), "clip")

@@ -88,7 +88,7 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
     from helper.objective import build_objective, check_lone_image
     from helper.probe import Probe
     from helper.run import Run
-    from helper.runtime import resolve
+    from helper.runtime import check_machine, resolve
     from helper.student import build_student, find_student, model_file, own_code
     from helper.teacher import build_teacher, find_teacher
     from helper.validation import Evaluation
@@ -98,6 +98,7 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
     # This finds everything that can be wrong with the input, cheap checks first: images are downloaded or decoded after
     # the networks are checked, and embeddings are encoded last.
     with checking:
+        check_machine(opt)
         facts, identity = find_teacher(opt)
         normalization, own = find_student(opt, needs, student_size(opt.dataset, opt.image_size))
         identity |= own

@@ -22,13 +22,14 @@ def train(opt: argparse.Namespace) -> None:
     from helper.meters import print_record
     from helper.objective import check_lone_image
     from helper.run import Run
-    from helper.runtime import resolve
+    from helper.runtime import check_machine, resolve
     from helper.teacher import build_cnn, build_teacher, check_cnn, find_teacher, teacher_file
     from helper.validation import Evaluation
 
     encoder = bool(opt.clip_tn)
 
     with exit_on_bad_input("train_teacher.py"):
+        check_machine(opt)
         facts, identity = find_teacher(opt) if encoder else (None, {})
         if not encoder:
             check_cnn(opt, student_size(opt.dataset, opt.image_size))

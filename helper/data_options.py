@@ -114,7 +114,9 @@ def follow_data(parser: Parser, opt: argparse.Namespace) -> None:
             parser.error(" ".join(str(error).split()))
     chosen = []
     if not labels:
-        chosen.append(("labels", 0.0, "no picture has a label"))
+        source = opt.data_dir if isinstance(opt.data_dir, str) else " and ".join(opt.data_dir)
+        lacks = f"{source} holds no train/CLASS/, so " if opt.data_list is None else ""
+        chosen.append(("labels", 0.0, f"{lacks}no picture has a label"))
         if hasattr(opt, "gamma"):
             chosen.append(("gamma", 0.0, "there is nothing to classify"))
         if opt.clip_tn and opt.path_t is None and getattr(opt, "distill", None) != "none":

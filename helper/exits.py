@@ -54,7 +54,7 @@ class _Signals:
         self.save = False
         self.next = "the same command begins anew"
         self.write: Callable[[], None] | None = None
-        self.lock: Callable[[], Any] | None = None
+        self.run: Callable[[], Any] | None = None
         self.spared: set[str] = set()
 
     def take(self) -> dict:
@@ -113,9 +113,9 @@ def without() -> set[str]:
     return set(os.environ.get(_WITHOUT, "").split())
 
 
-def release_at_end(lock: Any) -> None:
-    """Have a file's lock released when the script ends, however it does: a program that called it goes on."""
-    _signals.lock = weakref.ref(lock)
+def release_at_end(run: Any) -> None:
+    """Have ``run.release()`` called when the script ends, however it does: a program that called it goes on."""
+    _signals.run = weakref.ref(run)
 
 
 @contextlib.contextmanager
@@ -226,8 +226,8 @@ def _handling(function: Callable[[], Any], end: Callable[[BaseException], None])
         if error is not None:
             end(_saved(error))
     finally:
-        if _signals.lock is not None and (lock := _signals.lock()) is not None:
-            lock.release()
+        if _signals.run is not None and (run := _signals.run()) is not None:
+            run.release()
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """The command line: groups of flags that the scripts share, and their checks."""
 
 import argparse
+import os
 
 from distiller_zoo import METHODS
 from models import check_model_name, model_dict
@@ -27,6 +28,7 @@ from .parser import (
     positive,
     positive_int,
     queue_rows,
+    resume_file,
     run_name,
     teacher_views,
     trial_name,
@@ -63,7 +65,7 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
     what = "name of the run's folder; if unset, it depends on every option and file that changes the result"
     group.add_argument("--name", type=run_name, metavar="NAME", help=what)
     what = "auto: go on with the run of this name, if there is one; none: begin anew; PATH: go on from this resume.pth"
-    group.add_argument("--resume", default="auto", metavar="auto|none|PATH", help=what)
+    group.add_argument("--resume", type=resume_file, default="auto", metavar="auto|none|PATH", help=what)
     what = "number of training epochs; --name NAME --epochs N goes on with a finished run to epoch N"
     group.add_argument("--epochs", type=positive_int, default=epochs, help=what)
     group.add_argument(
@@ -323,7 +325,8 @@ def parse_student_options(argv: list[str] | None = None, raises: bool = False) -
         parser.error(f"--pretrained_s: {opt.model_s} is no timm:NAME or torchvision:NAME; use --init_s PATH")
 
     if not opt.gamma and not opt.alpha and not opt.beta:
-        parser.error("-r, -a and -b are all 0: nothing would be trained")
+        why = ", as no picture has a label" if opt.labels == 0 and opt.distill == "none" else ""
+        parser.error(f"-r, -a and -b are all 0{why}: nothing would be trained")
     if opt.distill == "kd" and not opt.alpha:
         parser.error("--distill kd with -a 0 distils nothing; set -a (0.9, with -r 0.1) or use --distill none")
     if method.build is None and opt.beta:
@@ -435,6 +438,10 @@ def parse_teacher_options(argv: list[str] | None = None) -> argparse.Namespace:
     if opt.clip_tn is None:
         opt.clip_tn = int(opt.model not in model_dict)
     if opt.clip_tn:
+        if parse_name(opt.model).library is None and opt.model not in PUBLISHED and not os.path.isfile(opt.model):
+            encoders = f"{', '.join(PUBLISHED)}, open_clip:NAME, timm:NAME, torchvision:NAME"
+            known = f"{', '.join(model_dict)}; frozen encoders: {encoders}"
+            parser.error(f"--model {opt.model}: no CNN, neither a file nor a published CLIP; CNNs: {known}")
         opt.clip_mode, opt.model_t = opt.model, short_name(opt.model, opt.teacher_resolution)
         if opt.compile == "on":
             parser.error("--compile on: a head is two linear layers, which compiling makes no faster; leave it at auto")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +58,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value > high or value < low or (above and value == low):
-            bound = f"{'above' if above else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
+            least, most = (x if kind is int else f"{x:g}" for x in (low, high))
+            bound = f"{'above' if above else 'at least'} {least}" + (f" and at most {most}" if high < math.inf else "")
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
         return value
@@ -95,6 +95,13 @@ def teacher_views(text: str) -> str | int:
     if text not in ("auto", "all") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, all, or a number from 0 on")
     return text if text in ("auto", "all") else int(text)
+
+
+def resume_file(text: str) -> str:
+    """auto, none, or the path of a file."""
+    if text not in ("auto", "none") and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such file (auto, none, or the path of a resume.pth)")
+    return text
 
 
 def network_name(text: str) -> str:

@@ -43,9 +43,13 @@ def settings(options: dict) -> dict:
 
 
 def setting(name: str, value: object) -> object:
-    """An option's value without what changes no result: 1.0 is 1, and a file of Python counts by its name and hash."""
-    if name == "model_s" and parse_name(value).library == "file":
-        return value.rpartition("/")[2]
+    """An option's value without what changes no result: 1.0 is 1, and files count by their hashes, not their paths.
+
+    A file of Python counts by its name too.
+    """
+    if name == "model_s" and (network := parse_name(value)).library is not None:
+        own = network.name.rpartition("/")[2] if network.library == "file" else network.name
+        return str(network._replace(name=own, path=None if network.path is None else ""))
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

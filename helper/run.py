@@ -1,5 +1,6 @@
 """One run's folder: options, records, checkpoints; how it resumes and when it is finished."""
 
+import contextlib
 import math
 import os
 import time
@@ -85,21 +86,29 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._tb_folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            release_at_end(self._lock)
+            release_at_end(self)
         except Timeout:
             raise InputError(f"another process is running in {self.folder}; wait or use another --name") from None
         except OSError as error:
             raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
 
+    def release(self) -> None:
+        """Let other processes have the folder; a folder without anything but the lock, of a refused run, goes."""
+        lock = Path(self._lock.lock_file)
+        with contextlib.suppress(OSError):
+            if self._lock.is_locked and [*self.folder.iterdir()] == [lock]:
+                lock.unlink()
+                self.folder.rmdir()
+                self._tb_folder.rmdir()
+        self._lock.release()
+
     def _load(self, resume: str) -> None:
         if distributed.restarted() and self._resume.exists():  # the first start has obeyed --resume
             resume = "auto"
         path = self._resume if resume in ("auto", "none") else Path(resume)
-        if resume not in ("auto", "none") and not path.is_file():
-            raise InputError(f"--resume {resume}: no such file (auto, none, or the path of a resume.pth)")
         if self._resume.exists() and (resume == "none" or path.resolve() != self._resume.resolve()):
             raise InputError(f"{self.folder} holds a run already; resume it, delete it, or use another --name")
-        if not path.exists():
+        if resume in ("auto", "none") and not path.exists():
             return
         saved = checkpoint.load(path)
         if not {"options", "history", "state"} <= saved.keys():

@@ -208,6 +208,27 @@ def resolve_teacher_views(teacher_views: str | int, device: str, views: Views) -
     return teacher_views
 
 
+def check_machine(opt: argparse.Namespace) -> None:
+    """Raise an InputError where this machine lacks what the options ask for. It needs no images.
+
+    Args:
+        opt: the options, with or without ``auto``.
+    """
+    processes = distributed.count()
+    if opt.device == "cuda":
+        resolve_device(opt.device)
+    device = "cuda" if opt.device != "cpu" and torch.cuda.is_available() else "cpu"
+    resolve_amp(opt.amp, device)
+    if opt.batch_size < processes:
+        raise InputError(f"--batch_size {opt.batch_size} is less than a sample for each of {processes} processes")
+    if getattr(opt, "sync_bn", False) and device != "cuda":
+        raise InputError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
+    if getattr(opt, "compile", "off") == "on":
+        resolve_compile(opt.compile, device, steps=0)
+    if getattr(opt, "graph", "off") == "on":
+        resolve_graph(argparse.Namespace(**(vars(opt) | {"device": device, "processes": processes})))
+
+
 def resolve(
     opt: argparse.Namespace, recorded: dict | None, images: int, views: Views = CIFAR_VIEWS
 ) -> argparse.Namespace:
@@ -237,13 +258,10 @@ def resolve(
     for name in names:
         setattr(opt, name, "auto" if name in without() else (recorded or {}).get(name, "auto"))
     spares({"compile", "graph"}.intersection(names))
+    check_machine(opt)
     opt.processes = distributed.count()  # it counts: each has batch norm's statistics of its own share
     opt.device = resolve_device(opt.device)
     opt.amp = resolve_amp(opt.amp, opt.device)
-    if opt.batch_size < opt.processes:
-        raise InputError(f"--batch_size {opt.batch_size} is less than a sample for each of {opt.processes} processes")
-    if getattr(opt, "sync_bn", False) and opt.device != "cuda":
-        raise InputError("--sync_bn needs --device cuda: PyTorch's SyncBatchNorm has no CPU version")
     if getattr(opt, "sync_bn", False) and opt.compile == "auto":
         opt.compile = "off"  # its exchange in every layer is not compiled
     if getattr(opt, "teacher_views", None) is not None:

@@ -91,9 +91,9 @@ def _normalization(opt, student: Student | Classifier) -> Normalization:
     own, name = normalization_of(bool(opt.clip_tn)), parse_name(opt.model_s)
     if name.library not in (None, *OWN) and (opt.pretrained_s or opt.init_s is not None or name.path is not None):
         own = student.backbone.normalization
-    if opt.init_s is not None:
+    if (path := opt.init_s or name.path) is not None:
         with contextlib.suppress(InputError):  # the file is another project's
-            own = tuple(map(tuple, checkpoint.load(Path(opt.init_s)).get("normalization", own)))
+            own = tuple(map(tuple, checkpoint.load(Path(path)).get("normalization", own)))
     if own != normalization_of(bool(opt.clip_tn)):
         print(f"{opt.model_s}: its images are normalised as those that its weights were trained on, mean and std {own}")
     return own

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from runs import assert_refused
 
+import pretrain_clip
 import train_student
 import train_teacher
 from benchmarks.random_clip import write_archive
@@ -55,6 +56,10 @@ BAD_STUDENTS = {
     "a resolution that the encoder cannot take": (["--teacher_resolution", "48"], "takes 32 pixels alone"),
     "a head of another encoder": (["--path_t", "{head}"], "was trained on another encoder"),
     "no teacher": (["--path_t", "{nowhere}"], "no such file"),
+    "no run to go on with": (["--resume", "{nowhere}"], "no such file"),
+    "a precision that the device lacks": (["--amp", "fp16"], "needs --device cuda"),
+    "batch norm over processes on a CPU": (["--sync_bn"], "needs --device cuda"),
+    "a recording on a CPU": (["--graph", "on"], "needs --device cuda"),
 }
 
 
@@ -84,11 +89,21 @@ def test_nothing_is_decoded_for_a_student_that_cannot_take_the_size(photos, tiny
     )
 
 
+@pytest.mark.parametrize("script", [train_student, train_teacher, pretrain_clip])
+def test_nothing_is_decoded_for_a_gpu_that_is_not_there(script, photos, tiny_clip, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    where = ["--dataset", "folder", "--data_dir", photos, "--image_size", 32, "--save_dir", tmp_path / "save"]
+    teacher = {train_student: ["--clip_mode", tiny_clip], train_teacher: ["--model", tiny_clip], pretrain_clip: []}
+    refused(capsys, script, [*where, "--device", "cuda", *teacher[script]], "PyTorch finds no CUDA GPU here")
+    assert not (tmp_path / "save").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--model", "{nowhere}"], "neither a file nor a published CLIP"),
         (["--model", f"{LIBRARY}={{weights}}", "--clip_tn", 1], "does not fit"),
+        (["--model", "resnet9"], "--model resnet9: no CNN"),
         (["--model", "torchvision:alexnet", "--clip_tn", 0], "cannot take images of 32 pixels"),
     ],
 )
@@ -138,6 +153,23 @@ def test_nothing_is_encoded_for_a_run_that_goes_on_with_other_weights(train, tmp
         train("--epochs", 2, "--clip_mode", path, "--name", "own")
     assert exit_.value.code == 2
     assert_refused(capsys, 2, "clip_sha256")
+
+
+def test_a_refused_run_leaves_no_folder(bad, train, capsys, tmp_path):
+    for options in (["--resume", bad["weights"]], ["--teacher_views", 500]):
+        with pytest.raises(SystemExit) as exit_:
+            train(*options)
+        assert exit_.value.code == 2
+        assert list(tmp_path.rglob("student_*/*")) == []
+
+
+def test_a_folder_of_classes_that_is_no_data_set_is_told(photos, capsys, tmp_path):
+    where = ["--dataset", "folder", "--data_dir", photos / "train", "--image_size", 32, "--save_dir", tmp_path / "save"]
+    with pytest.raises(SystemExit):
+        train_student.main([str(word) for word in (*where, "--distill", "none")])
+    printed = capsys.readouterr()
+    assert f"{photos / 'train'} holds no train/CLASS/, so no picture has a label" in printed.out
+    assert "as no picture has a label: nothing would be trained" in printed.err
 
 
 def test_a_whole_bank_needs_no_network(train, tiny_clip, monkeypatch):

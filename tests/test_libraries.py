@@ -162,8 +162,11 @@ def test_a_student_of_this_project_goes_on_with_the_images_that_it_had(train, ha
     options = ("--distill", "none", "--epochs", 1, "--model_s", "timm:test_resnet")
     first = train(*options)
     assert options_of(first)["normalization"] == [list(values) for values in CLIP_NORMALIZATION]
-    second = train(*options, "--init_s", first / "timm-test_resnet_last.pth")
+    (path,) = first.glob("*_last.pth")
+    second = train(*options, "--init_s", path)
     assert options_of(second)["normalization"] == options_of(first)["normalization"]
+    third = train(*options[:-1], f"timm:test_resnet={path}")
+    assert options_of(third)["normalization"] == options_of(first)["normalization"]
 
 
 def test_a_cnn_sees_its_own_images_whatever_its_student_sees(train, half):

@@ -58,6 +58,14 @@ def test_a_place_a_print_and_another_spelling_of_a_number_change_no_name():
     assert {name(*words.split()) for words in same} == {name()}
 
 
+def test_start_weights_count_by_their_hash_wherever_they_lie(tmp_path):
+    files = [tmp_path / "a.pth", tmp_path / "b.safetensors"]
+    for path in files:
+        path.touch()
+    moved = {name("--model_s", f"timm:test_resnet={path}") for path in files}
+    assert len(moved | {name("--model_s", "timm:test_resnet")}) == 2  # --init_s starts otherwise
+
+
 def test_a_long_name_loses_the_ends_of_its_longest_parts():
     long = name("--trial", "t" * 99, "--clip_mode", f"timm:{'resnet10t' * 9}", data="folder-" + "x" * 99 + "@96px")
     other = name("--trial", "t" * 98, "--clip_mode", f"timm:{'resnet10t' * 9}", data="folder-" + "x" * 99 + "@96px")

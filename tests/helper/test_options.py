@@ -156,6 +156,7 @@ def test_senseless_numbers_and_words_are_refused(capsys, flag, value):
         ("--labels 0.5 --distill crd --mode relax", "crd --mode relax needs the class of every image"),
         ("--labels 0 -r 0 --joint teacher --distill crd --mode relax", "crd --mode relax needs the class"),
         ("--labels 1.5", "at most 1"),
+        ("--seed -1", "at least 0 and at most 4294967295"),
         ("--joint teacher --distill none", "--distill none has none"),
         ("--joint teacher --distill kd", "the teacher has no classifier, so KD (-a) has no"),
         ("--joint teacher --distill irg", "the teacher has no classifier, so irg has no"),
