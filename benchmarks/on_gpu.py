@@ -68,18 +68,30 @@ _DIM = 512  # of ViT-B/32's embeddings
 _TABLE = [(method, seed) for seed in range(3) for method in ("none", "kd", "ega", "nce", "ccl")]
 
 
+# Of a part that hung, or took so many seconds that its step had no time left; it is not tried again.
+_ENDLESS, _LONG = "it did not end", 45
+
+
 def part(results: dict, args: argparse.Namespace, name: str, function: Callable[[], dict]) -> None:
-    """Do a part of a step and save its result, unless it is there."""
-    if name in results and "error" not in results[name]:
+    """Do a part of a step and save its result, unless it is there; one that failed is tried again."""
+    path = args.out / f"{args.step}.json"
+    if name in results and results[name].get("error") in (None, _ENDLESS):
         return
+    results[name] = {"error": _ENDLESS}
+    write_json(results, path)
     start = time.perf_counter()
     try:
         results[name] = function()
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         results[name] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
+    except KeyboardInterrupt:
+        if time.perf_counter() - start < _LONG:
+            del results[name]
+            write_json(results, path)
+        raise
     results[name]["seconds"] = round(time.perf_counter() - start, 2)
-    write_json(results, args.out / f"{args.step}.json")
+    write_json(results, path)
     print(f"{args.step}, {name}: {json.dumps(results[name])[:300]}", flush=True)
 
 
@@ -440,7 +452,7 @@ def table(results: dict, args: argparse.Namespace) -> None:
     waiting = [name for name in waiting if not results.get(name, {}).get("finished")]
     jobs: dict[str, subprocess.Popen] = {}
     told, first = time.monotonic(), True
-    most, compile_ = fastest(args)
+    most, compile_ = (1, "off") if args.rehearse else fastest(args)
     # Processes share the cores, for compiling too.
     threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     try:

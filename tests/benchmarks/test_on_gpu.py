@@ -96,9 +96,9 @@ def test_a_part_that_fails_is_told_and_tried_again_and_a_done_one_is_not(tmp_pat
         raise SystemExit("no such thing\nmore")
 
     args, results = Namespace(out=tmp_path, step="speed"), {}
-    with pytest.raises(KeyboardInterrupt):  # its time is up
-        on_gpu.part(results, args, "long", on_gpu.interrupt)
-    assert not results
+    with pytest.raises(KeyboardInterrupt):  # its step's time is up
+        on_gpu.part(results, args, "late", on_gpu.interrupt)
+    assert results == read(tmp_path, "speed") == {}
     for _ in range(2):
         on_gpu.part(results, args, "broken", fails)
         on_gpu.part(results, args, "whole", lambda: {"x": calls.append("whole")})
@@ -106,6 +106,16 @@ def test_a_part_that_fails_is_told_and_tried_again_and_a_done_one_is_not(tmp_pat
     assert calls == ["fails", "whole", "fails"]
     assert results["broken"]["error"] == "SystemExit: no such thing"
     assert "speed, broken: " in capsys.readouterr().out
+
+
+def test_a_part_that_does_not_end_is_told_and_not_tried_again(tmp_path, monkeypatch):
+    args, results = Namespace(out=tmp_path, step="speed"), {}
+    monkeypatch.setattr(on_gpu, "_LONG", 0)
+    with pytest.raises(KeyboardInterrupt):
+        on_gpu.part(results, args, "endless", on_gpu.interrupt)
+    results = read(tmp_path, "speed")
+    assert results == {"endless": {"error": "it did not end"}}
+    on_gpu.part(results, args, "endless", on_gpu.interrupt)
 
 
 def test_a_step_that_fails_or_hangs_is_passed_over_and_a_done_one_not_run_again(tmp_path, monkeypatch, capsys):
