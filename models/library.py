@@ -291,13 +291,14 @@ def load_into(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     Raises:
         InputError: a tensor of the backbone is missing or has another shape.
     """
+    first = next(iter(state), "nothing")
     own, state = model.state_dict(), own_names(model, state)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     head = f"{linear[-1]}." if linear else "\0"
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
     for name, x in own.items():
         if name not in fitting and not name.startswith(head):
-            found = f"is {tuple(state[name].shape)}" if name in state else "is missing"
+            found = f"is {tuple(state[name].shape)}" if name in state else f"is missing (the file begins with {first})"
             raise InputError(
                 f"--init_s: {name} {found}, this backbone's is {tuple(x.shape)}; give weights of this network"
             )

@@ -224,6 +224,12 @@ def test_a_cnn_teacher_is_read_from_each(saved, tmp_path):
     assert all(torch.equal(x, net.state_dict()[name]) for name, x in found.state_dict().items())
 
 
+def test_weights_below_an_unknown_name_are_refused_with_that_name():
+    net = network()
+    with pytest.raises(InputError, match=r"conv1.weight is missing \(the file begins with encoder.conv1.weight\)"):
+        load_into(net, prefixed("encoder.", net))
+
+
 def test_a_cnn_teacher_is_read_from_safetensors(tmp_path):
     net = network()
     safetensors.torch.save_file(net.state_dict(), tmp_path / "resnet8_vanilla.safetensors")
