@@ -28,6 +28,7 @@ distil --distill nst -a 0 -b 50 "$@"              # NST
 distil --distill crd -a 0 -b 0.8 "$@"             # CRD
 distil --distill crd -a 1 -b 0.8 "$@"             # CRD + KD
 
-for method in kdsvd nce ccl irg ega dkd dist reviewkd ofd; do
+for method in kdsvd nce ccl irg ega dkd dist reviewkd ofd simkd pefd itrd mlld nd ofa clipkd unic vkd rrd nkd ttm wttm \
+        srd rld wkd wkd_feature abkd skd cka; do
     distil --distill "$method" "$@"
 done
