@@ -362,11 +362,14 @@ def _check_joint(parser: Parser, opt: argparse.Namespace) -> None:
     if opt.path_t is not None:
         parser.error("--joint teacher uses a frozen encoder's own space, without a head: leave --path_t out")
     if METHODS[opt.distill].compares_logits(opt):
-        able = (name for name, other in METHODS.items() if other.build and not other.needs_maps)
-        able = ", ".join(name for name in able if "logit_t" not in METHODS[name].with_teacher(clip=True)[1])
+        others = {name: x for name, x in METHODS.items() if x.build and not x.needs_maps and not x.reuses}
+        fed = {name: x.with_teacher(clip=True)[1] for name, x in others.items()}
+        unfit = {"logit_t"} | ({"target"} if opt.labels < 1 else set())
+        able = ", ".join(name for name in others if not unfit.intersection(fed[name]))
+        projected = "--joint projected, or " if opt.labels else ""  # its head learns from labels
         parser.error(
             f"with --joint teacher the teacher has no classifier, so {'KD (-a)' if opt.alpha else opt.distill} has no "
-            f"logits to compare: use --joint projected, or one of {able} with -a 0"
+            f"logits to compare: use {projected}one of {able} with -a 0"
         )
     if opt.feature_dim != _FEATURE_DIM:
         parser.error(f"--feature_dim {opt.feature_dim}: --joint teacher takes the encoder's dimension; leave it out")

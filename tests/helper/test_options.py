@@ -506,3 +506,13 @@ def test_a_cost_from_names_needs_a_clip(capsys):
     wkd = ["--distill", "wkd", "--wkd_cost", "names", "--clip_mode"]
     assert parse_student_options([*wkd, "open_clip:ViT-B-32/laion2b_s34b_b79k"]).wkd_cost == "names"
     assert "needs a CLIP" in refused(capsys, parse_student_options, [*wkd, "timm:tf_efficientnet_lite2"])
+
+
+@pytest.mark.parametrize("labels", ["--labels 0 -r 0", ""])
+def test_every_method_that_is_named_for_a_teacher_without_a_head_is_accepted(capsys, labels):
+    line = refused(capsys, parse_student_options, f"--joint teacher --distill kd {labels}".split())
+    named = re.search(r"one of (.*) with -a 0", line)[1].split(", ")
+    assert {"ega", "rkd"} <= set(named) and ("nce" in named) == (not labels)
+    assert ("--joint projected" in line) == (not labels)
+    for method in named:
+        parse_student_options(f"--joint teacher -a 0 --distill {method} {labels}".split())
