@@ -1,5 +1,6 @@
 """The embeddings of all pictures below a folder, in a file."""
 
+import functools
 import heapq
 import itertools
 import os
@@ -80,7 +81,7 @@ def count_pictures(folder: Path, flag: str) -> int:
 
 
 def embed_pictures(
-    paths: Iterable[Path], side: int, embed: Callable[[Tensor], Tensor], device: str
+    paths: Iterable[Path], read: Callable[[Path], np.ndarray], embed: Callable[[Tensor], Tensor], device: str
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Embed pictures batch by batch: the files of a batch that can be read, and their embeddings (B, D), on the CPU.
 
@@ -88,15 +89,15 @@ def embed_pictures(
 
     Args:
         paths: the files.
-        side: pictures are resized to this many pixels, see ``read_square``.
-        embed: turns pixels (B, 3, side, side) uint8 into embeddings.
+        read: reads a file as a square (S, S, 3) uint8, see ``reader``.
+        embed: turns pixels (B, 3, S, S) uint8 into embeddings.
         device: 'cpu' or 'cuda'.
     """
     paths, skipped = iter(paths), 0
 
-    def read(path: Path) -> np.ndarray | None:
+    def try_to_read(path: Path) -> np.ndarray | None:
         try:
-            return read_square(path, side)
+            return read(path)
         except (BadImage, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             tqdm.write(f"skipped {shown(str(path))}: {reason}")
@@ -106,7 +107,7 @@ def embed_pictures(
 
         def begin() -> tuple[list[Path], list]:
             batch = list(itertools.islice(paths, _BATCH))
-            return batch, [pool.submit(read, path) for path in batch]
+            return batch, [pool.submit(try_to_read, path) for path in batch]
 
         following = begin()
         while following[0]:
@@ -120,6 +121,11 @@ def embed_pictures(
                     yield found, embed(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)).float().cpu()
     if skipped:
         print(f"skipped {skipped} files that cannot be read as images")
+
+
+def reader(student: TrainedStudent) -> Callable[[Path], np.ndarray]:
+    """A function that reads a picture as a student's run did, see ``read_square``."""
+    return functools.partial(read_square, side=student.stored_size, exact=bool(student.run.option("exact_decode")))
 
 
 def student_embed(student: TrainedStudent, device: str) -> Callable[[Tensor], Tensor]:
@@ -191,7 +197,7 @@ def embed_folder(opt, device: str) -> str:
     embed = (teacher_embed if opt.teacher else student_embed)(student, device)
     paths, total = tqdm(pictures_below(Path(opt.embed)), "embedding", count, unit="image"), 0
     with open_table(out) as table:
-        for found, embeddings in embed_pictures(paths, student.stored_size, embed, device):
+        for found, embeddings in embed_pictures(paths, reader(student), embed, device):
             table.add([str(path) for path in found], embeddings.numpy())
             total += len(found)
         if not total:

@@ -6,19 +6,20 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.decode import BadImage, read_rgb, read_square
+from dataset.decode import BadImage, read_rgb
 from dataset.listing import shown
 from errors import InputError
 from helper import checkpoint
 from helper.records import StoredRun, read_run
 
-from .embed import count_pictures, embed_pictures, pictures_below, student_embed
+from .embed import count_pictures, embed_pictures, pictures_below, reader, student_embed
 from .student import open_student
 from .zero_shot import check_understands_text, load_text_encoder
 
@@ -56,10 +57,10 @@ def search(opt, device: str) -> Path:
     if opt.search is not None:
         wanted = embed_text(run, query)
     else:
-        wanted = _embed_example(Path(opt.search_image), student.stored_size, embed, device)
+        wanted = _embed_example(Path(opt.search_image), reader(student), embed, device)
     paths = tqdm(pictures_below(Path(opt.images)), "searching", count, unit="image")
     found, similarities = [], []
-    for batch, embeddings in embed_pictures(paths, student.stored_size, embed, device):
+    for batch, embeddings in embed_pictures(paths, reader(student), embed, device):
         found += batch
         similarities.append(F.normalize(embeddings, dim=1) @ wanted)
     if not found:
@@ -93,10 +94,12 @@ def _outputs(opt, folder: Path, query: str) -> tuple[Path, Path]:
     return picture, scores
 
 
-def _embed_example(path: Path, side: int, embed: Callable[[Tensor], Tensor], device: str) -> Tensor:
+def _embed_example(
+    path: Path, read: Callable[[Path], np.ndarray], embed: Callable[[Tensor], Tensor], device: str
+) -> Tensor:
     """The embedding (D,) of unit norm of the image that is searched for."""
     try:
-        pixels = torch.from_numpy(read_square(path, side)[None].copy()).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(read(path)[None].copy()).permute(0, 3, 1, 2)
     except (BadImage, OSError) as error:
         raise InputError(f"--search_image {path} cannot be read as an image") from error
     with torch.no_grad():

@@ -10,7 +10,7 @@ from helper.records import HASH, StoredRun
 # Options that say nothing about how two runs of one method differ. Compiled or not, captured in a graph or not, a run
 # is the same but for rounding; `auto` decides by its length and the processor, so seeds of one table may differ.
 SAME = {"save_dir", "data_dir", "data_list", "clip_root", "print_freq", "save_freq", "save_steps", "save_seconds"}
-SAME |= {"device", "compile", "graph", "max_bad_images", "exact_decode", HASH}
+SAME |= {"device", "compile", "graph", "max_bad_images", "exact_decode", "log", HASH}
 SAME |= {"probe", "probe_dir", "probe_freq", "probe_sha256"}  # it trains nothing
 SAME |= {"normalization"}  # follows from where the student starts
 SAME |= {f"{what}_sha256" for what in ("clip", "head", "teacher", "dataset")}

@@ -34,7 +34,7 @@ def open_first_stage(opt, objective: Objective, run: Run) -> Run | None:
     if not (isinstance(objective.criterion, TwoStage) and opt.beta):
         return None
     init_opt = copy.copy(opt)
-    init_opt.epochs = opt.init_epochs
+    init_opt.epochs, init_opt.log = opt.init_epochs, None
     kind = "student_model", "student_tensorboards"
     stage = Run(init_opt, run.identity, *kind, f"{run.folder.name}/init", opt.model_s)
     stage.record(**run.options)

@@ -31,6 +31,7 @@ from .parser import (
     resume_file,
     run_name,
     teacher_views,
+    tracker,
     trial_name,
     weight,
 )
@@ -80,6 +81,8 @@ def add_run_options(parser: Parser, epochs: int = 240, batch_size: int = 64) -> 
     what = "write a checkpoint after an epoch at most every S seconds; a killed run goes on from its last checkpoint, "
     what += "a run stopped by a signal from its last epoch; 0: after every epoch"
     group.add_argument("--save_seconds", type=number(float, 0), default=30, metavar="S", help=what)
+    what = "log to Weights & Biases or to MLflow too, beside TensorBoard; pip install the package first"
+    group.add_argument("--log", type=tracker, metavar="wandb|mlflow", help=what)
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")

@@ -1,6 +1,7 @@
 """A parser that says what is wrong in one line, and the types of its arguments."""
 
 import argparse
+import importlib.util
 import math
 import os
 import sys
@@ -144,6 +145,15 @@ def trial_name(text: str) -> str:
     """A word that can be part of a folder's name."""
     if not text or not all(c.isalnum() or c in "-_." for c in text):
         raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.'")
+    return text
+
+
+def tracker(text: str) -> str:
+    """A tracker of experiments, which has to be installed."""
+    if text not in ("wandb", "mlflow"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither wandb nor mlflow")
+    if importlib.util.find_spec(text) is None:
+        raise argparse.ArgumentTypeError(f"{text} is not installed: pip install {text}")
     return text
 
 

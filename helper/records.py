@@ -27,6 +27,7 @@ _PLACES = {
     "save_freq",
     "save_steps",
     "save_seconds",
+    "log",
     "resume",
 }
 

@@ -33,7 +33,7 @@ class Run:
         steps: steps of the first epoch that are done, if the run was resumed inside it; else 0.
 
     Args:
-        opt: the parsed options; ``save_dir``, ``resume``, ``epochs``, ``patience`` and ``save_seconds`` are read here.
+        opt: the parsed options; ``save_dir``, ``resume``, ``epochs``, ``patience``, ``save_seconds`` and ``log`` count.
             Options that are no longer ``auto`` or ``all`` are compared with those of the run that is resumed.
         identity: the hashes of data and weights, by name; they are compared and recorded too.
         kind: the folder in SAVE of such runs: 'student_model', say.
@@ -68,6 +68,7 @@ class Run:
         self._unsaved: dict | None = None
         self._unsaved_best: dict | None = None
         self._saved_at = -math.inf
+        self._tracker: str | None = opt.log
         self._logger: Logger | None = None
         self._lock = FileLock(self.folder / "lock")
         self._writes = distributed.rank() == 0
@@ -169,11 +170,11 @@ class Run:
         except (InputError, FileNotFoundError):  # a damaged or missing file is written again
             return False
 
-    def start(self, code: dict[str, bytes] | None = None) -> None:
+    def start(self, files: dict[str, bytes] | None = None) -> None:
         """Write the options, and the logs of the epochs that are done.
 
         Args:
-            code: the content of files that the run keeps beside its weights, by name.
+            files: the content of files that the run keeps beside its weights, by name.
         """
         if not self._writes:
             return
@@ -182,10 +183,10 @@ class Run:
                 left.unlink()
         if self._next_best.exists():  # the run was killed while it wrote a checkpoint
             self._settle_best()
-        for name, content in (code or {}).items():
+        for name, content in (files or {}).items():
             checkpoint.write_bytes(content, self.folder / name)
         checkpoint.write_json(self.options, self.folder / "options.json")
-        self._logger = Logger(self.folder, self._tb_folder, self.history)
+        self._logger = Logger(self.folder, self._tb_folder, self.history, self.options, self._tracker)
         if self.steps:
             print(f"resuming {self.folder} after step {self.steps} of epoch {self.first_epoch}")
         elif self.history:
@@ -270,6 +271,7 @@ class Run:
         """
         if self._writes:
             options = self.options | {HASH: record_hash(self.options, self.history)}
+            self._logger.finish(self.history)
             checkpoint.write_json(options, self.folder / "options.json")
             checkpoint.save(model | self.history[-1], self._last)
 

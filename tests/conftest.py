@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import dataset
-import helper.logger  # noqa: F401  (must choose protobuf's implementation before a test imports tensorboard)
 import train_student
 from benchmarks.random_clip import write_archive
 from dataset import ImageDataset, Split

@@ -18,7 +18,8 @@ def read_metrics(folder: Path, timed: bool = False) -> list[dict]:
 def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     tb_folder = folder.parent.parent / "student_tensorboards" / folder.name
     events = EventAccumulator(str(tb_folder), purge_orphaned_data=False).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("best/")]  # written when the run ends
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
 def load(path: Path) -> dict:

@@ -80,11 +80,10 @@ print(json.dumps([len(classes), environment == dict(os.environ)]))
 
 
 def test_the_use_of_a_student_imports_what_it_computes_with_alone(finished):
-    """Another program may have imported protobuf, which TensorBoard's logger wants to be set up before that."""
     at_first, in_use, told = python(USE, str(finished["ega"]))
     assert not HEAVY & set(at_first)
     assert "torch" in in_use
-    libraries = {"timm", "clip", "torchvision", "scipy", "matplotlib", "tensorboard_logger"}
+    libraries = {"timm", "clip", "torchvision", "scipy", "matplotlib", "tensorboard"}
     training = {f"helper.{name}" for name in ("training", "data", "teacher", "bank", "runtime")}
     assert not (libraries | training) & set(in_use)
     assert told == [5, True]

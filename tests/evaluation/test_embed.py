@@ -3,6 +3,7 @@
 import csv
 import os
 import resource
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import assert_refused
+from runs import assert_refused, change_options
 
 import evaluate
 import evaluation.embed
@@ -85,6 +86,20 @@ def test_the_teacher_s_embeddings_are_those_of_its_run(finished, pictures, tmp_p
     with torch.no_grad():
         expected = head(encoder(normalize(pixels, CLIP_NORMALIZATION)))[0]
     np.testing.assert_allclose(numbers, expected.numpy(), rtol=0, atol=1e-5)
+
+
+def test_large_jpegs_are_decoded_as_in_the_run(finished, tmp_path):
+    folder, exact = tmp_path / "pictures", tmp_path / "run"
+    folder.mkdir()
+    shutil.copytree(finished["none"], exact)
+    change_options(exact, exact_decode=True)
+    noise = np.random.default_rng(0).integers(0, 256, (320, 480, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "large.jpg")
+    net, transform, _ = load_student(exact)
+    whole = net.embed(transform(Image.open(folder / "large.jpg"))[None]).detach().numpy()
+    for run, decoded in ((exact, True), (finished["none"], False)):
+        embed(run, folder, "--out", tmp_path / "out.csv", "--force")
+        assert np.allclose(read_csv(tmp_path / "out.csv")[1], whole, rtol=0, atol=1e-4) == decoded
 
 
 def test_a_table_of_pyarrow_s(tmp_path, monkeypatch):
