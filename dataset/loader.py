@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .augment import Augment, mixed
 from .images import Split
 from .rows import Rows, channels_last, gather
 from .views import CIFAR_VIEWS, CLIP_NORMALIZATION, Views, normalize
@@ -102,6 +103,9 @@ class Batch(NamedTuple):
     weight: factor of a mean over this share, so that the mean over processes is that over the whole batch.
     host: index and teacher_view on the CPU, for look-ups there; None in a step that is captured.
     labelled: how many of this share have a label, a scalar; None where all images of the loader have one.
+    plain: the student's view before its colours were changed, for a teacher that sees the same image; None where that
+        is ``image``.
+    mix: (B,) float32, the share of each sample's own values where samples are mixed, see ``mixed``; else None.
     """
 
     index: Tensor
@@ -112,12 +116,15 @@ class Batch(NamedTuple):
     weight: float = 1.0
     host: tuple[Tensor, Tensor] | None = None
     labelled: Tensor | None = None
+    plain: Tensor | None = None
+    mix: Tensor | None = None
 
 
 class Draw(NamedTuple):
     """The numbers and images that a batch is made of.
 
-    numbers: (3, B) int64 on the device: row, student's view and teacher's view of each sample.
+    numbers: (3, B) int64 on the device: row, student's view and teacher's view of each sample. A row more where the
+        student's view is augmented by numbers of its own, and another where samples are mixed.
     shares: samples on each process, in order of rank; B is this one's.
     host: the numbers on the CPU.
     stored: (B, 3, S, S) uint8 on the device, the images of the rows, where they were read ahead.
@@ -138,6 +145,12 @@ def deal(count: int, processes: int, least: int = 1) -> tuple[int, ...]:
     """
     used = min(processes, max(count // least, 1))
     return tuple(count // used + (rank < count % used) if rank < used else 0 for rank in range(processes))
+
+
+_AS_IT_IS = Augment()
+
+# Shares of a mix are whole numbers of this unit.
+_MIX_UNIT = 2.0**-31
 
 
 class Loader:
@@ -166,6 +179,10 @@ class Loader:
         views: the data set's views.
         rank: this process's number among those that share each batch, from 0.
         processes: number of processes that share each batch.
+        augment: what the student's views go through in training.
+        plain: give the views before their colours are changed, too.
+        mixup: samples are mixed by shares of a beta distribution with both parameters of this value; 0: they are not.
+            With many processes each mixes its own.
         least: see ``deal``. A smaller rest of an epoch joins the batch before it: batch norm in training cannot take
             one sample alone where maps are one pixel.
     """
@@ -188,6 +205,9 @@ class Loader:
         normalization: tuple = CLIP_NORMALIZATION,
         rank: int = 0,
         processes: int = 1,
+        augment: Augment = _AS_IT_IS,
+        plain: bool = False,
+        mixup: float = 0.0,
         least: int = 1,
     ):
         self.name = name
@@ -203,6 +223,9 @@ class Loader:
         self.rank = rank
         self.processes = processes
         self.least = least
+        self.augment = augment if training else _AS_IT_IS
+        self.plain = plain and self.augment.recolours
+        self.mixup = mixup if training else 0.0
         self.rows = torch.arange(len(split)) if rows is None else rows
         self.images = on_device(split.images, device) if images else None
         far = images and self.images.device.type != device.type
@@ -289,20 +312,29 @@ class Loader:
 
     def batch(self, draw: Draw) -> Batch:
         """Make a batch, on the device."""
-        index, view, teacher_view = draw.numbers
+        index, view, teacher_view, *more = draw.numbers
+        number = more.pop(0) if self.augment.numbered else None
+        mix = more[0].double().mul(_MIX_UNIT).float() if self.mixup else None
         shares, host = draw.shares, None if draw.host is None else (draw.host[0], draw.host[2])
-        image = None
+        image = plain = None
         if self.images is not None:
             stored = take(self.images, index, self.device) if draw.stored is None else draw.stored
-            image = normalize(self.views.student(stored, index, view), self.normalization)
+            pixels = self.augment.crop(self.views, stored, index, view, number)
+            if self.plain:
+                plain = normalize(pixels, self.normalization)
+            if self.augment.recolours:
+                pixels = self.augment.recolour(pixels, index, number)
+            image = normalize(pixels, self.normalization)
+            if mix is not None:
+                image, plain = mixed(image, mix), None if plain is None else mixed(plain, mix)
         weight = len(shares) * shares[self.rank] / sum(shares)
         spread = shares if len(shares) > 1 else None
         target = self.targets[index]
         labelled = None if self._all_labelled else (target >= 0).sum()
-        return Batch(index, target, image, teacher_view, spread, weight, host, labelled)
+        return Batch(index, target, image, teacher_view, spread, weight, host, labelled, plain, mix)
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, student's view and teacher's view of every sample of the epoch, in order, on the CPU."""
+    def _draw(self, epoch: int) -> tuple[Tensor, ...]:
+        """The numbers of every sample of the epoch, see ``Draw``, in order, on the CPU."""
         count = len(self.rows)
         if not self.training:
             view = torch.full((count,), self.views.test)
@@ -310,11 +342,20 @@ class Loader:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         index = self.rows[torch.randperm(count, generator=generator)]
         if self.shared:
-            view = self._draw_teacher_view(index, generator)
-            return index, view, view
-        view = self.views.draw(count, generator)
-        # The teacher's view comes last: the student's order and views are then the same for every teacher.
-        return index, view, self._draw_teacher_view(index, generator)
+            view = teacher_view = self._draw_teacher_view(index, generator)
+        else:
+            view = self.views.draw(count, generator)
+            # The teacher's view comes later: the student's order and views are then the same for every teacher.
+            teacher_view = self._draw_teacher_view(index, generator)
+        return index, view, teacher_view, *self._draw_more(epoch, count)
+
+    def _draw_more(self, epoch: int, count: int) -> tuple[Tensor, ...]:
+        """The numbers beyond the views; they depend on no teacher."""
+        random = np.random.default_rng([epoch_seed(self.seed, epoch), 1])
+        numbers = random.integers(1, 2**31, count)
+        shares = random.beta(self.mixup, self.mixup, count) if self.mixup else None
+        drawn = (torch.from_numpy(numbers),) if self.augment.numbered else ()
+        return drawn if shares is None else (*drawn, torch.from_numpy((shares / _MIX_UNIT).astype(np.int64)))
 
     def _draw_teacher_view(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """One of the views that the teacher has of each image."""

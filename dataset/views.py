@@ -45,6 +45,19 @@ def _splitmix64(state: Tensor) -> Tensor:
     return x ^ shifted(x, 31)
 
 
+def uniforms(index: Tensor, number: Tensor, count: int) -> Tensor:
+    """Uniform random numbers (B, count) in [0, 1), float64, by (row of the image, number); see ``ResizedCropViews``.
+
+    Args:
+        index: (B,) int64, row numbers of the images.
+        number: (B,) int64.
+    """
+    state = _splitmix64(_splitmix64(index + 1) + number)
+    step = torch.arange(1, count + 1, device=number.device)
+    # The upper 32 of each 64 bits, so that products with a number of pixels are exact.
+    return ((_splitmix64(state[:, None] + step) >> 32) & 0xFFFFFFFF).double() * 2.0**-32
+
+
 def view_order(index: np.ndarray, num_views: int, padding: int = 4) -> np.ndarray:
     """The first ``num_views`` crops of each image in its own fixed order, the image itself first.
 
@@ -208,15 +221,22 @@ class ResizedCropViews:
 
     Attributes:
         size: height and width of the student's images, in pixels.
+        least: the smallest share of a picture's area that a crop takes.
     """
 
     size: int
+    least: float = 0.08
 
     # There are endlessly many, but for the numbers that loaders draw from.
     count = None
     test = 0
 
-    _SCALE, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+    _RATIO, _ATTEMPTS = (3 / 4, 4 / 3), 10
+
+    @property
+    def numbers(self) -> int:
+        """The random numbers that a box takes."""
+        return 2 * self._ATTEMPTS + 3
 
     @property
     def facts(self) -> dict:
@@ -241,12 +261,9 @@ class ResizedCropViews:
         Returns:
             (B, 4) int64, top, left, height and width; (B,) int64, 1 where the box is mirrored.
         """
-        state = _splitmix64(_splitmix64(index + 1) + view)
-        step = torch.arange(1, 2 * self._ATTEMPTS + 4, device=view.device)
-        # The upper 32 of each 64 bits, so that products with a number of pixels are exact.
-        uniform = ((_splitmix64(state[:, None] + step) >> 32) & 0xFFFFFFFF).double() * 2.0**-32
+        uniform = uniforms(index, view, self.numbers)
         scale, ratio, (top, left, flip) = (*uniform[:, :-3].chunk(2, dim=1), uniform[:, -3:].T)
-        low, high = self._SCALE
+        low, high = self.least, 1.0
         area = stored**2 * (low + (high - low) * scale)
         low, high = map(math.log, self._RATIO)
         ratio = torch.exp(low + (high - low) * ratio)  # float64's last bit decides no box

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import ImageDataset
+from dataset.augment import mixed
 from dataset.chunks import Chunk, ChunkFile
 from dataset.loader import on_device, read, take
 from dataset.views import CIFAR_VIEWS, Views, normalize
@@ -32,10 +33,17 @@ CHUNK = 128
 LAUNCH = {"cpu": 1, "cuda": 8}
 
 
-def encode_view(encoder: FrozenEncoder, views: Views, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-    """The frozen encoder's embeddings (B, dim) of one view of each image (B, 3, H, W) uint8 of rows ``index`` (B,)."""
+def encode_view(
+    encoder: FrozenEncoder, views: Views, images: Tensor, index: Tensor, view: Tensor, mix: Tensor | None = None
+) -> Tensor:
+    """The frozen encoder's embeddings (B, dim) of one view of each image (B, 3, H, W) uint8 of rows ``index`` (B,).
+
+    Args:
+        mix: the shares by which the views are mixed, see ``mixed``.
+    """
     pixels = views.teacher(images, index, view, encoder.resolution, encoder.interpolation, encoder.antialias)
-    return encoder(normalize(pixels, encoder.normalization))
+    image = normalize(pixels, encoder.normalization)
+    return encoder(image if mix is None else mixed(image, mix))
 
 
 class OnTheFly:
@@ -50,10 +58,14 @@ class OnTheFly:
         # Images that do not fit on the GPU stay on the host.
         self.lookup_device = self.images["train"].device
 
-    def __call__(self, split: str, index: Tensor, view: Tensor) -> Tensor:
-        """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,)."""
+    def __call__(self, split: str, index: Tensor, view: Tensor, mix: Tensor | None = None) -> Tensor:
+        """Embeddings (B, dim) float32 of the rows ``index`` (B,) of a split, seen in ``view`` (B,).
+
+        Args:
+            mix: see ``encode_view``.
+        """
         stored = take(self.images[split], index, self.device)
-        return encode_view(self.encoder, self.views, stored, index.to(self.device), view.to(self.device))
+        return encode_view(self.encoder, self.views, stored, index.to(self.device), view.to(self.device), mix)
 
 
 class EmbeddingBank:

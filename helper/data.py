@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dataset import ImageDataset
+from dataset.augment import Augment
 from dataset.loader import Loader, eval_batch_size
 from dataset.splits import holdout_rows, keep_labels
 from dataset.views import Normalization, normalization_of
@@ -46,6 +47,13 @@ class Loaders:
         """The facts about its images that a student's file keeps for its users."""
         sizes = {"image_size": self.image_size, "stored_size": self.stored_size}
         return {"classes": self.classes, "normalization": self.test.normalization} | sizes
+
+
+def augmentation(opt) -> Augment:
+    """What the options make of the student's views; a teacher is trained on the data set's own."""
+    if not hasattr(opt, "augment"):
+        return Augment()
+    return Augment(opt.augment != "none", opt.crop_scale, opt.color_jitter, opt.gray, opt.blur)
 
 
 def build_loaders(
@@ -97,6 +105,9 @@ def build_loaders(
         teacher_views=opt.teacher_views or None,
         shared=getattr(opt, "views", None) == "shared" or not clip,
         max_steps=opt.max_steps,
+        augment=augmentation(opt),
+        plain=not clip,
+        mixup=getattr(opt, "mixup", 0.0),
         least=least,
         **common,
     )

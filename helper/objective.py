@@ -22,8 +22,15 @@ def mean_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
     Only labelled images enter the sum; it is divided by the batch size. A labelled image thus weighs the same in every
     batch. With a mean over labelled images alone, the only one of a batch would weigh as much as a whole batch, and a
-    head on a frozen encoder's embeddings diverges.
+    head on a frozen encoder's embeddings diverges. Where images are mixed, each of the two has its class, and the loss
+    is mixed likewise.
     """
+    if batch.mix is not None:
+        own, other = (
+            F.cross_entropy(logits, target, ignore_index=-1, reduction="none")
+            for target in (batch.target, batch.target.flip(0))
+        )
+        return (batch.mix * own + (1 - batch.mix) * other).sum() / max(len(batch.target), 1)
     if batch.labelled is None and len(batch.target):
         return F.cross_entropy(logits, batch.target)
     return F.cross_entropy(logits, batch.target, ignore_index=-1, reduction="sum") / max(len(batch.target), 1)

@@ -7,6 +7,7 @@ from distiller_zoo import METHODS
 from models import check_model_name, model_dict
 from models.names import OWN, PUBLISHED, parse_name, short_name
 
+from .augment_options import add_augment_options, resolve_augment
 from .data_options import (
     add_data_options,
     add_holdout_option,
@@ -284,6 +285,7 @@ def student_parser(raises: bool = False) -> Parser:
     add_label_options(parser, "the student learns from the others by distillation alone")
     add_holdout_option(parser)
     add_probe_options(parser)
+    add_augment_options(parser)
     group = add_optimizer_options(parser, f"student; if unset, {_LEARNING_RATE}, {' and '.join(_LEARNING_RATES)} 0.01")
     group.add_argument(
         "--learning_rate_t", type=positive, default=0.01, help="that of the teacher's head; it never decays"
@@ -343,6 +345,7 @@ def parse_student_options(argv: list[str] | None = None, raises: bool = False) -
     if opt.logit_standard and not method.compares_logits(opt):
         parser.error(f"--logit_standard: --distill {opt.distill} compares no logits; set -a, or use another method")
     _check_joint(parser, opt)
+    resolve_augment(parser, opt)
     try:
         check_labels(opt, opt.labels)
     except ValueError as error:

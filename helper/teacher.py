@@ -67,7 +67,7 @@ class EncoderTeacher(nn.Module):
     def forward(self, split: str, batch: Batch) -> Outputs:
         on_host = getattr(self.embed, "lookup_device", batch.index.device) != batch.index.device
         index, view = batch.host if on_host else (batch.index, batch.teacher_view)
-        x = self.embed(split, index, view)
+        x = self.embed(split, index, view) if batch.mix is None else self.embed(split, index, view, batch.mix)
         if self.head is None:
             return Outputs(x, None, [x])
         embedding, logits = self.head(x)
@@ -76,6 +76,8 @@ class EncoderTeacher(nn.Module):
 
 class CnnTeacher(nn.Module):
     """A frozen CNN, which sees the student's own view (RepDistiller's protocol), normalised as it was trained.
+
+    Where colours are changed for the student alone, it sees the view before that.
 
     Args:
         backbone: the network with its classifier.
@@ -126,7 +128,7 @@ class CnnTeacher(nn.Module):
 
     def forward(self, split: str, batch: Batch) -> Outputs:
         with torch.no_grad(), autocast(batch.image.device.type, self.amp):
-            features, logits = self.features(batch.image)
+            features, logits = self.features(batch.image if batch.plain is None else batch.plain)
         pooled = features[-1].float()
         embedding, head_logits = (pooled, None) if self.head is None else self.head(pooled)
         return Outputs(embedding, logits.float(), features, head_logits)
