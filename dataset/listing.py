@@ -181,7 +181,10 @@ def read_list(path: Path) -> list[tuple[str, str]]:
             raise InputError(
                 f"--data_list {path} has no column {' and no column '.join(missing)}: its first line must be path,label"
             )
-        named = [((row["path"] or "").strip(), (row["label"] or "").strip()) for row in rows]
+        try:
+            named = [((row["path"] or "").strip(), (row["label"] or "").strip()) for row in rows]
+        except csv.Error as error:
+            raise InputError(f"--data_list {path} is no CSV ({error})") from error
         named = [(name, label) for name, label in named if name]
     else:
         named = [(line.strip(), "") for line in text.split("\n") if line.strip()]

@@ -57,7 +57,7 @@ def add_probe_options(parser: Parser) -> None:
     group = parser.add_argument_group("probe")
     what = "measure the k-NN accuracy of the student's features on this data set, which trains nothing"
     group.add_argument("--probe", choices=(*DATASETS, *FROM_FILES), help=what)
-    group.add_argument("--probe_dir", metavar="DIR", help="its folder; if unset, --data_dir")
+    group.add_argument("--probe_dir", metavar="DIR", help="its folder; if unset, --data_dir, or ./data")
     group.add_argument("--probe_freq", type=positive_int, default=10, metavar="N", help="after every so many epochs")
 
 
@@ -125,7 +125,7 @@ def follow_data(parser: Parser, opt: argparse.Namespace) -> None:
         told = "this share of the pictures is held out, as there is nothing else to measure the student on"
         chosen.append(("holdout", _HELD_OUT, told))
     if getattr(opt, "probe", None) is not None and opt.probe_dir is None:
-        opt.probe_dir = opt.data_dir
+        opt.probe_dir = DATA_DIR if opt.dataset == "folder" else opt.data_dir
     for name, value, why in chosen:
         if getattr(opt, name) is None:
             setattr(opt, name, value)

@@ -270,6 +270,7 @@ def test_a_csv_has_labels_and_its_classes_are_in_the_order_of_their_names(tmp_pa
         ("mine.csv", "path,label\n", "mine.csv names no picture"),
         ("mine.csv", "", "mine.csv has no column path and no column label: its first line must be path,label"),
         ("mine.csv", "path,Label\n1.png,a\n", "mine.csv has no column label"),
+        ("mine.csv", f"path,label\n{'x' * 200_000},a\n", "mine.csv is no CSV .field larger than field limit"),
         ("mine.txt", "1.png\n1.png\n", "mine.txt names 1.png twice"),
         ("mine.txt", "1.png\n2.png\n", "mine.txt names 2.png, which cannot be read .No such file"),
         ("mine.txt", b"\xff\xfe1", "mine.txt cannot be read as text in UTF-8"),

@@ -95,6 +95,13 @@ def test_what_does_not_go_together_is_refused(capsys, options, said):
     assert stopped.value.code == 2
 
 
+def test_a_probe_lies_beside_the_other_data_sets(tmp_path):
+    where = make(tmp_path, "a.png b.png")
+    assert parse(where, where, "--probe", "cifar10").probe_dir == "./data"
+    assert parse_student_options(["--data_dir", "there", "--probe", "cifar10"]).probe_dir == "there"
+    assert parse(where, "--probe", "cifar10", "--probe_dir", "elsewhere").probe_dir == "elsewhere"
+
+
 def test_a_teacher_of_classes_needs_labels(tmp_path, capsys):
     opt = parse(make(tmp_path, "train/x/1.png"), parser=parse_teacher_options)
     assert (opt.labels, opt.holdout, opt.joint) == (1, 0.1, "projected")
