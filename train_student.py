@@ -100,9 +100,10 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
     # This finds everything that can be wrong with the input, cheap checks first: images are downloaded or decoded after
     # the networks are checked, and embeddings are encoded last.
     with checking:
-        check_machine(opt)
+        size = student_size(opt.dataset, opt.image_size)
+        check_machine(opt, size)
         facts, identity = find_teacher(opt)
-        normalization, own = find_student(opt, needs, student_size(opt.dataset, opt.image_size))
+        normalization, own = find_student(opt, needs, size)
         identity |= own
         dataset = open_dataset(vars(opt))
         identity["dataset_sha256"] = dataset.fingerprint()

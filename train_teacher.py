@@ -29,10 +29,11 @@ def train(opt: argparse.Namespace) -> None:
     encoder = bool(opt.clip_tn)
 
     with exit_on_bad_input("train_teacher.py"):
-        check_machine(opt)
+        size = student_size(opt.dataset, opt.image_size)
+        check_machine(opt, size)
         facts, identity = find_teacher(opt) if encoder else (None, {})
         if not encoder:
-            check_cnn(opt, student_size(opt.dataset, opt.image_size))
+            check_cnn(opt, size)
         dataset = open_dataset(vars(opt))
         identity["dataset_sha256"] = dataset.fingerprint()
         run = Run(opt, identity, "models", "tensorboard", teacher_run_name(opt, dataset.name, identity), opt.model_t)

@@ -12,10 +12,7 @@ from .files import open_images
 from .images import ImageDataset, Split, told_apart
 from .listing import list_pictures, shown
 from .splits import holdout_rows
-from .views import CropViews, ResizedCropViews
-
-# Pictures of up to this size have the views of small pictures, larger ones those of photographs.
-_SMALL = 96
+from .views import SMALL, views_of_size
 
 # The name of the only class of a data set without labels: a student's classifier needs one.
 UNLABELLED = "unlabelled"
@@ -69,7 +66,7 @@ def load_folder(
         )
 
     name = folder_name(data_dir if data_list is None else Path(data_list).stem, image_size)
-    views = (CropViews if image_size <= _SMALL else ResizedCropViews)(image_size)
+    views = views_of_size(image_size)
     side = stored_side(image_size)
     splits, sha256 = open_images(name, root, (files, test_files), side, save_dir, max_bad_images, exact_decode)
     train_split, test_split = (
@@ -97,7 +94,7 @@ def stored_side(image_size: int) -> int:
 
     Photographs are stored larger than the student sees them, as in ImageNet's usual evaluation: 256 pixels for 224.
     """
-    return image_size if image_size <= _SMALL else round(image_size * 8 / 7)
+    return image_size if image_size <= SMALL else round(image_size * 8 / 7)
 
 
 def class_names(path: Path, folders: list[str]) -> list[str]:

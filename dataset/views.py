@@ -320,6 +320,14 @@ Views = CropViews | ResizedCropViews
 # The views of CIFAR, and of the paper.
 CIFAR_VIEWS = CropViews(32)
 
+# Pictures of up to this size have the views of small pictures, larger ones those of photographs.
+SMALL = 96
+
+
+def views_of_size(size: int) -> Views:
+    """The views of a data set's images by their height and width in pixels."""
+    return (CropViews if size <= SMALL else ResizedCropViews)(size)
+
 
 @functools.lru_cache(maxsize=16)
 def _channels(normalization: tuple, width: int | None, device: torch.device) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.views import CIFAR_VIEWS, Views
+from dataset.views import CIFAR_VIEWS, Views, views_of_size
 from distiller_zoo import METHODS
 from errors import InputError, SpeedUpFailed
 
@@ -208,17 +208,22 @@ def resolve_teacher_views(teacher_views: str | int, device: str, views: Views) -
     return teacher_views
 
 
-def check_machine(opt: argparse.Namespace) -> None:
-    """Raise an InputError where this machine lacks what the options ask for. It needs no images.
+def check_machine(opt: argparse.Namespace, size: int | None = None) -> None:
+    """Raise an InputError where this machine, or images of a known size, lack what the options ask for.
+
+    No image has to be there.
 
     Args:
         opt: the options, with or without ``auto``.
+        size: height and width of the images in pixels; None where only the images tell.
     """
     processes = distributed.count()
     if opt.device == "cuda":
         resolve_device(opt.device)
     device = "cuda" if opt.device != "cpu" and torch.cuda.is_available() else "cpu"
     resolve_amp(opt.amp, device)
+    if getattr(opt, "teacher_views", None) is not None and size is not None:
+        resolve_teacher_views(opt.teacher_views, device, views_of_size(size))
     if opt.batch_size < processes:
         raise InputError(f"--batch_size {opt.batch_size} is less than a sample for each of {processes} processes")
     if getattr(opt, "sync_bn", False) and device != "cuda":

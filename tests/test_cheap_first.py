@@ -59,6 +59,7 @@ BAD_STUDENTS = {
     "no run to go on with": (["--resume", "{nowhere}"], "no such file"),
     "a precision that the device lacks": (["--amp", "fp16"], "needs --device cuda"),
     "batch norm over processes on a CPU": (["--sync_bn"], "needs --device cuda"),
+    "more views than there are": (["--teacher_views", "500"], "has 162 views"),
     "a recording on a CPU": (["--graph", "on"], "needs --device cuda"),
 }
 
