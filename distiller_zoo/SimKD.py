@@ -6,18 +6,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def simkd_projector(s_channels: int, hidden: int, t_channels: int, kernel: int = 3, relu: bool = True) -> nn.Sequential:
-    """Three convolutions from the student's channels to the teacher's, each with batch norm and ReLU.
+def simkd_projector(s_channels: int, hidden: int, t_channels: int, maps: bool = True) -> nn.Sequential:
+    """Three layers from the student's channels to the teacher's, each with batch norm and ReLU.
 
     Args:
-        s_channels, hidden, t_channels: channels of the student, between the convolutions, and of the teacher.
-        kernel: size of the middle convolution; 1 for features of one pixel.
-        relu: end in a ReLU; False where the teacher's features have negative entries, as a frozen encoder's have.
+        s_channels, hidden, t_channels: channels of the student, between the layers, and of the teacher.
+        maps: convolutions on maps. Otherwise linear layers on embeddings, without the last ReLU: a frozen encoder's
+            embedding has negative entries.
     """
     layers = []
-    for inputs, outputs, size in ((s_channels, hidden, 1), (hidden, hidden, kernel), (hidden, t_channels, 1)):
-        layers += [nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers if relu else layers[:-1])
+    for inputs, outputs, size in ((s_channels, hidden, 1), (hidden, hidden, 3), (hidden, t_channels, 1)):
+        if maps:
+            layers += [nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)]
+        else:
+            layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)]
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers if maps else layers[:-1])
 
 
 def shrink(x: Tensor, size: int) -> Tensor:

@@ -80,10 +80,9 @@ def check_code(path: Path, name: str, sha256: str) -> None:
 
 def _reused_head(layer: dict[str, Tensor]) -> ReusedHead:
     """SimKD's head, of the sizes of its state dict."""
-    size, middle = int(layer["size"]) or None, layer["projector.3.weight"]
-    classes, width = layer["classifier.weight"].shape
-    facts = {"kernel": middle.shape[-1], "relu": size is not None}
-    projector = simkd_projector(layer["projector.0.weight"].shape[1], len(middle), width, **facts)
+    size, (classes, width) = int(layer["size"]) or None, layer["classifier.weight"].shape
+    channels, hidden = layer["projector.0.weight"].shape[1], len(layer["projector.0.weight"])
+    projector = simkd_projector(channels, hidden, width, maps=size is not None)
     return ReusedHead(projector, Linear(width, classes), size)
 
 

@@ -144,7 +144,7 @@ def reuse(student: Student | Classifier, teacher: EncoderTeacher | CnnTeacher, i
         classifier = Linear(project.in_features, classify.out_features)
         classifier.weight.copy_(classify.weight @ project.weight)
         classifier.bias.copy_(classify(project.bias))
-        channels, size, facts = features[-1].shape[1], None, {"kernel": 1, "relu": False}
+        channels, size = features[-1].shape[1], None
     else:
         maps, _ = teacher.features(images.to(next(teacher.backbone.parameters()).device))
         last, pooled = maps[-2].float(), maps[-1].float()
@@ -152,9 +152,9 @@ def reuse(student: Student | Classifier, teacher: EncoderTeacher | CnnTeacher, i
         mean = last.mean(dim=(2, 3))
         if mean.shape != pooled.shape or (mean - pooled).norm() > 0.05 * pooled.norm():
             raise InputError("SimKD needs a CNN teacher that classifies the mean of its last map; this one does not")
-        channels, size, facts = features[-2].shape[1], last.shape[-1], {}
+        channels, size = features[-2].shape[1], last.shape[-1]
     width = classifier.in_features
-    projector = simkd_projector(channels, max(width // factor, 1), width, **facts)
+    projector = simkd_projector(channels, max(width // factor, 1), width, maps=size is not None)
     return Reuser(student.backbone, ReusedHead(projector, classifier, size), student.resolution)
 
 

@@ -180,7 +180,7 @@ class ReusedHead(nn.Module):
     """A projector to a teacher's features and its frozen classifier on them (SimKD, Chen et al., CVPR 2022).
 
     Args:
-        projector: from maps to maps of the teacher's channels.
+        projector: from the last map, or from pooled features, to the teacher's channels.
         classifier: the teacher's.
         size: height and width that larger maps are pooled to, the teacher's; None to project the pooled features alone.
     """
@@ -196,7 +196,7 @@ class ReusedHead(nn.Module):
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The backbone's features to projected ones, a map where there is one and a pooled one, and logits."""
         if self.pooled_to is None:
-            pooled = self.projector(features[-1][:, :, None, None]).flatten(1)
+            pooled = self.projector(features[-1])
             return [pooled], self.classifier(pooled)
         x = features[-2]
         projected = self.projector(F.adaptive_avg_pool2d(x, self.pooled_to) if x.shape[-1] > self.pooled_to else x)

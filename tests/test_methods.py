@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from conftest import make_dataset
 from dataset import ImageDataset
 from dataset.loader import Loader
 from dataset.views import CIFAR100_NORMALIZATION, normalize
-from deploy.export import library_state, save_program
+from deploy.export import library_state, save_onnx
 from distiller_zoo import EGA, METHODS, Attention, DistillKL
 from errors import InputError
 from evaluation import load_student
@@ -171,11 +172,10 @@ def test_a_student_with_its_teachers_classifier_resumes_and_is_used_as_any(teach
     accuracy = 100 * (logits.argmax(1) == images.targets).float().mean()
     assert float(accuracy) == pytest.approx(read_metrics(whole)[-1]["test_acc"])
     evaluate.main([str(whole)])
-    if teacher == "head":
-        save_program(net, torch.zeros(2, 3, 32, 32), tmp_path / "student.pt2")
-        program = torch.export.load(tmp_path / "student.pt2").module()
-        image = torch.randn(3, 3, 32, 32)
-        torch.testing.assert_close(program(image), net(image))
+    image = torch.randn(3, 3, 32, 32)
+    save_onnx(net, torch.zeros(2, 3, 32, 32), tmp_path / "student.onnx", ["logits"])
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"image": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), net(image), rtol=1e-3, atol=1e-4)
     with pytest.raises(InputError, match="no library's network has"):
         library_state(open_student(whole))
 
@@ -267,7 +267,7 @@ def test_logit_standardisation_is_refused_where_no_logits_are_compared(cnn, save
     distil(save_dir, "--distill", "pkt", "--path_t", cnn, "--logit_standard", "-a", 1)
 
 
-@pytest.mark.parametrize("name", ["crd", "factor", "vid", "ega", "dkd", "rrd", "vkd", "unic"])
+@pytest.mark.parametrize("name", ["crd", "factor", "vid", "ega", "dkd", "rrd", "vkd"])
 def test_a_resumed_run_is_bit_identical(name, cnn, tmp_path):
     options = ["--distill", name, "--path_t", cnn]
     whole = distil(tmp_path / "whole", *options, "--epochs", 3)
