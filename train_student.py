@@ -84,7 +84,6 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
     from helper import first_stage, training
     from helper.acquaint import acquaint
     from helper.data import build_loaders
-    from helper.logger import VIEWS
     from helper.meters import print_record
     from helper.objective import build_objective, check_lone_image
     from helper.pictures import first_views
@@ -130,7 +129,7 @@ def train(opt: argparse.Namespace, checking: contextlib.AbstractContextManager) 
         evaluate = Evaluation(loaders, student, teacher, opt, None if classifies else objective)
         if probe is not None:
             probe.open(opt, normalization)
-        run.start(own_code(opt) | {VIEWS: first_views(loaders.train, teacher)})
+        run.start(own_code(opt) | first_views(loaders.train, teacher))
     seen = loaders.image_facts()
 
     spread = f" over {opt.processes} processes" if opt.processes > 1 else ""

@@ -8,21 +8,25 @@ from torch import Tensor
 
 from dataset.loader import Loader, take
 
+from .logger import VIEWS
 from .teacher import CnnTeacher, EncoderTeacher
 
 # The picture: so many images, in columns; a cell's height and width, and the caption's height, in pixels.
 _IMAGES, _COLUMNS, _CELL, _LINE = 16, 8, 96, 14
 
 
-def first_views(loader: Loader, teacher: EncoderTeacher | CnnTeacher | None) -> bytes:
+def first_views(loader: Loader, teacher: EncoderTeacher | CnnTeacher | None) -> dict[str, bytes]:
     """A PNG of the first images of epoch 1, each as the student sees it and below as a frozen encoder does.
 
-    A CNN teacher sees the student's view. No random numbers are drawn that training would draw.
+    A CNN teacher sees the student's view. No random numbers are drawn that training would draw. The picture is given by
+    its file's name; only the first of many processes makes it, as the others may have no image.
 
     Args:
         loader: of the training.
         teacher: None where there is none.
     """
+    if loader.rank:
+        return {}
     draws = loader.draws(1)
     draw = next(draws)
     draws.close()
@@ -35,7 +39,7 @@ def first_views(loader: Loader, teacher: EncoderTeacher | CnnTeacher | None) -> 
         stored, encoder = take(loader.images, batch.index, loader.device), teacher.encoder
         fed = (encoder.resolution, encoder.interpolation, encoder.antialias)
         rows["teacher"] = loader.views.teacher(stored, batch.index, batch.teacher_view, *fed)
-    return _sheet({name: images.cpu() for name, images in rows.items()})
+    return {VIEWS: _sheet({name: images.cpu() for name, images in rows.items()})}
 
 
 def _sheet(rows: dict[str, Tensor]) -> bytes:

@@ -32,7 +32,7 @@ def test_the_picture_shows_the_views_of_the_first_batch():
     torch.manual_seed(0)
     encoder = types.SimpleNamespace(resolution=32, interpolation="bicubic", antialias=True, dim=4)
     drawn, loader = torch.get_rng_state(), first_loader()
-    png = first_views(loader, EncoderTeacher(None, None, 4, encoder))
+    png = first_views(loader, EncoderTeacher(None, None, 4, encoder))["views.png"]
     assert torch.equal(torch.get_rng_state(), drawn)
     batch, made = next(loader.epoch(1)), make_dataset()
     mean, std = (torch.tensor(x)[:, None, None] for x in loader.normalization)
@@ -42,7 +42,7 @@ def test_the_picture_shows_the_views_of_the_first_batch():
         nearest = torch.from_numpy(((np.arange(_CELL - 2) + 0.5) * 32 / (_CELL - 2)).astype(int))
         wanted = images[:, :, nearest][:, :, :, nearest].permute(0, 2, 3, 1)
         assert (cells(png, row) == wanted.numpy()).mean() > 0.95  # Pillow rounds two columns otherwise
-    assert Image.open(io.BytesIO(first_views(loader, None))).height == 2 * (_CELL + _LINE)
+    assert Image.open(io.BytesIO(first_views(loader, None)["views.png"])).height == 2 * (_CELL + _LINE)
 
 
 def test_a_run_has_it_in_its_folder_and_in_tensorboard_beside_its_options(train):
@@ -63,5 +63,7 @@ def test_a_run_has_it_in_its_folder_and_in_tensorboard_beside_its_options(train)
 def test_a_small_batch_is_shown_whole():
     loader = first_loader()
     loader.rows = loader.rows[:3]
-    png = first_views(loader, None)
+    png = first_views(loader, None)["views.png"]
     assert Image.open(io.BytesIO(png)).size == (8 * _CELL, _CELL + _LINE)
+    loader.rank, loader.processes, loader.rows = 1, 2, loader.rows[:1]
+    assert first_views(loader, None) == {}  # this process has no image
