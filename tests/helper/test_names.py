@@ -32,7 +32,7 @@ def test_a_name_says_what_is_run_and_ends_with_a_hash():
 def test_the_hash_is_of_every_option_that_changes_the_result_and_of_the_files():
     opt = parse_student_options([])
     aside = "name resume data_dir data_list probe_dir max_bad_images exact_decode clip_root save_dir clip_mode path_t "
-    aside += "init_s print_freq save_freq save_steps"
+    aside += "init_s print_freq save_freq save_steps log"
     kept = {key: value for key, value in vars(opt).items() if key not in [*aside.split(), "save_seconds"]}
     kept = {
         key: int(value) if isinstance(value, float) and value == int(value) else value for key, value in kept.items()
