@@ -23,7 +23,8 @@ def skd_direction(logit_s: Tensor, logit_t: Tensor, tikhonov: float = 0.1) -> Te
     centred = difference - difference.mean(dim=0)
     covariance = centred.T @ centred / max(len(centred) - 1, 1)
     # This factorisation and this solution do not wait for a GPU.
-    factor, _ = torch.linalg.cholesky_ex(covariance + tikhonov * torch.eye(len(centred)).to(covariance))
+    diagonal = torch.eye(len(centred), device=covariance.device, dtype=covariance.dtype)
+    factor, _ = torch.linalg.cholesky_ex(covariance + tikhonov * diagonal)
     whitened = torch.linalg.solve_triangular(factor, difference.T, upper=False)
     square = whitened.square().sum(dim=0)
     return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt().mean()
