@@ -43,7 +43,7 @@ def time_epoch_ends(method: str, model_s: str, epochs: int, save_dir: str) -> li
     state, files = training_state(method, model_s)
     runs, seconds = [], ([], [])
     for save_seconds in (0, 1e9):
-        opt = Namespace(save_dir=save_dir, resume="auto", epochs=epochs + 2, save_seconds=save_seconds)
+        opt = Namespace(save_dir=save_dir, resume="auto", epochs=epochs + 2, save_seconds=save_seconds, log=None)
         runs.append(Run(opt, {}, "student_model", "student_tensorboards", f"{method}{save_seconds:.0f}", model_s))
         runs[-1].start()
     for epoch in range(1, epochs + 2):  # the last epoch, which always writes, is not reached

@@ -58,8 +58,6 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--search and --search_image both say what to search for; leave one of them out")
     if opt.searches and opt.images is None:
         parser.error("--search needs --images, the folder that is searched")
-    if opt.search is not None and not opt.search.strip():
-        parser.error("--search: the text is empty")
     if not opt.searches and (opt.images is not None or (opt.out is not None and opt.embed is None)):
         parser.error("--images and --out belong to a search: say for what, --search TEXT or --search_image FILE")
     if opt.embed is None and opt.teacher:

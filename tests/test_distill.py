@@ -105,7 +105,15 @@ def test_a_module_s_weights_are_where_it_starts_and_part_of_the_run(options):
     assert torch.equal(trained["net.0.weight"], seeded(Net)[0].weight)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(options, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C, also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(options, monkeypatch, ctrl_c):
     whole = distill("tiny", student=seeded(Net), teacher=seeded(Encoder), name="whole", **options)
     before = signal.getsignal(signal.SIGINT)
 

@@ -79,7 +79,7 @@ def records(save_dir: Path) -> list[dict]:
 
 def test_a_run_is_written_once(job, runs):
     names = {path.name for path in run_folder(runs).iterdir()}
-    files = {"options.json", "metrics.jsonl", "resnet8_best.pth", "resnet8_last.pth", "resume.pth", "lock"}
+    files = {"options.json", "metrics.jsonl", "resnet8_best.pth", "resnet8_last.pth", "resume.pth", "lock", "views.png"}
     assert names == files
     assert json.loads((run_folder(runs) / "options.json").read_text())["processes"] == job.count
     assert [record["epoch"] for record in records(runs)] == [1, 2]
