@@ -173,7 +173,9 @@ def read_list(path: Path) -> list[tuple[str, str]]:
     """
     try:
         text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"--data_list {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
         raise InputError(f"--data_list {path} cannot be read as text in UTF-8") from error
     if path.suffix.lower() == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""))

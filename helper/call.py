@@ -26,11 +26,13 @@ def command_line(parser: "Parser", keywords: dict) -> list[str]:
     """
     actions = {}
     for action in parser._actions:
+        if action.dest in ("help", "list"):  # these print and exit
+            continue
         for name in (action.dest, *(text.lstrip("-") for text in action.option_strings)):
             actions.setdefault(name, action)
     argv = []
     for key, value in keywords.items():
-        if key not in actions or key in ("help", "list"):
+        if key not in actions:
             close = difflib.get_close_matches(key, actions, n=1)
             raise InputError(f"there is no option {key}" + (f"; did you mean {close[0]}?" if close else ""))
         if value is None or value is False:

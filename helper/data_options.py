@@ -114,8 +114,9 @@ def follow_data(parser: Parser, opt: argparse.Namespace) -> None:
             parser.error(" ".join(str(error).split()))
     chosen = []
     if not labels:
-        source = opt.data_dir if isinstance(opt.data_dir, str) else " and ".join(opt.data_dir)
-        lacks = f"{source} holds no train/CLASS/, so " if opt.data_list is None else ""
+        one = isinstance(opt.data_dir, str)
+        source = f"{opt.data_dir} holds" if one else f"{' and '.join(opt.data_dir)} hold"
+        lacks = f"{source} no train/CLASS/, so " if opt.data_list is None else ""
         chosen.append(("labels", 0.0, f"{lacks}no picture has a label"))
         if hasattr(opt, "gamma"):
             chosen.append(("gamma", 0.0, "there is nothing to classify"))

@@ -81,7 +81,7 @@ def _errors(name: Name, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard ends by sys.exit
         file = str(own_file(name)) if name.library == "file" else None
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f", line {lines[-1]}" if lines else ""

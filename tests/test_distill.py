@@ -139,6 +139,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(options, monkeypatch, ctrl_c):
 def test_it_raises_what_the_command_line_refuses_and_prints_nothing(options, tmp_path, capsys):
     for words, keywords in (
         ("there is no option epoks; did you mean epochs", {"epoks": 3}),
+        ("there is no option help$", {"help": True}),
+        ("there is no option h$", {"h": True}),
         ("'0' is not a whole number at least 1", {"epochs": 0}),
         ("an nn.Module, not int", {"student": 3}),
         ("no linear layer", {"student": nn.Flatten(), "method": "none"}),

@@ -87,10 +87,12 @@ def test_a_run_stops_when_it_no_longer_gets_better(distil, capsys):
     assert "--patience 1: stopped after epoch" in capsys.readouterr().out
 
 
-def test_folders_given_one_by_one_are_the_same_pictures(distil, photos, tmp_path):
+def test_folders_given_one_by_one_are_the_same_pictures(distil, photos, tmp_path, capsys):
     whole = distil()
+    assert f"{photos} holds no train/CLASS/" in capsys.readouterr().out
     places = sorted(photos.iterdir())
     parts = distil("--name", "parts", places=places, save_dir=tmp_path / "other")
+    assert f"{places[-1]} hold no train/CLASS/" in capsys.readouterr().out
     assert read_metrics(parts) == read_metrics(whole)
     assert_equal_tensors(load(parts / "resnet8_last.pth")["model"], load(whole / "resnet8_last.pth")["model"])
 

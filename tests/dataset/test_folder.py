@@ -274,7 +274,7 @@ def test_a_csv_has_labels_and_its_classes_are_in_the_order_of_their_names(tmp_pa
         ("mine.txt", "1.png\n1.png\n", "mine.txt names 1.png twice"),
         ("mine.txt", "1.png\n2.png\n", "mine.txt names 2.png, which cannot be read .No such file"),
         ("mine.txt", b"\xff\xfe1", "mine.txt cannot be read as text in UTF-8"),
-        ("mine.txt", None, "mine.txt cannot be read as text in UTF-8"),
+        ("mine.txt", None, "mine.txt cannot be read .No such file"),
     ],
 )
 def test_a_list_that_is_not_as_described_ends_in_one_line(tmp_path, name, text, said):

@@ -75,6 +75,10 @@ def raises(num_classes=0):
     raise KeyError("why")
 
 
+def ends(num_classes=0):
+    raise SystemExit(0)
+
+
 def number(num_classes=0):
     return 3
 
@@ -203,6 +207,7 @@ def test_an_encoder_that_says_nothing_is_fed_as_on_imagenet():
     [
         ("nothing", "has no function nothing; it has Widths, Net"),
         ("raises", r"line \d+: raises\(1000\) failed \(KeyError: 'why'\)"),
+        ("ends", r"line \d+: ends\(1000\) failed \(SystemExit: 0\)"),
         ("number", "gives no nn.Module, but int"),
         ("Convolutional", "has no linear layer"),
         ("Softmax", r"its last linear layer gives, which is fc, for features \(2, 16\); in its place comes \(2, 16\)"),
