@@ -194,9 +194,10 @@ def read_list(path: Path) -> list[tuple[str, str]]:
         raise InputError(f"--data_list {path} names no picture")
     seen: set[str] = set()
     for name, _ in named:
-        if name in seen:
+        plain = os.path.normpath(name)  # ./a.jpg is a.jpg
+        if plain in seen:
             raise InputError(f"--data_list {path} names {shown(name)} twice")
-        seen.add(name)
+        seen.add(plain)
     return named
 
 
@@ -212,6 +213,8 @@ def _from_list(path: Path) -> Listing:
                 f"--data_list {path} names {shown(name)}, which cannot be read ({error.strerror}): names are relative "
                 "to the list's folder"
             ) from error
+        if (path.parent / name).is_dir():
+            raise InputError(f"--data_list {path} names {shown(name)}, which is a folder: a list names pictures")
     number = {label: target for target, label in enumerate(classes)}
     targets = [number.get(label, -1) for _, label in named]
     return Listing(path.parent, classes, files, targets, [], [], "list")

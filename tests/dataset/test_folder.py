@@ -272,6 +272,8 @@ def test_a_csv_has_labels_and_its_classes_are_in_the_order_of_their_names(tmp_pa
         ("mine.csv", "path,Label\n1.png,a\n", "mine.csv has no column label"),
         ("mine.csv", f"path,label\n{'x' * 200_000},a\n", "mine.csv is no CSV .field larger than field limit"),
         ("mine.txt", "1.png\n1.png\n", "mine.txt names 1.png twice"),
+        ("mine.txt", "1.png\n./1.png\n", "mine.txt names ./1.png twice"),
+        ("mine.txt", "1.png\n.\n", "mine.txt names ., which is a folder: a list names pictures"),
         ("mine.txt", "1.png\n2.png\n", "mine.txt names 2.png, which cannot be read .No such file"),
         ("mine.txt", b"\xff\xfe1", "mine.txt cannot be read as text in UTF-8"),
         ("mine.txt", None, "mine.txt cannot be read .No such file"),
