@@ -187,6 +187,8 @@ def read_list(path: Path) -> list[tuple[str, str]]:
             named = [((row["path"] or "").strip(), (row["label"] or "").strip()) for row in rows]
         except csv.Error as error:
             raise InputError(f"--data_list {path} is no CSV ({error})") from error
+        if lost := [label for name, label in named if label and not name]:
+            raise InputError(f"--data_list {path} has a row with the label {shown(lost[0])} and no path")
         named = [(name, label) for name, label in named if name]
     else:
         named = [(line.strip(), "") for line in text.split("\n") if line.strip()]

@@ -56,6 +56,8 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
     opt.searches = opt.search is not None or opt.search_image is not None
     if opt.search is not None and opt.search_image is not None:
         parser.error("--search and --search_image both say what to search for; leave one of them out")
+    if opt.searches and opt.embed is not None:
+        parser.error("--embed and a search are two questions; leave one of them out")
     if opt.searches and opt.images is None:
         parser.error("--search needs --images, the folder that is searched")
     if not opt.searches and (opt.images is not None or (opt.out is not None and opt.embed is None)):
@@ -65,7 +67,7 @@ def parse_evaluate_options(argv: list[str] | None = None) -> argparse.Namespace:
     if opt.embed is not None and (opt.out is None or Path(opt.out).suffix not in (".npz", ".csv", ".parquet")):
         parser.error("--embed needs --out FILE, a file .npz, .csv or .parquet")
     if opt.searches or opt.embed is not None:
-        others = (opt.probe, opt.zero_shot, opt.corruptions, opt.searches and opt.embed is not None)
+        others = (opt.probe, opt.zero_shot, opt.corruptions)
         if len(opt.runs) > 1 or any(others):
             what = "a search is done" if opt.searches else "--embed is answered"
             parser.error(f"{what} by one RUN, and alone: leave the others out")

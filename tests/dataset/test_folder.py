@@ -268,6 +268,7 @@ def test_a_csv_has_labels_and_its_classes_are_in_the_order_of_their_names(tmp_pa
     [
         ("mine.txt", "\n \n", "mine.txt names no picture"),
         ("mine.csv", "path,label\n", "mine.csv names no picture"),
+        ("mine.csv", "path,label\n1.png,a\n,b\n", "mine.csv has a row with the label b and no path"),
         ("mine.csv", "", "mine.csv has no column path and no column label: its first line must be path,label"),
         ("mine.csv", "path,Label\n1.png,a\n", "mine.csv has no column label"),
         ("mine.csv", f"path,label\n{'x' * 200_000},a\n", "mine.csv is no CSV .field larger than field limit"),

@@ -180,6 +180,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(finished, pictures, tmp_p
         ("pyarrow, which is not installed", [pictures, "--out", tmp_path / "out.parquet"]),
         ("has no teacher", [pictures, "--teacher", "--out", out]),
         ("by one RUN", [pictures, "--out", out, "--zero_shot"]),
+        ("two questions", [pictures, "--out", out, "--search", "a cat"]),
     ):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(SystemExit) as stopped:
