@@ -12,7 +12,7 @@
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install -q torch==2.11.0 numpy
+"$folder/env/bin/pip" install -q torch==2.11.0 numpy==2.4.6
 cat > "$folder/try.py" <<'PY'
 import torch
 from torch.nn.utils.parametrizations import orthogonal
