@@ -62,13 +62,13 @@ ROOT = Path(__file__).parents[1]
 # A CLIP of a rehearsal, see ``benchmarks.random_clip.SIZES``.
 _TINY = (16, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
 
-_DIM = 512  # of ViT-B/32's embeddings
+_DIM = 512  # ViT-B/32's embeddings have it
 
 # The runs of the table, the first seed of every method first.
 _TABLE = [(method, seed) for seed in range(3) for method in ("none", "kd", "ega", "nce", "ccl")]
 
-
-# Of a part that hung, or took so many seconds that its step had no time left; it is not tried again.
+# A part that hung gets this error and is not tried again, nor is one that took so many seconds that its step had no
+# time left.
 _ENDLESS, _LONG = "it did not end", 45
 
 

@@ -127,7 +127,7 @@ def interrupted(*argv: str) -> str:
 
 @pytest.mark.parametrize("method", ["ega", "crd"])
 def test_a_run_that_is_interrupted_inside_an_epoch_ends_bit_identical(job, method, tiny_clip, tmp_path):
-    """Of five steps an epoch, after the fourth of the second; a fifth of the images is labelled."""
+    """It is stopped after the fourth of five steps of epoch 2; a fifth of the images is labelled."""
     argv = ["--distill", method, "--clip_mode", str(tiny_clip), "--epochs", "2", "--save_steps", "2", "--labels", "0.2"]
     argv += ["--feat_dim", "8", "--nce_k", "20", "--save_dir"]
     assert set(job(distil, *argv, str(tmp_path / "whole"))) == {0}
@@ -407,7 +407,7 @@ def test_a_restarted_process_meets_no_address_of_an_earlier_start(monkeypatch):
 
 
 def test_where_it_could_meet_one_is_refused(monkeypatch, capsys):
-    """Of many agents, each counts its own starts."""
+    """Each of many agents counts its own starts."""
     with pytest.raises(SystemExit) as stop:
         joined_store(monkeypatch, HashStore(), 0, machines=2)
     assert stop.value.code == 2
