@@ -89,7 +89,10 @@ def children(parent: int) -> list[int]:
 
 def agent(options: list[str], function: Callable, *args) -> None:
     """torchrun's agent in this process, with a function in the script's place: processes forked, not executed."""
-    config, _, _ = config_from_args(parse_args([*options, "script.py"]))
+    opt = parse_args([*options, "script.py"])
+    if opt.standalone:  # torchrun does this in the function that also starts the script
+        opt.rdzv_backend, opt.rdzv_endpoint, opt.rdzv_id = "c10d", "localhost:0", uuid.uuid4().hex
+    config, _, _ = config_from_args(opt)
     elastic_launch(replace(config, start_method="fork"), function)(*args)
 
 
@@ -107,8 +110,7 @@ def torchrun(count: int, max_restarts: int, function: Callable, args: tuple, fol
     Args:
         folder: gets the files stdout and stderr, of the agent and all processes.
     """
-    options = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--rdzv_id", uuid.uuid4().hex]
-    options += ["--nproc_per_node", str(count), "--max_restarts", str(max_restarts)]
+    options = ["--standalone", "--nproc_per_node", str(count), "--max_restarts", str(max_restarts)]
     process = FORK.Process(target=run_agent, args=(options, function, args, folder))
     process.start()
     return process

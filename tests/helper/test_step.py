@@ -1,6 +1,7 @@
 """What a training step may not do, so that a GPU can be given the next one while it is at this one."""
 
 from argparse import Namespace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -110,7 +111,9 @@ class Tape:
         self.captures += 1
         graph = Graph()
         cuda = {"is_available": lambda: True, "is_current_stream_capturing": lambda: True}
-        with mock.patch.multiple(torch.cuda, **cuda), record(graph):
+        stream = SimpleNamespace(is_capturing=lambda: True)  # whom PyTorch 2.14's optimisers ask
+        on_stream = mock.patch.object(torch.accelerator, "current_stream", return_value=stream)
+        with mock.patch.multiple(torch.cuda, **cuda), on_stream, record(graph):
             function()
 
         def replay():
